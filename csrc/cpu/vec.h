@@ -1,0 +1,163 @@
+// A vector of floats as wide as the instruction set this file is compiled for, on the compiler's own vector types:
+// arithmetic, comparison and `?:` are the built-in operators. Elements in memory may be float, BFloat16 or Half.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+  #include <immintrin.h>
+#endif
+
+namespace memkernels::cpu {
+inline namespace CPU_CAPABILITY {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kLanes = 16;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
+
+inline Vec broadcast(float value) {
+  return value - Vec{};
+}
+inline Vec max(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+inline Vec min(Vec a, Vec b) {
+  return a < b ? a : b;
+}
+
+inline float sum(Vec v) {
+  float total = 0.0f;
+  for (int64_t i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+inline float max(Vec v) {
+  float largest = v[0];
+  for (int64_t i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+template <typename To, typename From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// load: kLanes elements at p, widened to float.
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Vec load(const BFloat16* p) {
+  HalfBits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits_as<Vec>(__builtin_convertvector(bits, IntVec) << 16);
+}
+
+inline Vec load(const Half* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+// store: kLanes floats to p, rounded to nearest even.
+inline void store(float* p, Vec v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+inline void store(BFloat16* p, Vec v) {
+  const IntVec bits = bits_as<IntVec>(v);
+  const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const IntVec quiet_nan = (bits >> 16) | 0x40;
+  const HalfBits narrow = __builtin_convertvector(v == v ? rounded : quiet_nan, HalfBits);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+inline void store(Half* p, Vec v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<Half>(v[i]);
+#endif
+}
+
+// The same for the last `count` < kLanes elements of a row; the lanes beyond hold `fill`.
+template <typename T>
+inline Vec load_partial(const T* p, int64_t count, float fill = 0.0f) {
+  T lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = i < count ? p[i] : static_cast<T>(fill);
+  return load(lanes);
+}
+
+template <typename T>
+inline void store_partial(T* p, Vec v, int64_t count) {
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, count * sizeof(T));
+}
+
+// Calls body(offset, load, store) for each vector of a row of n elements, the incomplete one last. `load` and `store`
+// take a row's base pointer, so that one body serves whole and incomplete vectors.
+template <typename Body>
+inline void for_each_vec(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    body([i](const auto* row) { return load(row + i); }, [i](auto* row, Vec v) { store(row + i, v); });
+  }
+  if (i < n) {
+    body([i, n](const auto* row) { return load_partial(row + i, n - i); },
+         [i, n](auto* row, Vec v) { store_partial(row + i, v, n - i); });
+  }
+}
+
+// e^x to about 1 unit in the last place; 0 below -87.3, inf above 88.7, NaN for NaN.
+inline Vec exp(Vec x) {
+  const Vec clamped = max(min(x, broadcast(89.0f)), broadcast(-87.33f));
+  const Vec shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  Vec p = broadcast(1.98756915e-4f);
+  p = p * r + 1.39819994e-3f;
+  p = p * r + 8.33345190e-3f;
+  p = p * r + 4.16657962e-2f;
+  p = p * r + 1.66666657e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  // 2^n in two factors, since n = 128 has no float of its own.
+  const IntVec exponent = __builtin_convertvector(n, IntVec);
+  const IntVec half = exponent >> 1;
+  const Vec result = p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((exponent - half + 127) << 23);
+  const Vec in_range = x < -87.33f ? Vec{} : result;
+  return x == x ? in_range : x;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace memkernels::cpu

@@ -1,0 +1,10 @@
+// Every native operator, one line each. Schemas and fakes stand in memkernels/ops/<op>/op.py, where Triton finds them
+// too.
+#include "common/kernel_table.h"
+
+#define MEMKERNELS_IMPL(name) m.impl(#name, &memkernels::KernelTable<#name>::call)
+
+STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
+  MEMKERNELS_IMPL(rms_norm_fwd);
+  MEMKERNELS_IMPL(rms_norm_bwd);
+}

@@ -1,0 +1,115 @@
+"""The operators `torch.ops.memkernels.*`: their schemas, and which implementation each has on each device.
+
+A schema is defined once, beside its fake, in `memkernels/ops/<op>/op.py`. Implementations come from three places:
+`_C_cpu.so` (csrc/cpu), `_C_cuda.so` (csrc/cuda), and the op's `triton.py`, imported at its first call. Where a device
+has none, the public functions compute by the op's `reference.py`, and `missing(...)` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+MAX_GPU_ROW = 16384
+CPU_ISAS = ("baseline", "avx2", "avx512")
+
+_FOLDER = Path(__file__).parent
+_library = torch.library.Library("memkernels", "DEF")
+# Operator name -> the Triton module that implements it on GPUs.
+triton_modules: dict[str, str] = {}
+
+
+def _load(name: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """Loads a native library: the library, or the sentence that says why it is missing."""
+    path = _FOLDER / name
+    if not path.exists():
+        return None, f"{name} is not built: run `pip install --no-build-isolation -e .` where a compiler is."
+    try:
+        torch.ops.load_library(path)
+        return ctypes.CDLL(str(path)), None
+    except OSError as error:
+        return None, f"{name} does not load with torch {torch.__version__}: {error}"
+
+
+def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    if torch.version.cuda is None:
+        return None, "this torch is built without CUDA."
+    if not torch.cuda.is_available():
+        return None, "torch finds no CUDA device."
+    return _load("_C_cuda.so")
+
+
+cpu_library, cpu_missing = _load("_C_cpu.so")
+cuda_library, cuda_missing = _load_cuda()
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that the native CPU kernels run with, or None without the native library."""
+    if cpu_library is None:
+        return None
+    cpu_library.memkernels_cpu_isa.restype = ctypes.c_char_p
+    return cpu_library.memkernels_cpu_isa().decode()
+
+
+def set_cpu_isa(name: str) -> None:
+    """Makes the native CPU kernels run with `name`: baseline, avx2 or avx512.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: this processor lacks it, or the native library is missing.
+    """
+    if name not in CPU_ISAS:
+        raise ValueError(f"MEMKERNELS_CPU: got {name!r}, it takes {', '.join(CPU_ISAS)}.")
+    if cpu_library is None:
+        raise RuntimeError(f"MEMKERNELS_CPU={name}: {cpu_missing}")
+    if cpu_library.memkernels_set_cpu_isa(name.encode()) != 0:
+        raise RuntimeError(f"MEMKERNELS_CPU={name}: this processor does not have that instruction set.")
+
+
+if "MEMKERNELS_CPU" in os.environ:
+    set_cpu_isa(os.environ["MEMKERNELS_CPU"])
+
+
+def define(schema: str, fake: Callable) -> None:
+    """Defines `memkernels::<schema>` and the fake that gives its outputs' shapes and dtypes."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"memkernels::{name}", fake, lib=_library)
+
+
+def implement_with_triton(module: str, *operators: str) -> None:
+    """Registers functions of `module`, named as the operators are, for GPUs; imported when first called."""
+
+    def lazy(name: str) -> Callable:
+        return lambda *args, **kwargs: getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    for name in operators:
+        triton_modules[name] = module
+        _library.impl(name, lazy(name), "CUDA")
+
+
+@torch.compiler.assume_constant_result
+def missing(operator: str, device_type: str) -> str | None:
+    """Why `operator` has no implementation on a device; None where it has one."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"memkernels::{operator}", device_type.upper()):
+        if device_type == "cuda" and operator in triton_modules and importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: `pip install triton`."
+        return None
+    return {"cpu": cpu_missing, "cuda": cuda_missing}.get(device_type) or f"it has no implementation for {device_type}."
+
+
+def has_kernel(operator: str, x: torch.Tensor) -> bool:
+    """Whether `operator` runs on the device and dtype of x; otherwise the op's reference computes."""
+    return x.dtype in FLOATING and missing(operator, x.device.type) is None
+
+
+def has_row_kernel(operator: str, x: torch.Tensor) -> bool:
+    """The same for operators whose GPU kernels hold a whole row of x in registers."""
+    return has_kernel(operator, x) and (x.device.type == "cpu" or x.shape[-1] <= MAX_GPU_ROW)

@@ -1,0 +1,30 @@
+"""Norm layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkernels import ops
+
+
+class RMSNorm(torch.nn.Module):
+    """`ops.rms_norm` with a learnable weight of shape (hidden_size,); its state_dict is that of `torch.nn.RMSNorm`.
+
+    Args:
+        hidden_size: d, the size of the last dimension.
+        eps: added to the mean of squares.
+        weight_offset: added to the weight, which then starts at 1 - weight_offset.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((hidden_size,), 1.0 - weight_offset, device=device, dtype=dtype))
+        self.eps = eps
+        self.weight_offset = weight_offset
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.rms_norm(x, self.weight, self.eps, residual=residual, weight_offset=self.weight_offset)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, weight_offset={self.weight_offset}"

@@ -1,0 +1,5 @@
+"""The functional ops. Each is an autograd Function over registered operators; its docstring says what it saves."""
+
+from memkernels.ops.rms_norm.op import rms_norm
+
+__all__ = ["rms_norm"]

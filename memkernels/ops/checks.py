@@ -1,0 +1,47 @@
+"""Checks of arguments, shared by the public ops. Each error names the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkernels._library import FLOATING
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A float32, bfloat16, float16 or (computed by the reference) float64 tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}.")
+    if tensor.dtype not in (*FLOATING, torch.float64):
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}.")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)} ({meaning}), got {tuple(tensor.shape)}.")
+
+
+def check_same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(
+                f"{name}: expected device {reference.device}, that of {reference_name}, got {tensor.device}."
+            )
+
+
+def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """A norm's parameter: of the given shape, on x's device, of x's dtype or float32."""
+    check_floating(name, tensor)
+    check_shape(name, tensor, shape, meaning)
+    check_same_device("x", x, **{name: tensor})
+    if tensor.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{name}: expected {x.dtype}, as x, or float32, got {tensor.dtype}.")
+
+
+def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Same shape, dtype and device as another argument."""
+    check_floating(name, tensor)
+    check_shape(name, tensor, tuple(reference.shape), f"that of {reference_name}")
+    check_same_device(reference_name, reference, **{name: tensor})
+    if tensor.dtype != reference.dtype:
+        raise TypeError(f"{name}: expected {reference.dtype}, as {reference_name}, got {tensor.dtype}.")

@@ -1,0 +1,34 @@
+"""How row kernels are launched on GPUs: the tile of rows a program holds, and the number of programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """BLOCK_M rows of BLOCK_N >= size columns, held by num_warps warps."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, "num_warps": self.num_warps}
+
+
+def row_tile(size: int) -> RowTile:
+    """About 32 elements of a row a thread; short rows share a program of four warps."""
+    block_n = triton.next_power_of_2(max(size, 1))
+    block_m = max(1, min(16, 2048 // block_n))
+    return RowTile(block_m, block_n, num_warps=min(16, max(4, block_n // 1024)))
+
+
+def num_programs(x: Tensor, rows: int, rows_per_program: int) -> int:
+    """Two programs a multiprocessor, or fewer where rows run out; a fixed few under the interpreter."""
+    limit = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    return max(1, min(limit, triton.cdiv(rows, rows_per_program)))

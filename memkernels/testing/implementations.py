@@ -1,0 +1,75 @@
+"""Runs the same test on every implementation of an op: native CPU code by instruction set, Triton, CUDA C++."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from memkernels import _library
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the operators: `name` says which, `device` where its tensors live."""
+
+    name: str
+    device: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @contextmanager
+    def active(self) -> Iterator[str]:
+        """While active, `torch.ops.memkernels` runs this implementation; yields the device for the inputs."""
+        if self.name.startswith("cpu-"):
+            before = _library.cpu_isa()
+            _library.set_cpu_isa(self.name.removeprefix("cpu-"))
+            try:
+                yield self.device
+            finally:
+                _library.set_cpu_isa(before)
+        elif self.name == "triton-interpreter":
+            with _override_cpu({op: (module, op) for op, module in _library.triton_modules.items()}):
+                yield self.device
+        else:
+            yield self.device
+
+
+@contextmanager
+def _override_cpu(functions: dict[str, tuple[str, str]]) -> Iterator[None]:
+    """Puts Python functions, given as (module, name), in the place of the CPU kernels of the same operators."""
+    library = torch.library.Library("memkernels", "IMPL")
+    try:
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        for operator, (module, name) in functions.items():
+            library.impl(operator, getattr(importlib.import_module(module), name), "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def implementations(operator: str) -> list[Implementation]:
+    """Every implementation of `operator` that can run on this machine.
+
+    Triton kernels run on the GPU where there is one, and under the interpreter (TRITON_INTERPRET=1) where there is none.
+    """
+    found = []
+    if _library.missing(operator, "cpu") is None:
+        before = _library.cpu_isa()
+        for isa in _library.CPU_ISAS:
+            try:
+                _library.set_cpu_isa(isa)
+            except RuntimeError:
+                continue
+            found.append(Implementation(f"cpu-{isa}", "cpu"))
+        _library.set_cpu_isa(before)
+    if torch.cuda.is_available() and _library.missing(operator, "cuda") is None:
+        found.append(Implementation("gpu", "cuda"))
+    elif operator in _library.triton_modules:
+        found.append(Implementation("triton-interpreter", "cpu"))
+    return found

@@ -1,0 +1,233 @@
+"""Builds the native libraries with ninja and puts them beside the Python sources.
+
+`memkernels/_C_cpu.so`: every csrc/cpu kernel once per instruction set; the choice falls at run time.
+`memkernels/_C_cuda.so`: every csrc/cuda kernel for each architecture of TORCH_CUDA_ARCH_LIST, wherever nvcc is found.
+Both use the LibTorch stable ABI, so one build serves every torch from 2.10 on and needs no GPU.
+
+Environment: MEMKERNELS_BUILD (cpu | cuda | cpu,cuda | none), TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CUDA_HOME.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+TORCH_ABI = "0x020a000000000000"  # LibTorch 2.10
+DEFAULT_ARCHES = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+COMMON_FLAGS = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-std=c++20", "-O3"]
+CXX_FLAGS = [
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+]
+ISA_FLAGS = {
+    "baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
+    "avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-DCPU_CAPABILITY=AVX512",
+        "-DCPU_CAPABILITY_AVX512",
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+
+def require(condition, message):
+    if not condition:
+        sys.exit(f"memkernels: {message}")
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidate = Path(home) / "bin" / "nvcc" if home else None
+    return str(candidate) if candidate and candidate.exists() else shutil.which("nvcc")
+
+
+def targets(nvcc):
+    """The libraries to build: what MEMKERNELS_BUILD names, or the CPU library, and the CUDA one where nvcc is."""
+    asked = os.environ.get("MEMKERNELS_BUILD")
+    if asked is None:
+        return ["cpu", "cuda"] if nvcc else ["cpu"]
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    unknown = set(names) - {"cpu", "cuda", "none"}
+    require(names and not unknown, f"MEMKERNELS_BUILD={asked!r}: it takes cpu, cuda, cpu,cuda or none.")
+    require("none" not in names or len(names) == 1, f"MEMKERNELS_BUILD={asked!r}: none stands alone.")
+    return [name for name in names if name != "none"]
+
+
+def gencode_flags(arch_list):
+    """nvcc's flags for a list such as `8.0;9.0a+PTX`."""
+    flags = []
+    for arch in arch_list.replace(",", ";").replace(" ", ";").split(";"):
+        if not arch:
+            continue
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        require(match, f"TORCH_CUDA_ARCH_LIST: {arch!r} is not an architecture; write it as 8.0, 9.0a or 12.0+PTX.")
+        major, minor, suffix, ptx = match.groups()
+        number = f"{major}{minor}{suffix}"
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    require(flags, "TORCH_CUDA_ARCH_LIST is empty; leave it unset for the default.")
+    return flags
+
+
+class Ninja:
+    """Collects rules and builds of one ninja file."""
+
+    def __init__(self, build_dir):
+        self.build_dir = build_dir
+        self.lines = ["ninja_required_version = 1.5"]
+
+    def rule(self, name, command, depfile):
+        self.lines.append(f"rule {name}\n  command = {command}\n  description = {name} $out")
+        if depfile:
+            self.lines.append("  depfile = $out.d\n  deps = gcc")
+
+    def build(self, output, rule, inputs):
+        escaped = " ".join(str(path).replace(" ", "$ ") for path in inputs)
+        self.lines.append(f"build {str(output).replace(' ', '$ ')}: {rule} {escaped}")
+
+    def run(self, ninja, jobs):
+        self.build_dir.mkdir(parents=True, exist_ok=True)
+        path = self.build_dir / "build.ninja"
+        text = "\n".join(self.lines) + "\n"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        command = [ninja, "-C", str(self.build_dir), *(["-j", jobs] if jobs else [])]
+        if subprocess.call(command) != 0:
+            sys.exit("memkernels: the native build failed; the first error above names the file.")
+
+
+def quoted(flags):
+    return " ".join(f"'{flag}'" if " " in str(flag) else str(flag) for flag in flags)
+
+
+def version_of(command):
+    """The line of a compiler's --version that holds its version."""
+    lines = subprocess.run([command, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
+    return next((line for line in lines if "release" in line), lines[0] if lines else "unknown")
+
+
+class build_native(build_ext):
+    def run(self):
+        nvcc = find_nvcc()
+        libraries = targets(nvcc)
+        destination = ROOT / "memkernels" if self.inplace or self.editable_mode else Path(self.build_lib) / "memkernels"
+        destination.mkdir(parents=True, exist_ok=True)
+        if libraries:
+            self.build(libraries, nvcc, destination)
+
+    def build(self, libraries, nvcc, destination):
+        try:
+            import torch
+            from torch.utils.cpp_extension import include_paths
+        except ImportError:
+            sys.exit("memkernels: torch is missing; `pip install torch`, then build with --no-build-isolation.")
+        version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        require(version >= (2, 10), f"torch {torch.__version__} is too old; memkernels needs torch 2.10 or newer.")
+        ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+        require(Path(ninja).exists(), "ninja is missing; `pip install ninja`.")
+        cxx = shutil.which(os.environ.get("CXX", "g++"))
+        require(cxx, "no C++ compiler; install g++ 11 or newer, or name one with CXX.")
+        require(
+            "cuda" not in libraries or nvcc,
+            "no nvcc; install the CUDA toolkit, set CUDA_HOME, or MEMKERNELS_BUILD=cpu.",
+        )
+
+        torch_lib = Path(torch.__file__).parent / "lib"
+        # include_paths() is torch's own include folders; csrc is ours.
+        includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem {path}" for path in include_paths())]
+        link = f"-L{torch_lib} -Wl,--no-as-needed -ltorch -ltorch_cpu"
+        script = Ninja(Path(self.build_temp).resolve() / "native")
+        outputs, info = {}, {"torch": torch.__version__, "cxx": version_of(cxx), "libraries": libraries}
+        if "cpu" in libraries:
+            outputs["_C_cpu.so"] = self.cpu_library(script, cxx, includes, link)
+            info |= {"cpu_flags": COMMON_FLAGS + CXX_FLAGS, "instruction_sets": list(self.isas())}
+        if "cuda" in libraries:
+            arches = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES
+            outputs["_C_cuda.so"] = self.cuda_library(script, cxx, nvcc, includes, link, arches)
+            info |= {"nvcc": version_of(nvcc), "cuda_architectures": arches}
+        script.run(ninja, os.environ.get("MAX_JOBS"))
+        for name, built in outputs.items():
+            target = destination / name
+            temporary = target.with_suffix(".new")
+            shutil.copy2(built, temporary)
+            os.replace(temporary, target)  # a process that has the old library mapped keeps it
+        (destination / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+    @staticmethod
+    def isas():
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        return {name: flags for name, flags in ISA_FLAGS.items() if x86 or name == "baseline"}
+
+    def cpu_library(self, script, cxx, includes, link):
+        objects = []
+        for isa, flags in self.isas().items():
+            script.rule(
+                f"cxx_{isa}",
+                f"{cxx} -MMD -MF $out.d {quoted(COMMON_FLAGS + CXX_FLAGS + flags)} {' '.join(includes)} -c $in -o $out",
+                depfile=True,
+            )
+        # Baseline objects first: of the inline functions that several builds share, the linker keeps the first.
+        for isa in self.isas():
+            for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+                if isa != "baseline" and source.stem == "isa":
+                    continue
+                objects.append(Path(isa) / f"{source.stem}.o")
+                script.build(objects[-1], f"cxx_{isa}", [source])
+        objects.insert(0, Path("library.o"))
+        script.build(objects[0], "cxx_baseline", [ROOT / "csrc" / "library.cpp"])
+        script.rule("link_cpu", f"{cxx} -shared $in {link} -o $out", depfile=False)
+        script.build("_C_cpu.so", "link_cpu", objects)
+        return script.build_dir / "_C_cpu.so"
+
+    def cuda_library(self, script, cxx, nvcc, includes, link, arches):
+        host = ",".join(["-fPIC", "-fvisibility=hidden"])
+        flags = [
+            *COMMON_FLAGS,
+            "-DUSE_CUDA",
+            "--compress-mode=size",
+            "--expt-relaxed-constexpr",
+            *gencode_flags(arches),
+        ]
+        compile_ = f"{nvcc} -ccbin {cxx} -MD -MF $out.d {quoted(flags)} -Xcompiler {host} {' '.join(includes)}"
+        script.rule("nvcc", f"{compile_} -c $in -o $out", depfile=True)
+        sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        objects = [Path("cuda") / f"{source.stem}.o" for source in sources]
+        for source, output in zip(sources, objects):
+            script.build(output, "nvcc", [source])
+        script.rule(
+            "link_cuda",
+            f"{nvcc} -ccbin {cxx} -shared -cudart static $in {link.replace('-Wl,', '-Xlinker ')} -o $out",
+            depfile=False,
+        )
+        script.build("_C_cuda.so", "link_cuda", objects)
+        return script.build_dir / "_C_cuda.so"
+
+    def get_outputs(self):
+        folder = Path(self.build_lib) / "memkernels"
+        return [
+            str(folder / name) for name in ("_C_cpu.so", "_C_cuda.so", "build_info.json") if (folder / name).exists()
+        ]
+
+    def get_output_mapping(self):
+        return {}
+
+
+setup(
+    # Named so that setuptools knows this distribution is not pure Python; build_native decides what is built.
+    ext_modules=[Extension("memkernels._C_cpu", sources=[])],
+    cmdclass={"build_ext": build_native},
+)
