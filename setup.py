@@ -58,7 +58,7 @@ def targets(nvcc):
     """The libraries to build: what MEMKERNELS_BUILD names, or the CPU library, and the CUDA one where nvcc is."""
     asked = os.environ.get("MEMKERNELS_BUILD")
     if asked is None:
-        return ["cpu", "cuda"] if nvcc else ["cpu"]
+        return ["cpu", "cuda"] if nvcc and any((ROOT / "csrc" / "cuda").glob("*.cu")) else ["cpu"]
     names = [name.strip() for name in asked.split(",") if name.strip()]
     unknown = set(names) - {"cpu", "cuda", "none"}
     require(names and not unknown, f"MEMKERNELS_BUILD={asked!r}: it takes cpu, cuda, cpu,cuda or none.")
@@ -206,7 +206,7 @@ class build_native(build_ext):
         script.rule("nvcc", f"{compile_} -c $in -o $out", depfile=True)
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         objects = [Path("cuda") / f"{source.stem}.o" for source in sources]
-        for source, output in zip(sources, objects):
+        for source, output in zip(sources, objects, strict=True):
             script.build(output, "nvcc", [source])
         script.rule(
             "link_cuda",

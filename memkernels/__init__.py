@@ -1,6 +1,7 @@
 """Kernels for training models in less memory: Triton, CUDA C++ and native CPU code under drop-in PyTorch layers.
 
-`memkernels.ops` holds the functions, `memkernels.nn` the layers. Importing memkernels loads neither Triton nor transformers.
+`memkernels.ops` holds the functions, `memkernels.nn` the layers. Importing memkernels loads neither Triton nor
+transformers.
 """
 
 from memkernels import nn, ops

@@ -58,7 +58,7 @@ def cpu_isa() -> str | None:
     return cpu_library.memkernels_cpu_isa().decode()
 
 
-def set_cpu_isa(name: str) -> None:
+def set_cpu_isa(name: str | None) -> None:
     """Makes the native CPU kernels run with `name`: baseline, avx2 or avx512.
 
     Raises:

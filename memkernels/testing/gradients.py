@@ -52,8 +52,8 @@ def check_op(
 ) -> None:
     """Asserts that `function(**inputs, **options)` and its gradients agree with `reference`.
 
-    `reference` runs twice: in float64, the oracle, and at the inputs' own dtypes, the error of plain PyTorch. The function
-    runs with fresh memory filled with NaN. `strided_grads` makes the incoming gradients non-contiguous.
+    `reference` runs twice: in float64, the oracle, and at the inputs' own dtypes, the error of plain PyTorch. The
+    function runs with fresh memory filled with NaN. `strided_grads` makes the incoming gradients non-contiguous.
     """
     with poisoned_memory():
         outputs, gradients = _run(function, inputs, options, None, strided_grads)

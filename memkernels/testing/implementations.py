@@ -56,7 +56,7 @@ def _override_cpu(functions: dict[str, tuple[str, str]]) -> Iterator[None]:
 def implementations(operator: str) -> list[Implementation]:
     """Every implementation of `operator` that can run on this machine.
 
-    Triton kernels run on the GPU where there is one, and under the interpreter (TRITON_INTERPRET=1) where there is none.
+    Triton kernels run on the GPU where there is one, else under the interpreter (TRITON_INTERPRET=1).
     """
     found = []
     if _library.missing(operator, "cpu") is None:

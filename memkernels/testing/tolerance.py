@@ -9,7 +9,7 @@ from torch import Tensor
 def assert_within_factor_two(
     name: str, actual: Tensor, exact: Tensor, plain: Tensor, *, roundings: float = 1.0, atol: float = 1e-6
 ) -> None:
-    """Asserts |actual - exact| <= 2 |plain - exact| + roundings * eps * max|exact| + atol, for the largest and mean error.
+    """Asserts |actual - exact| <= 2 |plain - exact| + roundings * eps * max|exact| + atol, by largest and mean error.
 
     Args:
         name: what is compared, for the message.

@@ -1,4 +1,4 @@
-"""RMS norm for GPUs. A fixed number of programs walks the rows, so that weight is read, and dweight written, once a program."""
+"""RMS norm for GPUs. A fixed number of programs walks the rows: weight is read, and dweight written, once a program."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _rms_norm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y = h * rstd * (weight + offset), h = x + residual; x, y: (rows, size). Moves x and y once, residual and h too."""
+    """y = h * rstd * (weight + offset), h = x + residual; x, y: (rows, size). Moves each once."""
     columns = tl.arange(0, BLOCK_N)
     in_row = columns < size
     weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32) + weight_offset
