@@ -1,0 +1,65 @@
+"""RMS norm: Hugging Face's formula in eager torch, torch's own operator, torch.compile, memkernels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from memkernels.bench import Benchmark, Case, Step, Work
+
+EPS = 1e-6
+
+
+def eager(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None):
+    if residual is not None:
+        x = x + residual
+    hidden = x.float()
+    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + EPS)
+    y = weight * hidden.to(x.dtype)
+    return y if residual is None else (y, x)
+
+
+def fused_torch(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None):
+    if residual is not None:
+        x = x + residual
+    y = torch.nn.functional.rms_norm(x, weight.shape, weight, EPS)
+    return y if residual is None else (y, x)
+
+
+def setup(case: Case, provider: str) -> Step:
+    shape = (case.sizes["tokens"], case.sizes["width"])
+    x = torch.randn(shape, dtype=case.dtype, device=case.device, requires_grad=True)
+    weight = torch.randn(shape[1:], dtype=case.dtype, device=case.device, requires_grad=True)
+    residual = torch.randn_like(x, requires_grad=True) if case.sizes["residual"] else None
+    inputs = (x,) if residual is None else (x, residual)
+    if provider == "memkernels":
+        from memkernels.ops import rms_norm
+
+        return Step(lambda: rms_norm(x, weight, EPS, residual=residual), inputs, (weight,))
+    function = {"eager": eager, "torch": fused_torch, "compile": torch.compile(eager)}[provider]
+    return Step(lambda: function(x, weight, residual), inputs, (weight,))
+
+
+def work(case: Case, mode: str) -> Work:
+    """Forward reads x (and residual) and writes y (and their sum); backward reads dy, x (and dsum) and writes dx."""
+    forward, backward = (4, 4) if case.sizes["residual"] else (2, 3)
+    tensors = {"forward": forward, "backward": backward, "full": forward + backward}[mode]
+    return Work(bytes=tensors * case.sizes["tokens"] * case.sizes["width"] * case.dtype.itemsize)
+
+
+def cases() -> Iterator[Case]:
+    shapes = [(4096, 1024), (2048, 4096)]
+    for (tokens, width), residual, dtype in itertools.product(shapes, [False, True], [torch.float32, torch.bfloat16]):
+        name = f"T{tokens}-d{width}{'-residual' if residual else ''}"
+        yield Case(name, dtype, {"tokens": tokens, "width": width, "residual": residual})
+
+
+benchmark = Benchmark(
+    op="rms_norm",
+    cases=tuple(cases()),
+    providers=("eager", "torch", "compile", "memkernels"),
+    setup=setup,
+    work=work,
+)

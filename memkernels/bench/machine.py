@@ -1,0 +1,57 @@
+"""The machine a figure was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def device() -> torch.device:
+    """Where benchmarks run: the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def set_threads() -> None:
+    """Fix torch's threads at MEMKERNELS_BENCH_THREADS (default 2)."""
+    torch.set_num_threads(int(os.environ.get("MEMKERNELS_BENCH_THREADS", "2")))
+
+
+def describe() -> str:
+    """The GPU's name, or CPU model, cores, instruction set and threads in use."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{_cpu_model()}, {os.cpu_count()} cores, {capability}, {torch.get_num_threads()} threads"
+
+
+def slug(description: str) -> str:
+    """`description` as a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", description.lower()).strip("-")
+
+
+def commit(folder: Path) -> str:
+    """Short commit of the clone around `folder`, marked where code differs from it; empty outside a clone."""
+    code = ["memkernels", "csrc", "benchmarks", ":!benchmarks/results"]
+    try:
+        head = _git(folder, "rev-parse", "--short=10", "HEAD")
+        dirty = _git(folder, "status", "--porcelain", "--", *code)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{head}-dirty" if dirty else head
+
+
+def _git(folder: Path, *args: str) -> str:
+    command = ["git", "-C", str(folder), *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        return found.group(1).strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,55 @@
+import pytest
+
+from memkernels.bench import report
+from memkernels.bench.results import Row, write
+
+
+def rows(ratio=0.31):
+    common = {"machine": "Some CPU, 2 cores", "torch": "2.13.0"}
+    return [
+        Row("rms_norm", "T4-d8", "float32", "full", "eager", "eager", median_ms=12.0, ratio_to_baseline=1.0, **common),
+        Row("rms_norm", "T4-d8", "float32", "full", "memkernels", "eager", ratio_to_baseline=ratio, **common),
+        Row(
+            "rms_norm", "T4-d8", "float32", "memory", "eager", "eager",
+            ratio_to_baseline=1.0, peak_bytes=101_000_000, saved_bytes=33_600_000, **common,
+        ),
+        Row(
+            "rms_norm", "T4-d8", "float32", "memory", "memkernels", "eager",
+            ratio_to_baseline=0.25, peak_bytes=25_000_000, saved_bytes=16_800_000, **common,
+        ),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    write(tmp_path / "benchmarks/results/some-cpu/rms_norm.csv", rows())
+    (tmp_path / "README.md").write_text(f"# Title\n\n{report.START}\n{report.END}\n\nThe rest.\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_figures_are_rendered_as_ratios_beside_the_baseline(clone):
+    assert report.main([]) == 0
+    text = (clone / "README.md").read_text()
+    assert text.startswith("# Title\n\n") and text.endswith("\n\nThe rest.\n")
+    assert (
+        "| rms_norm | T4-d8, float32 | eager 12 ms, memkernels 0.31x | eager 101 MB, memkernels 0.25x "
+        "| eager 33.6 MB, memkernels 16.8 MB |"
+    ) in text
+    assert "Some CPU, 2 cores" in text
+
+
+def test_check_passes_on_a_fresh_readme_and_fails_on_a_stale_one(clone, capsys):
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    write(clone / "benchmarks/results/some-cpu/rms_norm.csv", rows(ratio=0.32))
+    before = (clone / "README.md").read_text()
+    assert report.main(["--check"]) == 1
+    assert "README.md disagrees with benchmarks/results" in capsys.readouterr().err
+    assert (clone / "README.md").read_text() == before
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="must hold the lines"):
+        report.update("# Title\n", rows())
