@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -226,8 +227,15 @@ class build_native(build_ext):
         return {}
 
 
-setup(
-    # Named so that setuptools knows this distribution is not pure Python; build_native decides what is built.
-    ext_modules=[Extension("memkernels._C_cpu", sources=[])],
-    cmdclass={"build_ext": build_native},
-)
+class native_wheel(bdist_wheel):
+    def get_tag(self):
+        # The libraries use torch's stable ABI and no Python API: one wheel serves every Python.
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":
+    setup(
+        # Named so that setuptools knows this distribution is not pure Python; build_native decides what is built.
+        ext_modules=[Extension("memkernels._C_cpu", sources=[])],
+        cmdclass={"build_ext": build_native, "bdist_wheel": native_wheel},
+    )

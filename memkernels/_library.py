@@ -22,8 +22,10 @@ CPU_ISAS = ("baseline", "avx2", "avx512")
 
 _FOLDER = Path(__file__).parent
 _library = torch.library.Library("memkernels", "DEF")
-# Operator name -> the Triton module that implements it on GPUs.
+# Operator name -> the devices that a native library implements it for, and the Triton module that does so on GPUs.
+_native_devices: dict[str, list[str]] = {}
 triton_modules: dict[str, str] = {}
+_triton_missing = None if importlib.util.find_spec("triton") else "Triton is not installed: `pip install triton`."
 
 
 def _load(name: str) -> tuple[ctypes.CDLL | None, str | None]:
@@ -82,6 +84,8 @@ def define(schema: str, fake: Callable) -> None:
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memkernels::{name}", fake, lib=_library)
+    has_native = torch._C._dispatch_has_kernel_for_dispatch_key
+    _native_devices[name] = [d for d in ("cpu", "cuda") if has_native(f"memkernels::{name}", d.upper())]
 
 
 def implement_with_triton(module: str, *operators: str) -> None:
@@ -95,13 +99,12 @@ def implement_with_triton(module: str, *operators: str) -> None:
         _library.impl(name, lazy(name), "CUDA")
 
 
-@torch.compiler.assume_constant_result
 def missing(operator: str, device_type: str) -> str | None:
     """Why `operator` has no implementation on a device; None where it has one."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"memkernels::{operator}", device_type.upper()):
-        if device_type == "cuda" and operator in triton_modules and importlib.util.find_spec("triton") is None:
-            return "Triton is not installed: `pip install triton`."
+    if device_type in _native_devices[operator]:
         return None
+    if device_type == "cuda" and operator in triton_modules:
+        return _triton_missing
     return {"cpu": cpu_missing, "cuda": cuda_missing}.get(device_type) or f"it has no implementation for {device_type}."
 
 

@@ -1,0 +1,64 @@
+# `make demo` and `make test` work from a bare clone with Python 3.10+, g++ and make; everything else goes into .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help env build demo test test-slow lint format bench kernels clean
+
+help:
+	@echo "make demo       environment, build, and the main job: a Llama trained with and without memkernels"
+	@echo "make test       environment, build, tests"
+	@echo "make test-slow  the long sweeps"
+	@echo "make lint       ruff, clang-format, mypy"
+	@echo "make bench      every benchmark, and the README's figures from them"
+	@echo "make kernels    compile every GPU kernel for every target; tables of registers, spills and traffic"
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	  || { echo "memkernels: Python 3.10 or newer is missing; install it or name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "memkernels: this Python has no venv module; install it (Debian: apt-get install python3-venv)."; exit 1; }
+	@command -v "$${CXX:-g++}" >/dev/null \
+	  || { echo "memkernels: a C++ compiler is missing; install g++ 11 or newer, or name one with CXX."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja pybind11
+	MEMKERNELS_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[hf,plot,test,dev]"
+	touch $@
+
+env: $(VENV)/.ready
+
+build: env
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+demo: build
+	$(BIN)/python -m memkernels demo
+
+# xdist runs two processes of one thread each; loadgroup keeps tests that share a session fixture together.
+test: build
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+
+test-slow: build
+	$(BIN)/python -m pytest -q -m slow
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: env
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
+
+bench: build
+	$(BIN)/python -m memkernels bench
+
+kernels: build
+	$(BIN)/python -m memkernels.testing.kernel_table
+
+clean:
+	rm -rf build dist memkernels/*.so memkernels/build_info.json
