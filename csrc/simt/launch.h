@@ -1,0 +1,102 @@
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "block.h"
+#include "shared_memory.h"
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+
+using cudaStream_t = struct CUstream_st*;
+
+struct cudaLaunchAttribute {};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned int numAttrs = 0;
+};
+
+namespace memkernels::simt {
+
+inline uint3 unflatten(int64_t index, dim3 extent) {
+  const int64_t row = index / extent.x;
+  return {static_cast<unsigned int>(index % extent.x), static_cast<unsigned int>(row % extent.y),
+          static_cast<unsigned int>(row / extent.y)};
+}
+
+inline std::vector<int64_t> block_order(int64_t blocks) {
+  std::vector<int64_t> order(blocks);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  const char* seed = std::getenv("MEMKERNELS_SIMT_SEED");
+  std::shuffle(order.begin(), order.end(), std::mt19937_64(seed ? std::strtoull(seed, nullptr, 10) : 0));
+  return order;
+}
+
+// Runs body() once per thread of the grid, on one pool of threads that takes the blocks in turn.
+inline void launch(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
+  gridDim = config.gridDim;
+  blockDim = config.blockDim;
+  const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  const std::vector<int64_t> order = block_order(int64_t{gridDim.x} * gridDim.y * gridDim.z);
+  SharedMemory& shared = SharedMemory::instance();
+  shared.resize_dynamic(config.dynamicSmemBytes);
+
+  Block block(threads);
+  size_t next = 0;  // 1 past the block that runs
+  bool done = false;
+  auto advance = [&]() noexcept {
+    done = next == order.size() || block.failed();
+    if (done) return;
+    ++next;
+    shared.poison();
+    block.reset();
+  };
+  std::barrier turn(threads, advance);
+
+  {
+    std::vector<std::jthread> pool;
+    for (int thread = 0; thread < threads; ++thread) {
+      pool.emplace_back([&, thread] {
+        current_block = &block;
+        current_thread = thread;
+        threadIdx = unflatten(thread, blockDim);
+        for (turn.arrive_and_wait(); !done; turn.arrive_and_wait()) {
+          blockIdx = unflatten(order[next - 1], gridDim);
+          block.run(thread, body);
+        }
+      });
+    }
+  }
+  if (block.failed()) throw KernelError(block.message());
+}
+
+}  // namespace memkernels::simt
+
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  const dim3 grid = config->gridDim;
+  const dim3 block = config->blockDim;
+  const int64_t threads = int64_t{block.x} * block.y * block.z;
+  if (int64_t{grid.x} * grid.y * grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535 ||
+      threads == 0 || threads > 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  memkernels::simt::launch(*config, [&] { kernel(static_cast<Params>(args)...); });
+  return cudaSuccess;
+}
