@@ -9,6 +9,7 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
+from memkernels._library import cpu_missing
 from memkernels.bench import machine
 from memkernels.bench.measure import memory_rows, time_rows
 from memkernels.bench.registry import find, load
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(f"op must be among {', '.join(files)}, got {error.args[0]}")
     except FileNotFoundError as error:
         return _refuse(str(error))
+    if machine.device().type == "cpu" and cpu_missing is not None:
+        return _refuse(f"without native kernels memkernels computes by its reference: {cpu_missing}")
     machine.set_threads()
     description = machine.describe()
     print(description)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -9,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import torch
+
+from memkernels._library import cpu_isa
 
 
 def device() -> torch.device:
@@ -25,8 +28,10 @@ def describe() -> str:
     """The GPU's name, or CPU model, cores, instruction set and threads in use."""
     if device().type == "cuda":
         return torch.cuda.get_device_name()
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{_cpu_model()}, {os.cpu_count()} cores, {capability}, {torch.get_num_threads()} threads"
+    isa = torch.backends.cpu.get_cpu_capability()
+    if (own := str(cpu_isa()).upper()) != isa:
+        isa = f"{isa} (memkernels {own})"
+    return f"{_cpu_model()}, {os.cpu_count()} cores, {isa}, {torch.get_num_threads()} threads"
 
 
 def slug(description: str) -> str:
@@ -34,6 +39,7 @@ def slug(description: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", description.lower()).strip("-")
 
 
+@functools.cache
 def commit(folder: Path) -> str:
     """Short commit of the clone around `folder`, marked where code differs from it; empty outside a clone."""
     code = ["memkernels", "csrc", "benchmarks", ":!benchmarks/results"]

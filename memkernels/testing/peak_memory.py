@@ -119,15 +119,15 @@ def run_in_child(function: Callable[..., Any], *args: Any, timeout: float = 1800
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         request = json.dumps([function.__module__, path, function.__name__, args, str(answer)])
-        command = [sys.executable, "-m", "memkernels.testing.peak_memory", request]
+        command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()", request]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         if done.returncode != 0:
             raise RuntimeError(f"{function.__name__}{args} failed in its own process:\n{done.stderr.strip()[-4000:]}")
         return json.loads(answer.read_text())
 
 
-def _serve(request: str) -> None:
-    module_name, path, name, args, answer = json.loads(request)
+def _serve() -> None:
+    module_name, path, name, args, answer = json.loads(sys.argv[1])
     result = getattr(_load(module_name, path), name)(*args)
     Path(answer).write_text(json.dumps(result))
 
@@ -146,7 +146,3 @@ def _load(module_name: str, path: str) -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1])
