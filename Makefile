@@ -55,7 +55,9 @@ format: env
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
 bench: build
-	$(BIN)/python -m memkernels bench
+	$(BIN)/python -m memkernels.bench
+	$(BIN)/python -m memkernels.bench.plot
+	$(BIN)/python -m memkernels.bench.report
 
 kernels: build
 	$(BIN)/python -m memkernels.testing.kernel_table

@@ -28,8 +28,8 @@ def render(rows: Iterable[Row]) -> str:
         by_case = attrgetter("op", "case", "dtype")
         for (op, case, dtype), group in itertools.groupby(sorted(of_machine, key=by_case), by_case):
             lines.append(f"| {op} | {case}, {dtype} | {' | '.join(_cells(list(group)))} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        parts.append("".join(f"{line}\n" for line in lines))
+    return "\n".join(parts)
 
 
 def update(text: str, rows: Iterable[Row]) -> str:
@@ -38,7 +38,7 @@ def update(text: str, rows: Iterable[Row]) -> str:
     _, closed, after = rest.partition(END)
     if not found or not closed:
         raise ValueError(f"text must hold the lines {START!r} and {END!r}")
-    return f"{before}{START}\n{render(rows)}\n{END}{after}"
+    return f"{before}{START}\n{render(rows)}{END}{after}"
 
 
 def read_results(folder: Path) -> list[Row]:

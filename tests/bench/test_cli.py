@@ -4,6 +4,7 @@ import argparse
 import textwrap
 
 import pytest
+import torch
 
 from memkernels.bench import cli, machine
 from memkernels.bench.results import read
@@ -42,7 +43,9 @@ def run(tmp_path):
         cli.add_arguments(parser)
         return cli.run(parser.parse_args([*arguments, "--benchmarks", str(tmp_path)]))
 
-    return run
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
 
 
 def results(tmp_path):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from memkernels.bench import report
@@ -48,6 +50,11 @@ def test_check_passes_on_a_fresh_readme_and_fails_on_a_stale_one(clone, capsys):
     assert report.main(["--check"]) == 1
     assert "README.md disagrees with benchmarks/results" in capsys.readouterr().err
     assert (clone / "README.md").read_text() == before
+
+
+def test_the_readme_agrees_with_the_committed_results():
+    root = Path(__file__).parents[2]
+    assert report.main(["--check", "--readme", f"{root}/README.md", "--results", f"{root}/benchmarks/results"]) == 0
 
 
 def test_a_readme_without_markers_is_refused():
