@@ -61,6 +61,7 @@ bench: build
 
 kernels: build
 	$(BIN)/python -m memkernels.testing.kernel_table
+	$(BIN)/python -m memkernels.testing.cuda_resources
 
 clean:
 	rm -rf build dist memkernels/*.so memkernels/build_info.json

@@ -1,0 +1,135 @@
+"""Registers, shared memory and spills of the CUDA C++ kernels on every architecture, from nvcc; no GPU is needed.
+
+`python -m memkernels.testing.cuda_resources` prints the table of a checkout, in Markdown. Its units are the files of
+tests/compile, each of which instantiates the kernels of one csrc/cuda/*.cuh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
+
+_ENTRY = re.compile(r"Compiling entry function '(?P<symbol>\S+)'")
+_SPILLS = re.compile(
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill"
+)
+_USED = re.compile(r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?")
+
+
+@dataclass(frozen=True)
+class CudaResources:
+    """What one kernel needs on one architecture: registers per thread, bytes per block or per thread.
+
+    spill_bytes counts spill stores and loads; stack_bytes is local memory per thread, spills included.
+    """
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+def find_nvcc() -> str | None:
+    """The nvcc of CUDA_HOME, else of PATH; None where there is none."""
+    home = os.environ.get("CUDA_HOME")
+    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+
+
+def compile_resources(source: Path, architecture: str) -> list[CudaResources]:
+    """Compiles `source` for one architecture such as "90a" and returns what each of its kernels needs.
+
+    Raises:
+        FileNotFoundError: there is no nvcc.
+        RuntimeError: nvcc failed; the message is its output.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("nvcc is not found; install the CUDA toolkit or set CUDA_HOME.")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-cubin"]
+        command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v,--warn-on-spills"]
+        command += ["-o", f"{folder}/kernels.cubin", str(source)]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"nvcc failed on {source} for sm_{architecture}:\n{result.stdout}{result.stderr}")
+    return parse_ptxas(result.stdout + result.stderr, architecture)
+
+
+def parse_ptxas(text: str, architecture: str) -> list[CudaResources]:
+    """What `ptxas -v` says of each kernel, in its order."""
+    found: list[CudaResources] = []
+    for block in re.split(r"(?=Compiling entry function)", text)[1:]:
+        entry, spills, used = _ENTRY.search(block), _SPILLS.search(block), _USED.search(block)
+        if not (entry and spills and used):
+            raise RuntimeError(f"ptxas printed something unforeseen for sm_{architecture}:\n{block}")
+        found.append(
+            CudaResources(
+                kernel=_readable(entry["symbol"]),
+                architecture=architecture,
+                registers=int(used["registers"]),
+                shared_bytes=int(used["shared"] or 0),
+                stack_bytes=int(spills["stack"]),
+                spill_bytes=int(spills["stores"]) + int(spills["loads"]),
+            )
+        )
+    return found
+
+
+def all_resources(sources: Iterable[Path], *, architectures: Sequence[str] = ARCHITECTURES) -> list[CudaResources]:
+    """`compile_resources` of every source on every architecture, two compilers at a time."""
+    tasks = [(source, architecture) for source in sources for architecture in architectures]
+    with ThreadPoolExecutor(2) as pool:
+        return [one for found in pool.map(lambda task: compile_resources(*task), tasks) for one in found]
+
+
+def table(resources: Iterable[CudaResources]) -> str:
+    """Markdown: one line per kernel, one column per architecture: registers / shared bytes / spilled bytes."""
+    by_kernel: dict[str, dict[str, CudaResources]] = {}
+    for one in resources:
+        by_kernel.setdefault(one.kernel, {})[one.architecture] = one
+    architectures = list(dict.fromkeys(a for row in by_kernel.values() for a in row))
+    lines = ["| kernel | " + " | ".join(f"sm_{a}" for a in architectures) + " |"]
+    lines.append("| --- " * (1 + len(architectures)) + "|")
+    for kernel, row in sorted(by_kernel.items()):
+        cells = [f"{row[a].registers} / {row[a].shared_bytes} / {row[a].spill_bytes}" for a in architectures]
+        lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _readable(symbol: str) -> str:
+    """`cross_entropy_grad_kernel<float, RowShape<32, 4>, false>` for a mangled name; itself without c++filt."""
+    if shutil.which("c++filt") is None:
+        return symbol
+    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"\b(?:void |memkernels::cuda::)", "", name)
+    return re.sub(r"\((?:int|bool|unsigned int)\)", "", name).split("(")[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m memkernels.testing.cuda_resources",
+        description="Registers / shared bytes / spilled bytes of each CUDA C++ kernel, as Markdown.",
+    )
+    parser.add_argument("sources", nargs="*", type=Path, help="CUDA files; those of tests/compile without any")
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="such as 80 90a; all without it")
+    options = parser.parse_args(arguments)
+    sources = options.sources or sorted((ROOT / "tests" / "compile").glob("*.cu"))
+    print(table(all_resources(sources, architectures=options.arch)))
+
+
+if __name__ == "__main__":
+    main()
