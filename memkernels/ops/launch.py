@@ -22,10 +22,10 @@ class RowTile:
 
 
 def row_tile(size: int) -> RowTile:
-    """About 32 elements of a row a thread; short rows share a program of four warps."""
+    """About 16 elements of a row a thread, as float32 in backward spills at 32; short rows share four warps."""
     block_n = triton.next_power_of_2(max(size, 1))
     block_m = max(1, min(16, 2048 // block_n))
-    return RowTile(block_m, block_n, num_warps=min(16, max(4, block_n // 1024)))
+    return RowTile(block_m, block_n, num_warps=min(16, max(4, block_n // 512)))
 
 
 def num_programs(x: Tensor, rows: int, rows_per_program: int) -> int:

@@ -1,0 +1,81 @@
+"""Compiles Triton kernels ahead of time for GPUs that this machine does not have, and reads off what they need.
+
+A case's launcher runs on meta tensors while `JITFunction.run` only records, so each kernel is compiled with the
+arguments, specialisation and options of its real launch. Kernels must have been decorated without TRITON_INTERPRET;
+`kernel_table` starts processes for that. Triton's own cache keeps what was compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from memkernels.testing.cases import KernelCase, Target
+from memkernels.testing.resources import Resources, amd_resources, nvidia_resources
+
+
+class Launch(NamedTuple):
+    """A recorded launch: the kernel, its arguments by position, and by name together with the compile options."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside it launching a Triton kernel runs nothing and adds a Launch to the list."""
+    launches: list[Launch] = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        launches.append(Launch(kernel, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def compile_launch(launch: Launch, target: Target) -> Resources:
+    """Compiles one launch as Triton's just-in-time path would on `target`."""
+    kernel, args, kwargs = launch
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    backend = make_backend(gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **kwargs)
+    options, signature, constexprs, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    compiled = triton.compile(source, target=gpu, options=options.__dict__)
+    if target.backend == "cuda":
+        return nvidia_resources(compiled.asm["cubin"], compiled.asm["ttir"], compiled.metadata.shared)
+    return amd_resources(compiled.asm["amdgcn"], compiled.asm["ttir"], compiled.metadata.shared)
+
+
+def compile_case(case: KernelCase, target: Target) -> dict[str, Resources]:
+    """Compiles every kernel that `case` launches for `target`.
+
+    Returns:
+        Resources by the kernel's name.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set, no kernel was launched, or one kernel was launched in two configurations.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "TRITON_INTERPRET is set, so there is nothing to compile; see kernel_table.triton_processes."
+        )
+    with recorded_launches() as launches:
+        case.launch("meta")
+    if not launches:
+        raise RuntimeError(f"{case.label}: no Triton kernel was launched; is the input empty?")
+    compiled: dict[str, Resources] = {}
+    for launch in launches:
+        name, resources = launch.kernel.__name__, compile_launch(launch, target)
+        if compiled.setdefault(name, resources) != resources:
+            raise RuntimeError(f"{case.label}: {name} is launched in two configurations; make each a case of its own.")
+    return compiled

@@ -1,0 +1,138 @@
+"""`python -m memkernels.testing.kernel_table`: what each Triton kernel needs on each target, and what it moves.
+
+TRITON_INTERPRET decides for a whole process whether Triton compiles or interprets, so both kinds of work run in
+processes of their own, whatever the caller has set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
+
+from memkernels.testing.cases import TARGETS, KernelCase, Target, kernel_case, kernel_cases, ops_with_triton
+
+if TYPE_CHECKING:
+    from memkernels.testing.resources import Resources
+    from memkernels.testing.traffic import CaseTraffic
+
+HEADING = """# Triton kernels
+
+Written by `python -m memkernels.testing.kernel_table --output docs/kernels.md`. These are facts of the compiler and
+counts of Triton's interpreter, taken on a machine without a GPU: none of it is a measurement on a GPU.
+"""
+
+RESOURCES_HEADING = """## Resources
+
+Each cell: registers per thread / shared memory per block in bytes / spills / tensor-core instructions.
+"""
+
+TRAFFIC_HEADING = """## Traffic
+
+Bytes moved through global memory, caches or not, over the least possible: each input read once, each output written
+once.
+"""
+
+
+@contextmanager
+def triton_processes(*, interpret: bool, workers: int = 2) -> Iterator[ProcessPoolExecutor]:
+    """A pool whose processes were started with TRITON_INTERPRET set or unset."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        with mock.patch.dict(os.environ):
+            # Set before the processes start: an initializer would come too late where importing torch imports Triton.
+            os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
+            for started in [pool.submit(os.getpid) for _ in range(workers)]:
+                started.result()
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def submit_compile(pool: ProcessPoolExecutor, op: str, label: str, target: Target) -> Future[dict[str, Resources]]:
+    """Compiles a case in a pool that does not interpret; the result is `aot.compile_case`'s."""
+    return pool.submit(_compile, op, label, target)
+
+
+def submit_count(pool: ProcessPoolExecutor, op: str, label: str) -> Future[CaseTraffic]:
+    """Runs a case in a pool that interprets; the result is `traffic.count_case`'s."""
+    return pool.submit(_count, op, label)
+
+
+def _compile(op: str, label: str, target: Target) -> dict[str, Resources]:
+    from memkernels.testing.aot import compile_case
+
+    return compile_case(kernel_case(op, label), target)
+
+
+def _count(op: str, label: str) -> CaseTraffic:
+    from memkernels.testing.traffic import count_case
+
+    return count_case(kernel_case(op, label))
+
+
+def _resources_lines(cases: Sequence[tuple[str, KernelCase]]) -> list[str]:
+    lines = ["| op | case | kernel | " + " | ".join(map(str, TARGETS)) + " |", "| --- " * (3 + len(TARGETS)) + "|"]
+    with triton_processes(interpret=False) as pool:
+        compiled = [
+            (op, case, {target.name: submit_compile(pool, op, case.label, target) for target in case.targets})
+            for op, case in cases
+        ]
+        for op, case, futures in compiled:
+            by_target = {target: future.result() for target, future in futures.items()}
+            kernels = dict.fromkeys(kernel for resources in by_target.values() for kernel in resources)
+            for kernel in kernels:
+                cells = [_cell(by_target.get(target.name, {}).get(kernel)) for target in TARGETS]
+                lines.append(f"| {op} | {case.label} | `{kernel}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(resources: Resources | None) -> str:
+    if resources is None:
+        return ""
+    counts = (resources.registers, resources.shared_bytes, resources.spills, resources.tensor_core_instructions)
+    return " / ".join(map(str, counts))
+
+
+def _traffic_lines(cases: Sequence[tuple[str, KernelCase]]) -> list[str]:
+    lines = ["| op | case | bytes read | bytes written | least | ratio | limit |", "| --- " * 7 + "|"]
+    with triton_processes(interpret=True) as pool:
+        counted = [(op, case, submit_count(pool, op, case.label)) for op, case in cases]
+        for op, case, future in counted:
+            traffic = future.result()
+            limit = "" if case.traffic_limit is None else f"{case.traffic_limit:.2f}"
+            figures = f"{traffic.read_bytes:,} | {traffic.written_bytes:,} | {traffic.least_bytes:,}"
+            lines.append(f"| {op} | {case.label} | {figures} | {traffic.ratio:.3f} | {limit} |")
+    return lines
+
+
+def kernel_table(ops: Sequence[str]) -> str:
+    """Both tables for `ops`, in Markdown; half a second per kernel and target when Triton's cache is cold."""
+    cases = [(op, case) for op in ops for case in kernel_cases(op)]
+    parts = [HEADING, RESOURCES_HEADING, *_resources_lines(cases), "", TRAFFIC_HEADING, *_traffic_lines(cases), ""]
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    summary = "Tabulates what each Triton kernel needs on each target, and the bytes it moves."
+    parser = argparse.ArgumentParser(prog="python -m memkernels.testing.kernel_table", description=summary)
+    parser.add_argument("--op", choices=ops_with_triton(), help="only this op; all of them without it")
+    parser.add_argument("--output", type=Path, help="write here instead of printing")
+    options = parser.parse_args(arguments)
+    table = kernel_table([options.op] if options.op else ops_with_triton())
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(table)
+    else:
+        print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Every Triton kernel, compiled for every target: it compiles, fits, spills nothing, and multiplies on tensor cores."""
+
+import functools
+import importlib
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from memkernels.testing.cases import kernel_cases, ops_with_triton
+from memkernels.testing.kernel_table import submit_compile, triton_processes
+
+pytestmark = pytest.mark.xdist_group("triton_kernels")
+
+COMPILATIONS = [
+    pytest.param(op, case, target, id=f"{op}-{case.label}-{target}".replace(" ", "-"))
+    for op in ops_with_triton()
+    for case in kernel_cases(op)
+    for target in case.targets
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Of an op and a case: by target the resources of each kernel. The targets of a case compile two at a time."""
+    with triton_processes(interpret=False) as pool:
+
+        @functools.cache
+        def compile_targets(op, case):
+            futures = {target: submit_compile(pool, op, case.label, target) for target in case.targets}
+            return lambda target: futures[target].result()
+
+        yield lambda op, case, target: compile_targets(op, case)(target)
+
+
+@pytest.mark.parametrize("op, case, target", COMPILATIONS)
+def test_kernel_keeps_its_budget(compiled, op, case, target):
+    for kernel, resources in compiled(op, case, target).items():
+        assert resources.spills == 0 and resources.stack_bytes == 0, f"{kernel} spills: {resources}"
+        assert resources.shared_bytes <= target.max_shared_bytes, f"{kernel} does not fit a block: {resources}"
+        if resources.multiplies:
+            assert resources.tensor_core_instructions > 0, f"{kernel} multiplies without tensor cores: {resources}"
+
+
+@pytest.mark.parametrize("op", ops_with_triton())
+def test_every_kernel_has_a_case(compiled, op):
+    module = importlib.import_module(f"memkernels.ops.{op}.triton")
+    kernels = {name for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "run")}
+    covered = {kernel for case in kernel_cases(op) for target in case.targets for kernel in compiled(op, case, target)}
+    assert kernels == covered

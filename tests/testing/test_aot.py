@@ -1,0 +1,72 @@
+"""memkernels.testing.aot: what it reports of kernels whose resources are known beforehand (aot_kernels.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+
+from memkernels.testing.aot import compile_case
+from memkernels.testing.cases import TARGETS, KernelCase
+from memkernels.testing.resources import Resources
+
+
+@pytest.fixture(scope="module")
+def resources():
+    script = Path(__file__).with_name("aot_kernels.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    output = subprocess.run([sys.executable, script], env=environment, check=True, stdout=subprocess.PIPE).stdout
+    parsed = json.loads(output)
+
+    def one(case, target):
+        (found,) = parsed[case][target]
+        return Resources(**found)
+
+    return one
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_a_copy_needs_next_to_nothing(resources, target):
+    found = resources("copy", target)
+    assert 0 < found.registers < 64
+    assert found.spills == found.stack_bytes == found.shared_bytes == found.tensor_core_instructions == 0
+    assert not found.multiplies
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_a_kernel_that_spills_is_reported(resources, target):
+    found = resources("spill", target)
+    assert found.spills > 0 and found.stack_bytes > 0
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_dot_runs_on_tensor_cores(resources, target):
+    found = resources("dot_bfloat16", target.name)
+    assert found.multiplies and found.tensor_core_instructions > 0 and found.spills == 0
+    assert 0 < found.shared_bytes <= target.max_shared_bytes
+    assert (found.async_copies > 0) == (target.backend == "cuda")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_float32_runs_on_tensor_cores_in_tf32_alone(resources, target):
+    tf32, ieee = resources("dot_tf32", target), resources("dot_ieee", target)
+    assert tf32.multiplies and tf32.tensor_core_instructions > 0
+    assert not ieee.multiplies and ieee.tensor_core_instructions == 0
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_descriptors_copy_by_tma(resources, target):
+    assert resources("descriptor", target).tma_copies == 2
+    assert resources("dot_bfloat16", target).tma_copies == 0
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="shows what happens under TRITON_INTERPRET=1")
+def test_interpretation_is_refused():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        compile_case(KernelCase("copy", lambda device: ()), TARGETS[0])
