@@ -13,9 +13,10 @@ from memkernels.bench.registry import find, load
 
 LOADED = [load(path) for path in find(Path(__file__).parent).values()]
 CASES = [(loaded, case, provider) for loaded in LOADED for case in loaded.cases for provider in loaded.providers]
+IDS = [f"{loaded.op}-{case.label}-{provider}" for loaded, case, provider in CASES]
 
 
-@pytest.mark.parametrize(("loaded", "case", "provider"), CASES, ids=lambda value: getattr(value, "op", None))
+@pytest.mark.parametrize(("loaded", "case", "provider"), CASES, ids=IDS)
 def test_full_step(benchmark, loaded, case, provider):
     set_threads()
     torch.manual_seed(0)
