@@ -16,11 +16,12 @@ END = "<!-- benchmarks:end -->"
 
 
 def render(rows: Iterable[Row]) -> str:
-    """Markdown: a table per machine and a line per case, with each provider's ratio to the case's baseline."""
+    """Markdown: a table per machine and torch, a line per case, with each provider's ratio to the case's baseline."""
     parts = []
-    for machine, of_machine in itertools.groupby(sorted(rows, key=attrgetter("machine")), attrgetter("machine")):
+    place = attrgetter("machine", "torch")
+    for (machine, version), of_machine in itertools.groupby(sorted(rows, key=place), place):
         lines = [
-            f"{machine}:",
+            f"{machine}; torch {version}:",
             "",
             "| Benchmark | Case | Time | Peak memory | Saved for backward |",
             "| --- " * 5 + "|",

@@ -38,7 +38,7 @@ def test_figures_are_rendered_as_ratios_beside_the_baseline(clone):
         "| rms_norm | T4-d8, float32 | eager 12 ms, memkernels 0.31x | eager 101 MB, memkernels 0.25x "
         "| eager 33.6 MB, memkernels 16.8 MB |"
     ) in text
-    assert "Some CPU, 2 cores" in text
+    assert "Some CPU, 2 cores; torch 2.13.0:" in text
 
 
 def test_check_passes_on_a_fresh_readme_and_fails_on_a_stale_one(clone, capsys):
