@@ -92,7 +92,12 @@ def implement_with_triton(module: str, *operators: str) -> None:
     """Registers functions of `module`, named as the operators are, for GPUs; imported when first called."""
 
     def lazy(name: str) -> Callable:
-        return lambda *args, **kwargs: getattr(importlib.import_module(module), name)(*args, **kwargs)
+        def call(*args, **kwargs):
+            # Triton launches on torch's current device, which need not be that of the tensors.
+            with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+                return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+        return call
 
     for name in operators:
         triton_modules[name] = module

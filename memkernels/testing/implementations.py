@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from memkernels import _library
+from memkernels.testing.interpreter import bfloat16_products
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Implementation:
             finally:
                 _library.set_cpu_isa(before)
         elif self.name == "triton-interpreter":
-            with _override_cpu({op: (module, op) for op, module in _library.triton_modules.items()}):
+            functions = {operator: (module, operator) for operator, module in _library.triton_modules.items()}
+            with _override_cpu(functions), bfloat16_products():
                 yield self.device
         else:
             yield self.device
