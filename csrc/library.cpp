@@ -5,6 +5,8 @@
 #define MEMKERNELS_IMPL(name) m.impl(#name, &memkernels::KernelTable<#name>::call)
 
 STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
+  MEMKERNELS_IMPL(attention_bwd);
+  MEMKERNELS_IMPL(attention_fwd);
   MEMKERNELS_IMPL(rms_norm_fwd);
   MEMKERNELS_IMPL(rms_norm_bwd);
 }

@@ -53,6 +53,13 @@ inline float max(Vec v) {
   return largest;
 }
 
+// Whether any lane of a comparison holds.
+inline bool any(IntVec mask) {
+  int32_t bits = 0;
+  for (int64_t i = 0; i < kLanes; ++i) bits |= mask[i];
+  return bits != 0;
+}
+
 template <typename To, typename From>
 inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));

@@ -201,16 +201,12 @@ def _row_major(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _biases(*biases: Tensor | None) -> list[Tensor | None]:
-    return [bias if bias is None else bias.contiguous() for bias in biases]
-
-
 def _has_descriptor(matrix: Tensor | None) -> bool:
     """Whether a TMA descriptor can be made: base and rows at multiples of 16 bytes, no rows that overlap, not empty."""
     if matrix is None:
         return True
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-    return aligned and matrix.numel() > 0 and matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return aligned and matrix.numel() > 0 and matrix.stride(0) >= matrix.shape[1]
 
 
 def _operands(tile: GemmTile, *operands: tuple[Tensor | None, str]) -> list[Tensor | TensorDescriptor | None]:
@@ -248,8 +244,7 @@ def gated_hidden_fwd(
         tile = tile or select_tile(False, x.dtype, x.device, tma=all(map(_has_descriptor, (x, w_gate, w_up, h))))
         _gated_hidden_fwd_kernel[(tile.programs(rows, hidden),)](
             *_operands(tile, (x, "mk"), (w_gate, "nk"), (w_up, "nk"), (h, "mn")),
-            *_biases(b_gate, b_up), rows, size, hidden, *_row_strides(x, w_gate, w_up),
-            ACTIVATION=activation, **tile.options(),
+            b_gate, b_up, rows, size, hidden, *_row_strides(x, w_gate, w_up), ACTIVATION=activation, **tile.options(),
         )  # fmt: skip
     return h
 
@@ -281,7 +276,7 @@ def gated_hidden_bwd(
             (h, "mn"), (dgate, "mn"), (dup, "mn"),
         )  # fmt: skip
         _gated_hidden_bwd_kernel[(tile.programs(rows, hidden),)](
-            *operands, *_biases(b_gate, b_up), rows, size, hidden, *_row_strides(dy, w_down, x, w_gate, w_up),
+            *operands, b_gate, b_up, rows, size, hidden, *_row_strides(dy, w_down, x, w_gate, w_up),
             ACTIVATION=activation, **tile.options(),
         )  # fmt: skip
     return h, x.new_empty(0) if dgate is None else dgate, dup

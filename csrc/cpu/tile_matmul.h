@@ -1,0 +1,179 @@
+// Products of tiles that stay in cache, for kernels that fuse several of them: C[M x N] (+)= A[M x K] B[K x N].
+//
+// A and B are stored in units along K. A unit is one float, or, for BFloat16 where the processor multiplies pairs of
+// them (AVX-512-bf16), two neighbours along K in 32 bits, the first in the low half:
+//   A: [M][K / depth] units        B: [K / depth][N] units        C: [M][N] floats
+// so B has one unit per lane, and a unit of A is broadcast to all lanes. Rows of B and C start at any address.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/vec.h"
+
+namespace memkernels::cpu {
+inline namespace CPU_CAPABILITY {
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <typename T>
+using Unit = std::conditional_t<std::is_same_v<T, BFloat16>, uint32_t, float>;
+#else
+template <typename T>
+using Unit = float;
+#endif
+
+// Elements along K in one unit.
+template <typename U>
+constexpr int64_t kDepth = std::is_same_v<U, float> ? 1 : 2;
+
+// The register tile: kRows x (3 vectors), or kWideRows x (kWideVecs vectors) where N is not 3 vectors.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kRows = 8, kWideRows = 6, kWideVecs = 4;
+#else
+constexpr int kRows = 4, kWideRows = 4, kWideVecs = 3;
+#endif
+
+inline void multiply_add(Vec& c, float a, const float* b) {
+  c += a * load(b);
+}
+#if defined(CPU_CAPABILITY_AVX512)
+inline void multiply_add(Vec& c, uint32_t a, const uint32_t* b) {
+  c = _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+template <int rows, int vecs, typename U>
+inline void register_tile(int64_t depth, const U* a, int64_t a_stride, const U* b, int64_t b_stride, float* c,
+                          int64_t c_stride, bool accumulate) {
+  Vec sums[rows][vecs];
+  for (int m = 0; m < rows; ++m) {
+    for (int n = 0; n < vecs; ++n) sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes) : Vec{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int m = 0; m < rows; ++m) {
+      for (int n = 0; n < vecs; ++n) multiply_add(sums[m][n], a[m * a_stride + k], b + k * b_stride + n * kLanes);
+    }
+  }
+  for (int m = 0; m < rows; ++m) {
+    for (int n = 0; n < vecs; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
+  }
+}
+
+// N = 3 vectors; m a multiple of kRows. depth counts units.
+template <typename U>
+void tile_matmul(int64_t m, int64_t depth, const U* a, int64_t a_stride, const U* b, int64_t b_stride, float* c,
+                 int64_t c_stride, bool accumulate) {
+  for (int64_t i = 0; i < m; i += kRows) {
+    register_tile<kRows, 3>(depth, a + i * a_stride, a_stride, b, b_stride, c + i * c_stride, c_stride, accumulate);
+  }
+}
+
+// N = `vecs` vectors, any number; m a multiple of kWideRows.
+template <typename U>
+void wide_tile_matmul(int64_t m, int64_t vecs, int64_t depth, const U* a, int64_t a_stride, const U* b,
+                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+  for (int64_t n = 0; n < vecs; n += kWideVecs) {
+    for (int64_t i = 0; i < m; i += kWideRows) {
+      const U* rows = a + i * a_stride;
+      float* out = c + i * c_stride + n * kLanes;
+      const auto run = [&]<int width>(std::integral_constant<int, width>) {
+        register_tile<kWideRows, width>(depth, rows, a_stride, b + n * kLanes, b_stride, out, c_stride, accumulate);
+      };
+      switch (vecs - n) {
+        case 1:
+          run(std::integral_constant<int, 1>{});
+          break;
+        case 2:
+          run(std::integral_constant<int, 2>{});
+          break;
+        case 3:
+          run(std::integral_constant<int, 3>{});
+          break;
+        default:
+          run(std::integral_constant<int, kWideVecs>{});
+      }
+    }
+  }
+}
+
+// Packing. All write zeros where the source has no element.
+
+// Rows as they are, units along each row: out[rows_out][units_out].
+template <typename T, typename U>
+void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t size, U* out, int64_t rows_out, int64_t units_out) {
+  for (int64_t r = 0; r < rows_out; ++r) {
+    U* to = out + r * units_out;
+    if (r >= rows) {
+      for (int64_t u = 0; u < units_out; ++u) to[u] = U{};
+      continue;
+    }
+    const T* from = x + r * x_stride;
+    if constexpr (kDepth<U> == 1) {
+      int64_t u = 0;
+      for (; u + kLanes <= size; u += kLanes) store(to + u, load(from + u));
+      for (; u < units_out; ++u) to[u] = u < size ? static_cast<float>(from[u]) : 0.0f;
+    } else {
+      std::memcpy(to, from, size * sizeof(T));
+      std::memset(reinterpret_cast<T*>(to) + size, 0, (2 * units_out - size) * sizeof(T));
+    }
+  }
+}
+
+// Units across rows: out[units_out][size_out], unit u of column c holds rows u * depth, ... of x.
+template <typename T, typename U>
+void pack_columns(const T* x, int64_t x_stride, int64_t rows, int64_t size, U* out, int64_t units_out,
+                  int64_t size_out) {
+  if constexpr (kDepth<U> == 1) {
+    pack_rows(x, x_stride, rows, size, out, units_out, size_out);
+  } else {
+    const auto bits = [&](int64_t row, int64_t column) -> uint32_t {
+      uint16_t value = 0;
+      if (row < rows && column < size) std::memcpy(&value, x + row * x_stride + column, sizeof(value));
+      return value;
+    };
+    for (int64_t u = 0; u < units_out; ++u) {
+      U* to = out + u * size_out;
+      int64_t c = 0;
+      if (2 * u + 1 < rows) {
+        const T* even = x + 2 * u * x_stride;
+        for (; c + kLanes <= size; c += kLanes) {
+          const IntVec low = bits_as<IntVec>(load(even + c)), high = bits_as<IntVec>(load(even + x_stride + c));
+          const IntVec pair = high | ((low >> 16) & 0xffff);
+          std::memcpy(to + c, &pair, sizeof(pair));
+        }
+      }
+      for (; c < size_out; ++c) to[c] = bits(2 * u, c) | (bits(2 * u + 1, c) << 16);
+    }
+  }
+}
+
+// out[columns][out_stride] = in[rows][columns] transposed, in blocks that fit a few cache lines.
+template <typename U>
+void transpose(const U* in, int64_t rows, int64_t columns, U* out, int64_t out_stride) {
+  constexpr int64_t block = 16;
+  for (int64_t r0 = 0; r0 < rows; r0 += block) {
+    for (int64_t c0 = 0; c0 < columns; c0 += block) {
+      const int64_t r1 = r0 + block < rows ? r0 + block : rows, c1 = c0 + block < columns ? c0 + block : columns;
+      for (int64_t c = c0; c < c1; ++c) {
+        for (int64_t r = r0; r < r1; ++r) out[c * out_stride + r] = in[r * columns + c];
+      }
+    }
+  }
+}
+
+// Two rows of floats as one row of units for B: pairs are rounded to BFloat16; a single row of floats is itself.
+inline void store_unit(float* out, Vec row) {
+  store(out, row);
+}
+#if defined(CPU_CAPABILITY_AVX512)
+inline void store_unit(uint32_t* out, Vec even, Vec odd) {
+  const IntVec low = bits_as<IntVec>(even), high = bits_as<IntVec>(odd);
+  const IntVec rounded_low = ((low + 0x7fff + ((low >> 16) & 1)) >> 16) & 0xffff;
+  const IntVec rounded_high = (high + 0x7fff + ((high >> 16) & 1)) & static_cast<int>(0xffff0000);
+  const IntVec pair = rounded_low | rounded_high;
+  std::memcpy(out, &pair, sizeof(pair));
+}
+#endif
+
+}  // namespace CPU_CAPABILITY
+}  // namespace memkernels::cpu

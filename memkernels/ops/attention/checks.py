@@ -1,0 +1,98 @@
+"""Checks of attention's arguments, before any kernel runs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from memkernels.ops.checks import check_floating, check_same_device
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[int, int]:
+    """Raises for what does not fit; returns the longest sequence of queries and of keys."""
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    _check_heads(q, k, v, packed)
+    check_same_device("q", q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_same_device("q", q, alibi_slopes=alibi_slopes, sinks=sinks)
+    if len(window) != 2 or min(window) < -1:
+        raise ValueError(f"window: expected two numbers of keys, -1 for unbounded, got {window}.")
+    if not softcap >= 0:
+        raise ValueError(f"softcap: expected 0 (off) or a positive number, got {softcap}.")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}.")
+    if not packed:
+        batch = q.shape[0]
+        lengths = q.shape[1], k.shape[1]
+    else:
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+            raise ValueError(f"{missing}: expected with its counterpart: a packed batch has both or none.")
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            expected, got = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
+            raise ValueError(f"cu_seqlens_k: expected shape {expected}, as cu_seqlens_q, got {got}.")
+        batch = cu_seqlens_q.shape[0] - 1
+        lengths = (
+            _check_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q),
+            _check_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k),
+        )
+    heads = q.shape[-2]
+    for name, tensor, shapes in (
+        ("alibi_slopes", alibi_slopes, ((heads,), (batch, heads))),
+        ("sinks", sinks, ((heads,),)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.float32, torch.float64) or tuple(tensor.shape) not in shapes:
+            wanted = " or ".join(str(shape) for shape in shapes)
+            raise ValueError(f"{name}: expected float32 of shape {wanted}, got {tensor.dtype} {tuple(tensor.shape)}.")
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes: expected a tensor that needs no gradient; they are not learned.")
+    return lengths
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    dims, layout = (3, "(T, H, D)") if packed else (4, "(B, S, H, D)")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, tensor)
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: expected {q.dtype}, as q, got {tensor.dtype}.")
+        if tensor.dim() != dims:
+            raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}.")
+    if k.shape[-1] != q.shape[-1] or q.shape[-1] == 0:
+        raise ValueError(f"k: expected head size {q.shape[-1]} > 0, as q, got {k.shape[-1]}.")
+    if v.shape[:-1] != k.shape[:-1] or v.shape[-1] == 0:
+        raise ValueError(f"v: expected shape {(*k.shape[:-1], 'Dv > 0')}, as k, got {tuple(v.shape)}.")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"k: expected a number of heads that divides q's {q.shape[-2]}, got {k.shape[-2]}.")
+    if not packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k: expected batch size {q.shape[0]}, as q, got {k.shape[0]}.")
+
+
+def _check_starts(name: str, starts: Tensor, rows: int, max_name: str, longest: int | None) -> int:
+    """Starts must rise from 0 to the number of rows; where the longest is given, no GPU or trace has to wait."""
+    if starts.dtype != torch.int32 or starts.dim() != 1 or starts.shape[0] < 2:
+        raise ValueError(f"{name}: expected int32 of shape (B + 1,), got {starts.dtype} {tuple(starts.shape)}.")
+    if longest is not None and (starts.device.type != "cpu" or torch.compiler.is_compiling()):
+        return longest
+    values = starts.tolist()
+    lengths = [end - start for start, end in pairwise(values)]
+    if values[0] != 0 or values[-1] != rows or min(lengths) < 0:
+        raise ValueError(f"{name}: expected starts that rise from 0 to {rows}, got {values}.")
+    if longest is not None and longest < max(lengths):
+        raise ValueError(f"{max_name}: expected at least {max(lengths)}, the longest sequence, got {longest}.")
+    return max(lengths)

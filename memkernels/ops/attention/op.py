@@ -1,0 +1,132 @@
+"""Attention: operators, autograd Function and public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkernels._library import define, has_kernel
+from memkernels.ops.attention import reference
+from memkernels.ops.attention.checks import check_arguments
+from memkernels.ops.philox import seed_tensor
+
+_MASKS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, int max_seqlen_q,"
+    " int max_seqlen_k, float scale, int window_left, int window_right, float softcap, float dropout_p"
+)
+
+
+def _fwd_fake(q, k, v, *masks):
+    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _bwd_fake(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, *masks):
+    dsinks = q.new_empty(0 if sinks is None else sinks.shape, dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_MASKS}) -> (Tensor out, Tensor lse)", _fwd_fake)
+define(
+    f"attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASKS},"
+    " bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    _bwd_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, deterministic):
+        masks = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed)
+        out, lse = torch.ops.memkernels.attention_fwd(q, k, v, *masks, *options)
+        ctx.options, ctx.deterministic = options, deterministic
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, *masks)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *masks = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 10
+        dout = torch.zeros_like(out) if dout is None else dout
+        gradients = torch.ops.memkernels.attention_bwd(
+            dout, dlse, q, k, v, out, lse, *masks, *ctx.options, ctx.deterministic
+        )
+        needed = ctx.needs_input_grad[:4]
+        return *(grad if need else None for grad, need in zip(gradients, needed, strict=True)), *(None,) * 6
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention that never holds the score matrix.
+
+    s_ij = softcap(scale * q_i . k_j) - alibi_h |j - p_i|, with p_i = i + Sk - Sq: queries stand at the end of the keys,
+    so a causal mask is aligned bottom-right. P = softmax over the visible keys, and the sink if there is one;
+    out_i = sum_j dropout(P)_ij v_j. A query that sees nothing gives zero, with zero gradients. Dao 2023,
+    arXiv 2307.08691; sinks as in gpt-oss; the mask of dropout is Philox (Salmon et al. 2011), the same on every backend
+    for one seed, and never stored.
+
+    Args:
+        q: (B, Sq, H, D), or packed (Tq, H, D) with cu_seqlens_q; float32, bfloat16 or float16 (float64 is computed by
+            the reference).
+        k: (B, Sk, Hk, D) or (Tk, Hk, D); Hk divides H, and head h reads h // (H / Hk): nothing is expanded.
+        v: (B, Sk, Hk, Dv) or (Tk, Hk, Dv).
+        causal: hides the keys after p_i.
+        scale: of the products; D ** -0.5 by default.
+        window: keys seen before and after p_i; -1 is unbounded.
+        softcap: c > 0 turns a score s into c * tanh(s / c).
+        alibi_slopes: (H,) or (B, H), float32, without gradient.
+        sinks: (H,) float32: one more logit a head, whose probability goes nowhere.
+        dropout_p: in [0, 1).
+        seed: of dropout; drawn from torch's generator by default.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starts of the packed sequences and their end.
+        max_seqlen_q, max_seqlen_k: their longest; given, they save a synchronisation on a GPU.
+        deterministic: the same gradients bit for bit on every run. On CPU they always are.
+        return_lse: returns (out, lse), lse = log sum exp of the scores, (B, H, Sq) or (H, Tq), float32, differentiable;
+            -inf for a query that sees nothing.
+
+    Returns:
+        out, (B, Sq, H, Dv) or (Tq, H, Dv), like q.
+
+    Raises:
+        TypeError: a dtype other than those above, or dtypes that differ.
+        ValueError: shapes, devices, windows, sequence starts or a dropout_p that do not fit.
+
+    Saved for backward: q, k, v, out and lse, 4 bytes a query and head.
+    """
+    lengths = check_arguments(
+        q, k, v, window, softcap, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    )
+    seed = seed_tensor(seed, q.device) if dropout_p > 0 else None
+    left, right = window
+    right = 0 if causal and right != 0 else right
+    if has_kernel("attention_fwd", q):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        options = (*lengths, float(scale), left, right, float(softcap), float(dropout_p))
+        masks = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed)
+        out, lse = _Attention.apply(q, k, v, sinks, *masks, options, deterministic)
+    else:
+        out, lse = reference.attention(
+            q, k, v, scale=scale, window=(left, right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        )  # fmt: skip
+    return (out, lse) if return_lse else out

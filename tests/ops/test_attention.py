@@ -1,0 +1,269 @@
+"""ops.attention: every feature on every implementation against the float64 reference, and what it saves and rejects."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memkernels import ops
+from memkernels.ops.attention import reference
+from memkernels.testing import check_op, implementations, random_tensor, saved_bytes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IMPLEMENTATIONS = implementations("attention_fwd")
+on_every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+
+
+def make_inputs(
+    dtype, device, *, batch=2, queries=63, keys=63, heads=4, kv_heads=2, size=60, value_size=None, packed=False
+):
+    lead = () if packed else (batch,)
+    shapes = {
+        "q": (*lead, queries, heads, size),
+        "k": (*lead, keys, kv_heads, size),
+        "v": (*lead, keys, kv_heads, value_size or size),
+    }
+    return {n: random_tensor(*s, dtype=dtype, device=device, seed=i) for i, (n, s) in enumerate(shapes.items())}
+
+
+def finite(result):
+    """A row that sees nothing has lse = -inf, which has no difference to take."""
+    out, lse = result
+    return out, torch.where(lse.isinf(), torch.zeros_like(lse), lse)
+
+
+def check(inputs, **options):
+    dtype = inputs["q"].dtype
+
+    def exact_or_plain(**arguments):
+        # At the inputs' own dtype the reference rounds between steps, as eager PyTorch does: the error to compare with.
+        inner = arguments["q"].dtype if arguments["q"].dtype != torch.float32 else None
+        return finite(reference.attention(**arguments, inner_dtype=inner))
+
+    seed = options.get("seed")
+    reference_options = options | ({"seed": torch.tensor(seed)} if seed is not None else {})
+    check_op(
+        lambda **arguments: finite(ops.attention(**arguments, **options, return_lse=True)),
+        lambda **arguments: exact_or_plain(**arguments, **reference_options),
+        inputs,
+        atol=2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 8,
+    )
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"queries": 1, "keys": 77, "size": 64},
+        {"queries": 130, "keys": 50, "heads": 2, "kv_heads": 1, "size": 17, "value_size": 33},
+        {"queries": 50, "keys": 130, "heads": 2, "size": 128, "value_size": 16},
+        {"batch": 1, "queries": 49, "keys": 97, "heads": 1, "kv_heads": 1, "size": 16},
+    ],
+    ids=["gqa", "one query", "odd sizes", "long keys", "one head"],
+)
+def test_matches_reference(implementation, shape, causal, dtype):
+    with implementation.active() as device:
+        check(make_inputs(dtype, device, **shape), causal=causal)
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (20, 0)},
+        {"window": (5, 9)},
+        {"window": (0, 0), "causal": True},
+        {"window": (30, -1), "causal": True, "softcap": 3.0},
+        {"softcap": 1.5},
+        {"scale": 0.3},
+        {"dropout_p": 0.3, "seed": 1234567890123},
+        {"dropout_p": 0.9, "seed": -5, "causal": True},
+    ],
+    ids=str,
+)
+def test_options_match_reference(implementation, options, dtype):
+    with implementation.active() as device:
+        check(make_inputs(dtype, device, queries=70, keys=101, size=32), **options)
+
+
+@on_every_implementation
+@pytest.mark.parametrize("by_batch", [False, True], ids=["(H,)", "(B, H)"])
+def test_alibi_and_sinks_match_reference(implementation, by_batch):
+    with implementation.active() as device:
+        inputs = make_inputs(torch.float32, device, queries=50, keys=60, size=16)
+        inputs["alibi_slopes"] = random_tensor(
+            *((2, 4) if by_batch else (4,)), dtype=torch.float32, device=device
+        ).detach()
+        inputs["sinks"] = random_tensor(4, dtype=torch.float32, device=device, seed=9)
+        check(inputs, causal=True, window=(40, 0))
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_packed_sequences_match_reference(implementation, dropout_p):
+    with implementation.active() as device:
+        inputs = make_inputs(torch.float32, device, queries=120, keys=140, size=24, packed=True)
+        starts = {
+            "cu_seqlens_q": torch.tensor([0, 1, 1, 60, 120], dtype=torch.int32, device=device),
+            "cu_seqlens_k": torch.tensor([0, 50, 51, 60, 140], dtype=torch.int32, device=device),
+        }
+        check(inputs, causal=True, dropout_p=dropout_p, seed=3, **starts)
+
+
+@on_every_implementation
+def test_queries_that_see_nothing_give_zero_and_zero_gradients(implementation):
+    with implementation.active() as device:
+        inputs = make_inputs(torch.bfloat16, device, queries=100, keys=40, size=16)
+        out, lse = ops.attention(**inputs, causal=True, return_lse=True)
+        (out.float().sum() + lse[..., 60:].sum()).backward()
+        assert torch.equal(out[:, :60], torch.zeros_like(out[:, :60])) and lse[..., :60].isneginf().all()
+        assert torch.equal(inputs["q"].grad[:, :60], torch.zeros_like(out[:, :60]))
+        assert not any(tensor.grad.isnan().any() for tensor in inputs.values())
+
+
+@on_every_implementation
+def test_transposed_inputs_and_strided_gradients(implementation):
+    with implementation.active() as device:
+        inputs = {n: t.detach().transpose(1, 2).contiguous().requires_grad_() for n, t in
+                  make_inputs(torch.float32, device, queries=33, keys=33, size=16).items()}  # fmt: skip
+
+        def through(function):
+            return lambda q, k, v: function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
+
+        check_op(
+            through(ops.attention),
+            through(lambda *a, **o: reference.attention(*a, **o)[0]),
+            inputs,
+            strided_grads=True,
+            atol=2e-6,
+        )
+
+
+@on_every_implementation
+@settings(max_examples=12, deadline=None)
+@given(
+    queries=st.integers(1, 60), keys=st.integers(1, 120), size=st.integers(1, 40), group=st.integers(1, 3),
+    left=st.integers(-1, 50), right=st.integers(-1, 50), causal=st.booleans(),
+)  # fmt: skip
+def test_any_shape(implementation, queries, keys, size, group, left, right, causal):
+    with implementation.active() as device:
+        inputs = make_inputs(
+            torch.float32, device, batch=1, queries=queries, keys=keys, size=size, heads=group, kv_heads=1
+        )
+        check(inputs, window=(left, right), causal=causal)
+
+
+def test_the_same_seed_gives_the_same_mask_and_torchs_generator_the_seed():
+    inputs = make_inputs(torch.float32, "cpu")
+    torch.manual_seed(0)
+    first = ops.attention(**inputs, dropout_p=0.5)
+    second = ops.attention(**inputs, dropout_p=0.5)
+    torch.manual_seed(0)
+    again = ops.attention(**inputs, dropout_p=0.5)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_the_result_does_not_depend_on_threads():
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        inputs = make_inputs(torch.bfloat16, "cpu", queries=200, keys=200)
+        ops.attention(**inputs, causal=True).float().square().sum().backward()
+        results.append([tensor.grad for tensor in inputs.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_saves_its_inputs_out_and_lse():
+    inputs = make_inputs(torch.bfloat16, "cpu", batch=1, queries=64, keys=64, heads=2, kv_heads=2, size=32)
+    kept = saved_bytes(lambda: ops.attention(**inputs), exclude=tuple(inputs.values()))
+    assert kept == 64 * 2 * (32 * 2 + 4)
+
+
+def test_gradcheck_of_the_reference_path():
+    inputs = make_inputs(torch.float64, "cpu", batch=1, queries=5, keys=7, size=4)
+    sinks = random_tensor(4, dtype=torch.float64)
+    function = lambda q, k, v, sinks: ops.attention(q, k, v, sinks=sinks, causal=True, softcap=2.0, return_lse=True)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (*inputs.values(), sinks))
+
+
+@on_every_implementation
+def test_opcheck(implementation):
+    with implementation.active() as device:
+        q, k, v = (t.detach() for t in make_inputs(torch.bfloat16, device, queries=9, keys=11, size=16).values())
+        sinks, seed = torch.zeros(4, device=device), torch.tensor(5, device=device)
+        masks = (None, None, None, sinks, seed, 9, 11, 0.25, -1, 0, 0.0, 0.1)
+        torch.library.opcheck(torch.ops.memkernels.attention_fwd.default, (q, k, v, *masks))
+        out, lse = torch.ops.memkernels.attention_fwd(q, k, v, *masks)
+        arguments = (out, lse, q, k, v, out, lse, *masks, True)
+        torch.library.opcheck(torch.ops.memkernels.attention_bwd.default, arguments)
+
+
+def test_compiles_whole_and_equals_eager():
+    def step(q, k, v):
+        out, lse = ops.attention(q, k, v, causal=True, return_lse=True)
+        return (out * 2).sum() + lse.sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        inputs = make_inputs(torch.float32, "cpu")
+        loss = function(**inputs)
+        loss.backward()
+        results.append([loss, *(tensor.grad for tensor in inputs.values())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def starts(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(2, 8, 4, 16, dtype=torch.int64)}, TypeError, "q: expected float32"),
+        ({"k": torch.zeros(2, 8, 2, 16, dtype=torch.bfloat16)}, TypeError, "k: expected torch.float32, as q"),
+        ({"q": torch.zeros(8, 4, 16)}, ValueError, r"q: expected \(B, S, H, D\)"),
+        ({"k": torch.zeros(2, 8, 2, 8), "v": torch.zeros(2, 8, 2, 8)}, ValueError, "k: expected head size 16"),
+        ({"k": torch.zeros(2, 8, 3, 16), "v": torch.zeros(2, 8, 3, 16)}, ValueError, "k: expected a number of heads"),
+        ({"k": torch.zeros(1, 8, 2, 16), "v": torch.zeros(1, 8, 2, 16)}, ValueError, "k: expected batch size 2"),
+        ({"v": torch.zeros(2, 7, 2, 16)}, ValueError, "v: expected shape"),
+        ({"v": torch.zeros(2, 8, 2, 16, device="meta")}, ValueError, "v: expected device cpu"),
+        ({"window": (-2, 0)}, ValueError, "window: expected"),
+        ({"softcap": -1.0}, ValueError, "softcap: expected"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: expected"),
+        ({"sinks": torch.zeros(3)}, ValueError, "sinks: expected float32 of shape"),
+        ({"alibi_slopes": torch.zeros(3, 4)}, ValueError, "alibi_slopes: expected float32 of shape"),
+        ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "alibi_slopes: .*no gradient"),
+    ],
+)  # fmt: skip
+def test_bad_input_names_the_argument(change, error, message):
+    arguments = {"q": torch.zeros(2, 8, 4, 16), "k": torch.zeros(2, 8, 2, 16), "v": torch.zeros(2, 8, 2, 16)} | change
+    with pytest.raises(error, match=message):
+        ops.attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens_q", "cu_seqlens_k", "message"),
+    [
+        (starts(0, 8), None, "cu_seqlens_k: expected with its counterpart"),
+        (starts(0, 8), starts(0, 4, 8), "cu_seqlens_k: expected shape"),
+        (starts(0, 5, 3, 8), starts(0, 3, 5, 8), "cu_seqlens_q: expected starts that rise from 0 to 8"),
+        (starts(0, 9), starts(0, 8), "cu_seqlens_q: expected starts that rise from 0 to 8"),
+        (starts(0, 8), starts(1, 8), "cu_seqlens_k: expected starts that rise from 0 to 8"),
+        (starts(0, 8, dtype=torch.int64), starts(0, 8, dtype=torch.int64), "cu_seqlens_q: expected int32"),
+    ],
+)
+def test_bad_sequence_starts_are_named(cu_seqlens_q, cu_seqlens_k, message):
+    q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
+    with pytest.raises(ValueError, match=message):
+        ops.attention(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+
+
+def test_a_longest_sequence_that_is_too_short_is_named():
+    q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
+    with pytest.raises(ValueError, match="max_seqlen_q: expected at least 5"):
+        ops.attention(q, k, v, cu_seqlens_q=starts(0, 3, 8), cu_seqlens_k=starts(0, 3, 8), max_seqlen_q=4)
