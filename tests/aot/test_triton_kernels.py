@@ -47,4 +47,4 @@ def test_every_kernel_has_a_case(compiled, op):
     module = importlib.import_module(f"memkernels.ops.{op}.triton")
     kernels = {name for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "run")}
     covered = {kernel for case in kernel_cases(op) for target in case.targets for kernel in compiled(op, case, target)}
-    assert kernels == covered
+    assert kernels - covered == set(), "launched by no case"
