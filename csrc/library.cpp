@@ -9,4 +9,6 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(attention_fwd);
   MEMKERNELS_IMPL(rms_norm_fwd);
   MEMKERNELS_IMPL(rms_norm_bwd);
+  MEMKERNELS_IMPL(cross_entropy_stats);
+  MEMKERNELS_IMPL(cross_entropy_grad_);
 }

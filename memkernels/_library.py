@@ -88,6 +88,11 @@ def define(schema: str, fake: Callable) -> None:
     _native_devices[name] = [d for d in ("cpu", "cuda") if has_native(f"memkernels::{name}", d.upper())]
 
 
+def implement_with_python(operator: str, function: Callable) -> None:
+    """Registers `function` for every device: an operator that calls other operators, opaque to the compiler."""
+    _library.impl(operator, function, "CompositeExplicitAutograd")
+
+
 def implement_with_triton(module: str, *operators: str) -> None:
     """Registers functions of `module`, named as the operators are, for GPUs; imported when first called."""
 

@@ -166,5 +166,21 @@ inline Vec exp(Vec x) {
   return x == x ? in_range : x;
 }
 
+// tanh(x) to about 2 units in the last place; NaN for NaN.
+inline Vec tanh(Vec x) {
+  const Vec square = x * x;
+  // A fit of (tanh(x) - x) / x^3 on |x| < 0.625, where the other form cancels.
+  Vec p = broadcast(-5.7169846e-3f);
+  p = p * square + 2.0650528e-2f;
+  p = p * square - 5.3743478e-2f;
+  p = p * square + 1.3331491e-1f;
+  p = p * square - 3.3333284e-1f;
+  const Vec small = x + x * square * p;
+  const Vec magnitude = x < 0.0f ? -x : x;
+  const Vec large = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
+  const Vec wide = magnitude < 0.625f ? small : (x < 0.0f ? -large : large);
+  return x == x ? wide : x;
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace memkernels::cpu
