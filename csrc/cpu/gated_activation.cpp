@@ -1,0 +1,143 @@
+// h = act(gate) * up, element by element; h = act(gate) without up.
+//   dgate = dh * up * act'(gate)        dup = dh * act(gate)
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/kernel_table.h"
+#include "common/tensors.h"
+#include "cpu/vec.h"
+#include "cpu/vec_math.h"
+
+namespace memkernels::cpu {
+namespace {
+
+constexpr int64_t kElementsPerTask = 16384;
+
+struct Activated {
+  Vec value;
+  Vec derivative;
+};
+
+struct Silu {
+  static Activated at(Vec x) {
+    const Vec s = sigmoid(x), y = x * s;
+    return {y, s + y * (1.0f - s)};
+  }
+};
+
+struct Gelu {
+  static Activated at(Vec x) {
+    const Normal n = normal(x);
+    return {x * n.cdf, n.cdf + x * n.density};
+  }
+};
+
+// x (1 + tanh u) / 2 = x sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+struct GeluTanh {
+  static Activated at(Vec x) {
+    const Vec squared = x * x;
+    const Vec twice_u = 1.59576912f * x * (1.0f + 0.044715f * squared);
+    const Vec s = sigmoid(twice_u), y = x * s;
+    // sigmoid(-2u), since the cubic would magnify the rounding of 1 - s.
+    return {y, s + y * sigmoid(-twice_u) * (1.59576912f * (1.0f + 0.134145f * squared))};
+  }
+};
+
+// `x <= 0`, not `x > 0`: a NaN comes out as NaN.
+struct Relu {
+  static Activated at(Vec x) { return {x <= 0.0f ? Vec{} : x, x <= 0.0f ? Vec{} : broadcast(1.0f)}; }
+};
+
+struct ReluSquared {
+  static Activated at(Vec x) {
+    const Vec positive = Relu::at(x).value;
+    return {positive * positive, 2.0f * positive};
+  }
+};
+
+template <typename Body>
+void dispatch(ScalarType dtype, const std::string& activation, Body&& body) {
+  dispatch_floating(dtype, [&]<typename T>() {
+    if (activation == "silu") return body.template operator()<T, Silu>();
+    if (activation == "gelu") return body.template operator()<T, Gelu>();
+    if (activation == "gelu_tanh") return body.template operator()<T, GeluTanh>();
+    if (activation == "relu") return body.template operator()<T, Relu>();
+    if (activation == "relu_squared") return body.template operator()<T, ReluSquared>();
+    STD_TORCH_CHECK(false, "activation: expected silu, gelu, gelu_tanh, relu or relu_squared, got ", activation);
+  });
+}
+
+template <typename T, typename Act>
+void forward(const T* gate, const T* up, T* h, int64_t n) {
+  torch::stable::parallel_for(0, n, kElementsPerTask, [=](int64_t begin, int64_t end) {
+    for_each_vec(end - begin, [=](auto at, auto to) {
+      Vec value = Act::at(at(gate + begin)).value;
+      if (up != nullptr) value *= at(up + begin);
+      to(h + begin, value);
+    });
+  });
+}
+
+// Outputs may be the inputs of the same element. dup and h may be null, and up with them.
+template <typename T, typename Act>
+void backward(const T* dh, const T* gate, const T* up, T* dgate, T* dup, T* h, int64_t n) {
+  torch::stable::parallel_for(0, n, kElementsPerTask, [=](int64_t begin, int64_t end) {
+    for_each_vec(end - begin, [=](auto at, auto to) {
+      const Activated a = Act::at(at(gate + begin));
+      const Vec grad = at(dh + begin);
+      if (up == nullptr) {
+        to(dgate + begin, grad * a.derivative);
+        if (h != nullptr) to(h + begin, a.value);
+        return;
+      }
+      const Vec factor = at(up + begin);
+      to(dgate + begin, grad * factor * a.derivative);
+      to(dup + begin, grad * a.value);
+      if (h != nullptr) to(h + begin, a.value * factor);
+    });
+  });
+}
+
+Tensor gated_activation_fwd(const Tensor& gate_in, const std::optional<Tensor>& up_in, const std::string& activation) {
+  const Tensor gate = as_contiguous(gate_in);
+  const std::optional<Tensor> up = as_contiguous(up_in);
+  Tensor h = empty_like(gate);
+  dispatch(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
+    forward<T, Act>(gate.const_data_ptr<T>(), data_or_null<T>(up), h.mutable_data_ptr<T>(), gate.numel());
+  });
+  return h;
+}
+
+std::tuple<Tensor, Tensor> gated_activation_bwd(const Tensor& dh_in, const Tensor& gate_in,
+                                                const std::optional<Tensor>& up_in, const std::string& activation) {
+  const Tensor dh = as_contiguous(dh_in), gate = as_contiguous(gate_in);
+  const std::optional<Tensor> up = as_contiguous(up_in);
+  Tensor dgate = empty_like(gate);
+  Tensor dup = up.has_value() ? empty_like(gate) : torch::stable::new_empty(gate, {0});
+  dispatch(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
+    backward<T, Act>(dh.const_data_ptr<T>(), gate.const_data_ptr<T>(), data_or_null<T>(up), dgate.mutable_data_ptr<T>(),
+                     dup.mutable_data_ptr<T>(), nullptr, gate.numel());
+  });
+  return {dgate, dup};
+}
+
+void gated_activation_bwd_(const Tensor& dh, const Tensor& gate, const std::optional<Tensor>& up,
+                           const std::string& activation) {
+  STD_TORCH_CHECK(dh.is_contiguous() && gate.is_contiguous() && (!up.has_value() || up->is_contiguous()),
+                  "dh, gate, up: expected contiguous tensors, since they are written in place");
+  dispatch(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
+    T* up_data = up.has_value() ? up->mutable_data_ptr<T>() : nullptr;
+    T* gate_data = gate.mutable_data_ptr<T>();
+    T* dh_data = dh.mutable_data_ptr<T>();
+    backward<T, Act>(dh_data, gate_data, up_data, gate_data, up_data, dh_data, gate.numel());
+  });
+}
+
+MEMKERNELS_CPU_KERNEL(gated_activation_fwd);
+MEMKERNELS_CPU_KERNEL(gated_activation_bwd);
+MEMKERNELS_CPU_KERNEL(gated_activation_bwd_);
+
+}  // namespace
+}  // namespace memkernels::cpu
