@@ -1,0 +1,5 @@
+"""`python -m memkernels`."""
+
+from memkernels.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,27 @@
+"""The command line: `python -m memkernels info | bench`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from memkernels import __version__, info
+from memkernels.bench import cli as bench
+
+_COMMANDS = {
+    "info": (info, "what each op will run on here, and why not where something is missing"),
+    "bench": (bench, "measure ops and training steps against eager PyTorch and others"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 where a result is wrong, 2 where it cannot run."""
+    parser = argparse.ArgumentParser(prog="python -m memkernels", description="Training in less memory.")
+    parser.add_argument("--version", action="version", version=f"memkernels {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{" + ",".join(_COMMANDS) + "}")
+    for name, (module, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    return parsed.run(parsed)

@@ -1,0 +1,133 @@
+"""`python -m memkernels info`: what is installed, what each op runs on, and a check that one op computes right."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from memkernels import __version__, _library, ops
+from memkernels.ops.rms_norm import reference
+
+_BUILD_INFO = Path(__file__).parent / "build_info.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`info` has no options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; returns 1 where the checked op computes a wrong result."""
+    sections = {
+        f"memkernels {__version__}": _versions(),
+        "built with": _build(),
+        "compilers here": _compilers(),
+        "devices": _devices(),
+        "each operator runs on": _operators(),
+    }
+    for title, lines in sections.items():
+        print(title)
+        for name, value in lines.items():
+            print(f"  {name:<28} {value}")
+    return int(not all(_check(device) for device in _device_types()))
+
+
+def _versions() -> dict[str, str]:
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    versions = {"python": platform.python_version(), "torch": f"{torch.__version__} ({cuda})"}
+    for package in ("triton", "transformers", "peft"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = f"not installed: pip install {package}"
+    return versions
+
+
+def _build() -> dict[str, str]:
+    if not _BUILD_INFO.exists():
+        return {"nothing": "run `pip install --no-build-isolation -e .` where a compiler is"}
+    built = json.loads(_BUILD_INFO.read_text())
+    return {name: " ".join(value) if isinstance(value, list) else str(value) for name, value in built.items()}
+
+
+def _compilers() -> dict[str, str]:
+    names = {"C++": os.environ.get("CXX", "g++"), "CUDA": _nvcc()}
+    return {name: _first_version_line(command) for name, command in names.items()}
+
+
+def _nvcc() -> str:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or os.path.join(home, "bin", "nvcc")
+
+
+def _first_version_line(command: str) -> str:
+    try:
+        printed = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return f"{command}: not found"
+    lines = printed.splitlines()
+    return next((line for line in lines if "release" in line), lines[0])
+
+
+def _devices() -> dict[str, str]:
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    lines = {"cpu": f"{_library.cpu_isa() or _library.cpu_missing} on {threads}"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        lines[f"cuda:{index}"] = f"{properties.name}, {capability}, {properties.total_memory / 1e9:.0f} GB"
+    if not torch.cuda.is_available():
+        lines["gpu"] = "none that torch can use"
+    return lines
+
+
+def _operators() -> dict[str, str]:
+    prefix = "memkernels::"
+    names = sorted(name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if prefix in name)
+    return {name: _implementations(name) for name in names}
+
+
+def _implementations(operator: str) -> str:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"memkernels::{operator}", "CompositeExplicitAutograd"):
+        return "other operators and torch's matrix products"
+    return f"cpu: {_implementation(operator, 'cpu')}; gpu: {_implementation(operator, 'cuda')}"
+
+
+def _implementation(operator: str, device_type: str) -> str:
+    reason = _library.missing(operator, device_type)
+    if reason is not None:
+        return f"plain PyTorch, since {reason.rstrip('.')}"
+    if device_type == "cpu":
+        return f"C++ ({_library.cpu_isa()})"
+    return "Triton" if operator in _library.triton_modules else "CUDA C++"
+
+
+def _device_types() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _check(device: str) -> bool:
+    """Runs ops.rms_norm forward and backward in bfloat16 against float64."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((64, 512), (512,))]
+    rounded = [tensor.to(device, torch.bfloat16).requires_grad_() for tensor in exact]
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in rounded]
+    for rms_norm, (x, weight) in ((reference.rms_norm, exact), (ops.rms_norm, rounded)):
+        y = rms_norm(x, weight)
+        assert isinstance(y, torch.Tensor)
+        y.square().sum().backward()
+    errors = []
+    for ours, oracle in zip(rounded, exact, strict=True):
+        assert ours.grad is not None and oracle.grad is not None
+        errors.append(((ours.grad.double().cpu() - oracle.grad).norm() / oracle.grad.norm()).item())
+    right = max(errors) < 0.02
+    verdict = "right" if right else "WRONG"
+    print(f"rms_norm on {device}, bfloat16: {verdict}; its gradients differ from float64's by {max(errors):.1e}")
+    return right

@@ -1,0 +1,40 @@
+"""The command line: info and bench."""
+
+import subprocess
+import sys
+
+from memkernels import _library, info
+from memkernels.cli import main
+
+
+def test_info_reports_versions_and_implementations_and_checks_an_op(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("torch", "triton", "compilers here", "devices", "rms_norm on cpu, bfloat16: right"):
+        assert expected in printed
+    for operator in ("rms_norm_fwd", "rms_norm_bwd"):
+        assert any(line.split()[:1] == [operator] and "gpu: Triton" in line for line in printed.splitlines())
+    assert f"cpu: C++ ({_library.cpu_isa()})" in printed
+
+
+def test_info_says_why_an_implementation_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(_library, "missing", lambda operator, device: "_C_cpu.so is not built: run pip.")
+    main(["info"])
+    assert "cpu: plain PyTorch, since _C_cpu.so is not built: run pip;" in capsys.readouterr().out
+
+
+def test_info_reports_a_wrong_result(capsys, monkeypatch):
+    monkeypatch.setattr(info.ops, "rms_norm", lambda x, weight: x * weight)
+    assert main(["info"]) == 1
+    assert "rms_norm on cpu, bfloat16: WRONG" in capsys.readouterr().out
+
+
+def test_bench_is_a_command(capsys):
+    assert main(["bench", "no_such_op"]) == 2
+    assert "op must be among" in capsys.readouterr().err
+
+
+def test_the_module_runs_and_needs_a_command():
+    result = subprocess.run([sys.executable, "-m", "memkernels"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "python -m memkernels" in result.stderr and "{info,bench}" in result.stderr
