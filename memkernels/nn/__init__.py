@@ -2,5 +2,6 @@
 
 from memkernels.nn.loss import LinearCrossEntropy
 from memkernels.nn.norm import RMSNorm
+from memkernels.nn.rotary import RotaryEmbedding
 
-__all__ = ["LinearCrossEntropy", "RMSNorm"]
+__all__ = ["LinearCrossEntropy", "RMSNorm", "RotaryEmbedding"]

@@ -1,0 +1,84 @@
+"""Rotary position embedding: positions to the cos and sin that `ops.apply_rotary` takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkernels.nn.rotary_scaling import RotaryScaling
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """cos and sin of position * frequency, both halves alike, as Hugging Face's models hold them.
+
+    frequency_i = base^(-2i/R), i < R/2 (Su et al. 2021, arXiv 2104.09864), stretched by `scaling`, with
+    R = fraction * head_size. With `sections` a position has three coordinates (time, height, width) and each frequency
+    turns with one of them: Qwen2-VL's in three runs (arXiv 2409.12191), Qwen3-VL's, `interleaved_sections`, in turns
+    t, h, w, t, h, w, ..., where height and width end after their share and time takes the rest.
+
+    Args:
+        head_size: D.
+        base: of the frequencies.
+        scaling: one of `nn.rotary_scaling`; None leaves the frequencies as they are.
+        fraction: of the head that turns (partial rotary).
+        sections: frequencies for time, height and width; they sum to R / 2.
+        interleaved_sections: spreads the sections over the frequencies instead of laying them end to end.
+
+    Raises:
+        ValueError: a fraction outside (0, 1], an odd R, or sections that do not sum to R / 2.
+    """
+
+    def __init__(
+        self,
+        head_size: int,
+        base: float = 10000.0,
+        *,
+        scaling: RotaryScaling | None = None,
+        fraction: float = 1.0,
+        sections: tuple[int, int, int] | None = None,
+        interleaved_sections: bool = False,
+    ):
+        super().__init__()
+        size = int(head_size * fraction)
+        if not 0 < fraction <= 1 or size == 0 or size % 2:
+            raise ValueError(
+                f"fraction: expected one in (0, 1] that rotates an even part of {head_size}, got {fraction}."
+            )
+        if sections is not None and (len(sections) != 3 or sum(sections) != size // 2):
+            raise ValueError(f"sections: expected three numbers that sum to {size // 2}, got {sections}.")
+        self.base, self.scaling = base, scaling
+        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+        self.register_buffer("inverse_frequencies", 1.0 / base**exponents, persistent=False)
+        self.register_buffer(
+            "axis", None if sections is None else _axes(sections, interleaved_sections), persistent=False
+        )
+
+    inverse_frequencies: Tensor
+    axis: Tensor | None
+
+    @torch.no_grad()
+    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """cos and sin, (..., S, R) in `dtype`, for positions (..., S), or with sections (3, ..., S)."""
+        axis = self.axis
+        if axis is not None and positions.shape[0] != 3:
+            raise ValueError(f"positions: expected shape (3, ..., S) with sections, got {tuple(positions.shape)}.")
+        frequencies, factor = self.inverse_frequencies.float(), 1.0
+        if self.scaling is not None:
+            frequencies = self.scaling.frequencies(frequencies, self.base, positions.max() + 1)
+            factor = self.scaling.attention_factor
+        if axis is None:
+            angles = positions[..., None].float() * frequencies
+        else:
+            angles = positions.float().movedim(0, -1)[..., axis] * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def _axes(sections: tuple[int, int, int], interleaved: bool) -> Tensor:
+    """The coordinate, 0 to 2, that each frequency turns with."""
+    if not interleaved:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
+    axis = torch.zeros(sum(sections), dtype=torch.int64)
+    for coordinate in (1, 2):
+        axis[coordinate : 3 * sections[coordinate] : 3] = coordinate
+    return axis

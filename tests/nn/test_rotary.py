@@ -1,0 +1,108 @@
+"""nn.RotaryEmbedding: every variant against the model of transformers that defines it, and hand-computed values."""
+
+import math
+
+import pytest
+import torch
+
+from memkernels.nn import RotaryEmbedding
+from memkernels.nn.rotary_scaling import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    YarnScaling,
+)
+
+transformers = pytest.importorskip("transformers")
+
+CASES = {
+    "default": ({"rope_type": "default"}, None),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, LinearScaling(4.0)),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, DynamicNTKScaling(2.0, 128)),
+    "llama3": (
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 64},
+        Llama3Scaling(8.0, 1.0, 4.0, 64),
+    ),
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, YarnScaling(4.0, 64)),
+    "yarn, exact ramp": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "truncate": False}
+        | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 0.7},
+        YarnScaling(4.0, 512, 16.0, 2.0, truncate=False, given_attention_factor=0.7),
+    ),
+    "longrope": (
+        {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 64}
+        | {"short_factor": [1.0 + i / 50 for i in range(16)], "long_factor": [2.0 + i for i in range(16)]},
+        LongRopeScaling(tuple(1.0 + i / 50 for i in range(16)), tuple(2.0 + i for i in range(16)), 64, 4.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("length", [50, 128, 300])
+def test_every_scaling_is_that_of_transformers(name, length):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    parameters, scaling = CASES[name]
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_attention_heads=2, max_position_embeddings=128,
+        rope_parameters={"rope_theta": 500.0} | parameters,
+    )  # fmt: skip
+    positions = torch.arange(length)[None].repeat(2, 1)
+    expected = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    actual = RotaryEmbedding(32, 500.0, scaling=scaling)(positions)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["Qwen2.5-VL", "Qwen3-VL"])
+def test_three_axes_are_those_of_qwen(interleaved):
+    if interleaved:
+        from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig as Config
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding as Theirs
+    else:
+        from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig as Config
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding as Theirs
+    sections = (6, 5, 5)
+    config = Config(
+        hidden_size=64, num_attention_heads=2, head_dim=32,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)},
+    )  # fmt: skip
+    positions = torch.randint(0, 100, (3, 2, 40), generator=torch.Generator().manual_seed(0))
+    expected = Theirs(config)(torch.zeros(1), positions)
+    actual = RotaryEmbedding(32, sections=sections, interleaved_sections=interleaved)(positions)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_fraction_of_the_head_turns():
+    cos, sin = RotaryEmbedding(32, fraction=0.25)(torch.tensor([3]))
+    angles = [3.0 / 10000 ** (2 * i / 8) for i in range(4)] * 2
+    torch.testing.assert_close(cos[0], torch.tensor([math.cos(a) for a in angles]))
+    torch.testing.assert_close(sin[0], torch.tensor([math.sin(a) for a in angles]))
+
+
+def test_the_result_has_the_asked_dtype_and_the_state_dict_is_empty():
+    rotary = RotaryEmbedding(16)
+    assert rotary(torch.arange(4), torch.bfloat16)[0].dtype == torch.bfloat16
+    assert not rotary.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0.0}, "fraction: expected"),
+        ({"fraction": 1.5}, "fraction: expected"),
+        ({"fraction": 3 / 16}, "fraction: expected"),
+        ({"sections": (4, 4, 4)}, "sections: expected three numbers that sum to 8"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        RotaryEmbedding(16, **options)
+
+
+def test_positions_without_three_axes_are_named():
+    with pytest.raises(ValueError, match=r"positions: expected shape \(3, ..., S\)"):
+        RotaryEmbedding(16, sections=(4, 2, 2))(torch.arange(4)[None])
