@@ -7,11 +7,15 @@
 STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(attention_bwd);
   MEMKERNELS_IMPL(attention_fwd);
+  MEMKERNELS_IMPL(cross_entropy_grad_);
+  MEMKERNELS_IMPL(cross_entropy_stats);
   MEMKERNELS_IMPL(gated_activation_bwd);
   MEMKERNELS_IMPL(gated_activation_bwd_);
   MEMKERNELS_IMPL(gated_activation_fwd);
-  MEMKERNELS_IMPL(rms_norm_fwd);
+  MEMKERNELS_IMPL(layer_norm_bwd);
+  MEMKERNELS_IMPL(layer_norm_fwd);
   MEMKERNELS_IMPL(rms_norm_bwd);
-  MEMKERNELS_IMPL(cross_entropy_stats);
-  MEMKERNELS_IMPL(cross_entropy_grad_);
+  MEMKERNELS_IMPL(rms_norm_fwd);
+  MEMKERNELS_IMPL(rotary_bwd);
+  MEMKERNELS_IMPL(rotary_fwd);
 }

@@ -2,21 +2,18 @@
 //   h = x + residual        y = h * rstd * (weight + offset)        rstd = (mean(h^2) + eps)^(-1/2)
 //   dh = rstd * (g - n * mean(g * n)) + dresidual_out    with g = dy * (weight + offset), n = h * rstd
 //   dweight = sum over rows of dy * n
-#include <algorithm>
 #include <cmath>
 #include <tuple>
-#include <vector>
 
 #include "common/kernel_table.h"
 #include "common/tensors.h"
+#include "cpu/row_sums.h"
 #include "cpu/vec.h"
 
 namespace memkernels::cpu {
 namespace {
 
 constexpr int64_t kRowsPerTask = 8;
-// dweight is summed in this many blocks of rows, so that the result does not depend on the number of threads.
-constexpr int64_t kWeightBlocks = 16;
 
 template <typename T, typename W>
 void forward(const T* x, const T* residual, const W* weight, T* y, T* residual_out, float* rstd, int64_t rows,
@@ -24,24 +21,18 @@ void forward(const T* x, const T* residual, const W* weight, T* y, T* residual_o
   torch::stable::parallel_for(0, rows, kRowsPerTask, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* h = x + row * size;
-      Vec squares{};
       if (residual != nullptr) {
         const T* added = residual + row * size;
         T* out = residual_out + row * size;
-        for_each_vec(size, [&](auto at, auto to) {
-          to(out, at(h) + at(added));
-          // What is normalised is what the caller gets: the sum in its own dtype.
-          const Vec v = at(static_cast<const T*>(out));
-          squares += v * v;
-        });
+        for_each_vec(size, [&](auto at, auto to) { to(out, at(h) + at(added)); });
+        // What is normalised is what the caller gets: the sum in its own dtype.
         h = out;
-      } else {
-        for_each_vec(size, [&](auto at, auto) {
-          const Vec v = at(h);
-          squares += v * v;
-        });
       }
-      const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
+      const auto [squares] = sum_each_vec<1>(size, [&](auto at, auto, Vec* sums) {
+        const Vec v = at(h);
+        sums[0] += v * v;
+      });
+      const float scale = 1.0f / std::sqrt(squares / static_cast<float>(size) + eps);
       rstd[row] = scale;
       T* out = y + row * size;
       for_each_vec(size, [&](auto at, auto to) { to(out, at(h) * scale * (at(weight) + offset)); });
@@ -49,44 +40,20 @@ void forward(const T* x, const T* residual, const W* weight, T* y, T* residual_o
   });
 }
 
-template <typename T, typename W>
-void backward(const T* dy, const T* dresidual_out, const T* h, const W* weight, const float* rstd, T* dx,
-              float* dweight_blocks, int64_t rows, int64_t size, float offset) {
-  const int64_t rows_per_block = (rows + kWeightBlocks - 1) / kWeightBlocks;
-  torch::stable::parallel_for(0, kWeightBlocks, 1, [=](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      float* dweight = dweight_blocks == nullptr ? nullptr : dweight_blocks + block * size;
-      if (dweight != nullptr) std::fill_n(dweight, size, 0.0f);
-      for (int64_t row = block * rows_per_block; row < std::min(rows, (block + 1) * rows_per_block); ++row) {
-        const T* dy_row = dy + row * size;
-        const T* h_row = h + row * size;
-        const float scale = rstd[row];
-        Vec products{};
-        for_each_vec(size, [&](auto at, auto to) {
-          const Vec grad = at(dy_row);
-          const Vec normed = at(h_row) * scale;
-          products += grad * (at(weight) + offset) * normed;
-          if (dweight != nullptr) to(dweight, at(static_cast<const float*>(dweight)) + grad * normed);
-        });
-        const float mean = sum(products) / static_cast<float>(size);
-        T* dx_row = dx + row * size;
-        const T* dresidual = dresidual_out == nullptr ? nullptr : dresidual_out + row * size;
-        for_each_vec(size, [&](auto at, auto to) {
-          Vec grad = scale * (at(dy_row) * (at(weight) + offset) - at(h_row) * (scale * mean));
-          if (dresidual != nullptr) grad += at(dresidual);
-          to(dx_row, grad);
-        });
-      }
-    }
+// One row's dh, its part of dweight added to the sums where they are wanted.
+template <bool weight_grad, typename T, typename W>
+void backward_row(const T* dy, const T* dresidual_out, const T* h, const W* weight, float scale, T* dx, float* dweight,
+                  int64_t size, float offset) {
+  const auto [products] = sum_each_vec<1>(size, [&](auto at, auto to, Vec* sums) {
+    const Vec partial = at(dy) * (at(h) * scale);
+    sums[0] += partial * (at(weight) + offset);
+    if constexpr (weight_grad) to(dweight, at(static_cast<const float*>(dweight)) + partial);
   });
-}
-
-template <typename W>
-void sum_blocks(const float* blocks, W* dweight, int64_t size) {
+  const float shrink = scale * products / static_cast<float>(size);
   for_each_vec(size, [&](auto at, auto to) {
-    Vec total{};
-    for (int64_t block = 0; block < kWeightBlocks; ++block) total += at(blocks + block * size);
-    to(dweight, total);
+    Vec grad = scale * (at(dy) * (at(weight) + offset) - at(h) * shrink);
+    if (dresidual_out != nullptr) grad += at(dresidual_out);
+    to(dx, grad);
   });
 }
 
@@ -112,14 +79,26 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy_in, const std::optional
   const Tensor dy = as_contiguous(dy_in), h = as_contiguous(h_in), weight = as_contiguous(weight_in);
   const std::optional<Tensor> dresidual_out = as_contiguous(dresidual_out_in);
   const int64_t size = h.size(-1), rows = row_count(h);
+  const float offset = static_cast<float>(weight_offset);
   Tensor dx = empty_like(h);
   Tensor dweight = weight_grad ? empty_like(weight) : torch::stable::new_empty(weight, {0});
-  std::vector<float> blocks(weight_grad ? kWeightBlocks * size : 0);
+  RowSums sums(rows, weight_grad ? size : 0);
   dispatch_floating(h.scalar_type(), weight.scalar_type(), [&]<typename T, typename W>() {
-    backward(dy.const_data_ptr<T>(), data_or_null<T>(dresidual_out), h.const_data_ptr<T>(), weight.const_data_ptr<W>(),
-             rstd.const_data_ptr<float>(), dx.mutable_data_ptr<T>(), weight_grad ? blocks.data() : nullptr, rows, size,
-             static_cast<float>(weight_offset));
-    if (weight_grad) sum_blocks(blocks.data(), dweight.mutable_data_ptr<W>(), size);
+    const auto *dy_data = dy.const_data_ptr<T>(), *h_data = h.const_data_ptr<T>();
+    const T* residual_data = data_or_null<T>(dresidual_out);
+    const W* weight_data = weight.const_data_ptr<W>();
+    const float* scales = rstd.const_data_ptr<float>();
+    T* dx_data = dx.mutable_data_ptr<T>();
+    sums.for_each_block([&](int64_t begin, int64_t end, float* dweight_block) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row * size;
+        const T* dresidual = residual_data == nullptr ? nullptr : residual_data + first;
+        const auto one_row = weight_grad ? backward_row<true, T, W> : backward_row<false, T, W>;
+        one_row(dy_data + first, dresidual, h_data + first, weight_data, scales[row], dx_data + first, dweight_block,
+                size, offset);
+      }
+    });
+    if (weight_grad) sums.write(dweight.mutable_data_ptr<W>(), 0, size);
   });
   return {dx, dweight};
 }

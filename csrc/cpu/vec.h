@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -41,16 +42,23 @@ inline Vec min(Vec a, Vec b) {
   return a < b ? a : b;
 }
 
+// Folds the lanes of v by `fold` on vectors of four, then on floats: a short chain, since short rows wait for it.
+template <typename Fold>
+inline float fold_lanes(Vec v, Fold&& fold) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four parts[kLanes / 4];
+  std::memcpy(parts, &v, sizeof(v));
+  Four q = parts[0];
+  for (int64_t i = 1; i < kLanes / 4; ++i) q = fold(q, parts[i]);
+  return fold(fold(q[0], q[2]), fold(q[1], q[3]));
+}
+
 inline float sum(Vec v) {
-  float total = 0.0f;
-  for (int64_t i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  return fold_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
 inline float max(Vec v) {
-  float largest = v[0];
-  for (int64_t i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
+  return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Whether any lane of a comparison holds.
@@ -143,6 +151,28 @@ inline void for_each_vec(int64_t n, Body&& body) {
     body([i, n](const auto* row) { return load_partial(row + i, n - i); },
          [i, n](auto* row, Vec v) { store_partial(row + i, v, n - i); });
   }
+}
+
+// The sums over a row of n elements of what body(load, store, sums) adds to its N sums; `load` and `store` as above.
+// Several vectors are in flight at once, each with sums of its own, since an addition takes longer than a load.
+template <int N, typename Body>
+inline std::array<float, N> sum_each_vec(int64_t n, Body&& body) {
+  constexpr int64_t kInFlight = 4;
+  Vec sums[kInFlight][N] = {};
+  int64_t i = 0;
+  for (; i + kInFlight * kLanes <= n; i += kInFlight * kLanes) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kInFlight; ++j) {
+      const int64_t at = i + j * kLanes;
+      body([at](const auto* row) { return load(row + at); }, [at](auto* row, Vec v) { store(row + at, v); }, sums[j]);
+    }
+  }
+  for_each_vec(n - i, [&](auto at, auto to) {
+    body([&](const auto* row) { return at(row + i); }, [&](auto* row, Vec v) { to(row + i, v); }, sums[0]);
+  });
+  std::array<float, N> totals;
+  for (int k = 0; k < N; ++k) totals[k] = sum((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
+  return totals;
 }
 
 // e^x to about 1 unit in the last place; 0 below -87.3, inf above 88.7, NaN for NaN.

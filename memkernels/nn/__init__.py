@@ -1,7 +1,7 @@
 """Drop-in modules: the same parameters and state_dict keys as the modules that they replace."""
 
 from memkernels.nn.loss import LinearCrossEntropy
-from memkernels.nn.norm import RMSNorm
+from memkernels.nn.norm import LayerNorm, RMSNorm
 from memkernels.nn.rotary import RotaryEmbedding
 
-__all__ = ["LinearCrossEntropy", "RMSNorm", "RotaryEmbedding"]
+__all__ = ["LayerNorm", "LinearCrossEntropy", "RMSNorm", "RotaryEmbedding"]

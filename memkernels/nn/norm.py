@@ -28,3 +28,30 @@ class RMSNorm(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, weight_offset={self.weight_offset}"
+
+
+class LayerNorm(torch.nn.Module):
+    """`ops.layer_norm` with learnable weight and bias of shape (hidden_size,).
+
+    Its state_dict is that of `torch.nn.LayerNorm` over the last dimension.
+
+    Args:
+        hidden_size: d, the size of the last dimension.
+        eps: added to the variance.
+        bias: whether there is a bias.
+    """
+
+    bias: torch.nn.Parameter | None
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5, *, bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        zeros = torch.nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", zeros)
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"

@@ -1,0 +1,151 @@
+// Layer norm over the last dimension, with an optional residual added in the same pass:
+//   h = x + residual    n = (h - mean) * rstd    y = n * weight + bias    rstd = (mean((h - mean)^2) + eps)^(-1/2)
+//   dh = rstd * (g - mean(g) - n * mean(g * n)) + dresidual_out    with g = dy * weight
+//   dweight = sum over rows of dy * n        dbias = sum over rows of dy
+#include <cmath>
+#include <tuple>
+
+#include "common/kernel_table.h"
+#include "common/tensors.h"
+#include "cpu/row_sums.h"
+#include "cpu/vec.h"
+
+namespace memkernels::cpu {
+namespace {
+
+constexpr int64_t kRowsPerTask = 8;
+
+struct Moments {
+  float mean, variance;
+};
+
+// The corrected two-pass algorithm (Chan, Golub and LeVeque 1983): a large mean costs no digits of the variance.
+template <typename T>
+Moments moments(const T* h, int64_t size) {
+  const float count = static_cast<float>(size);
+  const auto [total] = sum_each_vec<1>(size, [&](auto at, auto, Vec* sums) { sums[0] += at(h); });
+  const float mean = total / count;
+  const auto whole = size / kLanes * kLanes;
+  // Lanes beyond the row's end would count as -mean: the last, incomplete vector is summed apart.
+  auto [deviation, squares] = sum_each_vec<2>(whole, [&](auto at, auto, Vec* sums) {
+    const Vec v = at(h) - mean;
+    sums[0] += v;
+    sums[1] += v * v;
+  });
+  for (int64_t i = whole; i < size; ++i) {
+    const float v = static_cast<float>(h[i]) - mean;
+    deviation += v;
+    squares += v * v;
+  }
+  const float correction = deviation / count;
+  return {mean + correction, squares / count - correction * correction};
+}
+
+template <typename T, typename W>
+void forward_row(const T* h, const W* weight, const W* bias, float mean, float scale, T* y, int64_t size) {
+  if (bias == nullptr) {
+    for_each_vec(size, [&](auto at, auto to) { to(y, (at(h) - mean) * scale * at(weight)); });
+  } else {
+    for_each_vec(size, [&](auto at, auto to) { to(y, (at(h) - mean) * scale * at(weight) + at(bias)); });
+  }
+}
+
+template <typename T, typename W>
+void forward(const T* x, const T* residual, const W* weight, const W* bias, T* y, T* residual_out, float* means,
+             float* rstd, int64_t rows, int64_t size, float eps) {
+  torch::stable::parallel_for(0, rows, kRowsPerTask, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* h = x + row * size;
+      if (residual != nullptr) {
+        const T* added = residual + row * size;
+        T* out = residual_out + row * size;
+        for_each_vec(size, [&](auto at, auto to) { to(out, at(h) + at(added)); });
+        // What is normalised is what the caller gets: the sum in its own dtype.
+        h = out;
+      }
+      const auto [mean, variance] = moments(h, size);
+      const float scale = 1.0f / std::sqrt(variance + eps);
+      means[row] = mean;
+      rstd[row] = scale;
+      forward_row(h, weight, bias, mean, scale, y + row * size, size);
+    }
+  });
+}
+
+// One row's dh, its parts of dweight and dbias added to the sums where they are wanted.
+template <bool parameter_grads, typename T, typename W>
+void backward_row(const T* dy, const T* dresidual_out, const T* h, const W* weight, float mean, float scale, T* dx,
+                  float* dweight, float* dbias, int64_t size) {
+  // In lanes beyond the row's end dy is 0, and with it each term.
+  const auto [grads, products] = sum_each_vec<2>(size, [&](auto at, auto to, Vec* sums) {
+    const Vec grad = at(dy), normed = (at(h) - mean) * scale, weighted = grad * at(weight);
+    sums[0] += weighted;
+    sums[1] += weighted * normed;
+    if constexpr (parameter_grads) {
+      to(dweight, at(static_cast<const float*>(dweight)) + grad * normed);
+      to(dbias, at(static_cast<const float*>(dbias)) + grad);
+    }
+  });
+  const float grad_mean = grads / static_cast<float>(size);
+  const float shrink = scale * products / static_cast<float>(size);
+  for_each_vec(size, [&](auto at, auto to) {
+    Vec grad = scale * (at(dy) * at(weight) - grad_mean - (at(h) - mean) * shrink);
+    if (dresidual_out != nullptr) grad += at(dresidual_out);
+    to(dx, grad);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_in, const std::optional<Tensor>& residual_in,
+                                                          const Tensor& weight_in, const std::optional<Tensor>& bias_in,
+                                                          double eps) {
+  const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
+  const std::optional<Tensor> residual = as_contiguous(residual_in), bias = as_contiguous(bias_in);
+  const int64_t size = x.size(-1), rows = row_count(x);
+  Tensor y = empty_like(x);
+  Tensor residual_out = residual.has_value() ? empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor mean = torch::stable::new_empty(x, {rows}, ScalarType::Float), rstd = empty_like(mean);
+  dispatch_floating(x.scalar_type(), weight.scalar_type(), [&]<typename T, typename W>() {
+    forward(x.const_data_ptr<T>(), data_or_null<T>(residual), weight.const_data_ptr<W>(), data_or_null<W>(bias),
+            y.mutable_data_ptr<T>(), residual_out.mutable_data_ptr<T>(), mean.mutable_data_ptr<float>(),
+            rstd.mutable_data_ptr<float>(), rows, size, static_cast<float>(eps));
+  });
+  return {y, residual_out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_in, const std::optional<Tensor>& dresidual_out_in,
+                                                  const Tensor& h_in, const Tensor& weight_in, const Tensor& mean,
+                                                  const Tensor& rstd, bool weight_grad, bool bias_grad) {
+  const Tensor dy = as_contiguous(dy_in), h = as_contiguous(h_in), weight = as_contiguous(weight_in);
+  const std::optional<Tensor> dresidual_out = as_contiguous(dresidual_out_in);
+  const int64_t size = h.size(-1), rows = row_count(h);
+  const bool parameter_grads = weight_grad || bias_grad;
+  Tensor dx = empty_like(h);
+  Tensor dweight = weight_grad ? empty_like(weight) : torch::stable::new_empty(weight, {0});
+  Tensor dbias = bias_grad ? empty_like(weight) : torch::stable::new_empty(weight, {0});
+  RowSums sums(rows, parameter_grads ? 2 * size : 0);
+  dispatch_floating(h.scalar_type(), weight.scalar_type(), [&]<typename T, typename W>() {
+    const auto *dy_data = dy.const_data_ptr<T>(), *h_data = h.const_data_ptr<T>();
+    const T* residual_data = data_or_null<T>(dresidual_out);
+    const W* weight_data = weight.const_data_ptr<W>();
+    const auto *means = mean.const_data_ptr<float>(), *scales = rstd.const_data_ptr<float>();
+    T* dx_data = dx.mutable_data_ptr<T>();
+    sums.for_each_block([&](int64_t begin, int64_t end, float* block) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row * size;
+        const T* dresidual = residual_data == nullptr ? nullptr : residual_data + first;
+        const auto one_row = parameter_grads ? backward_row<true, T, W> : backward_row<false, T, W>;
+        one_row(dy_data + first, dresidual, h_data + first, weight_data, means[row], scales[row], dx_data + first,
+                block, block + size, size);
+      }
+    });
+    if (weight_grad) sums.write(dweight.mutable_data_ptr<W>(), 0, size);
+    if (bias_grad) sums.write(dbias.mutable_data_ptr<W>(), size, size);
+  });
+  return {dx, dweight, dbias};
+}
+
+MEMKERNELS_CPU_KERNEL(layer_norm_fwd);
+MEMKERNELS_CPU_KERNEL(layer_norm_bwd);
+
+}  // namespace
+}  // namespace memkernels::cpu
