@@ -50,7 +50,7 @@ def _layer_norm_fwd_kernel(
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / size + eps)
         tl.store(mean_ptr + row, mean, mask=row < rows)
         tl.store(rstd_ptr + row, rstd, mask=row < rows)
-        y = centred * rstd[:, None] * weight[None, :]
+        y = centred * (rstd[:, None] * weight[None, :])
         if HAS_BIAS:
             y += bias[None, :]
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

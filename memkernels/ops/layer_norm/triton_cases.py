@@ -1,0 +1,47 @@
+"""The configurations of layer norm's Triton kernels that the checks without a GPU compile and count."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from memkernels.ops.layer_norm.triton import layer_norm_bwd, layer_norm_fwd
+from memkernels.testing.cases import KernelCase
+
+ROWS = 256
+
+
+def _forward(dtype: torch.dtype, size: int, with_bias: bool, with_residual: bool, device: str) -> tuple[Tensor, ...]:
+    x, weight = torch.ones(ROWS, size, dtype=dtype, device=device), torch.ones(size, dtype=dtype, device=device)
+    bias = torch.ones_like(weight) if with_bias else None
+    residual = torch.ones_like(x) if with_residual else None
+    outputs = layer_norm_fwd(x, residual, weight, bias, 1e-5)
+    return x, weight, *(tensor for tensor in (bias, residual) if tensor is not None), *outputs
+
+
+def _backward(dtype: torch.dtype, size: int, with_bias: bool, with_residual: bool, device: str) -> tuple[Tensor, ...]:
+    dy, h, weight = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((ROWS, size), (ROWS, size), (size,)))
+    dresidual_out = torch.ones_like(dy) if with_residual else None
+    mean, rstd = (torch.ones(ROWS, device=device) for _ in range(2))
+    outputs = layer_norm_bwd(dy, dresidual_out, h, weight, mean, rstd, True, with_bias)
+    return dy, h, weight, mean, rstd, *outputs, *([dresidual_out] if dresidual_out is not None else [])
+
+
+KERNEL_CASES = [
+    KernelCase(
+        f"{launch.__name__[1:]} {str(dtype)[6:]} {size}{' bias' if with_bias else ''}"
+        f"{' residual' if with_residual else ''}",
+        partial(launch, dtype, size, with_bias, with_residual),
+    )
+    for launch in (_forward, _backward)
+    for dtype, size, with_bias, with_residual in (
+        (torch.bfloat16, 128, True, False),
+        (torch.bfloat16, 4096, False, True),
+        (torch.bfloat16, 4096, True, False),
+        (torch.float16, 8192, True, True),
+        (torch.float32, 1000, True, True),
+        (torch.float32, 8192, True, True),
+    )
+]
