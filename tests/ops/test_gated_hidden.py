@@ -7,20 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from memkernels.ops.gated_mlp import hidden  # noqa: F401  (defines the operators)
-from memkernels.ops.gated_mlp.tiles import (
-    FLOAT32_TILE,
-    INTERPRETER_TILE,
-    POINTER_TILES,
-    TF32_TILE,
-    TMA_TILES,
-    architecture,
-    select_tile,
-)
+from memkernels.ops.gated_mlp.tiles import INTERPRETER_TILE, SMALL_TILE, TF32_TILE, TILES, architecture, select_tile
 from memkernels.testing import assert_within_factor_two, implementations, poisoned_memory, random_tensor
 
 OPERATORS = torch.ops.memkernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The first has rows at multiples of 16 bytes, so descriptors; the others are loaded by pointers.
+# The first has rows at multiples of 16 elements, so descriptors; the others are loaded by pointers.
 SHAPES = [(64, 64, 96), (63, 60, 100), (70, 33, 35), (1, 1, 1)]
 ACTIVATIONS = {
     "silu": F.silu,
@@ -102,10 +94,12 @@ def test_every_activation_with_biases(implementation, activation, gated):
 def test_layouts(implementation, shape):
     """Rows apart, columns apart and a broadcast row; what lies between the rows is NaN and must not be used."""
     with implementation.active() as device:
-        inputs = make_inputs(shape, torch.float16, device)
+        inputs = make_inputs(shape, torch.float16, device, bias=True)
+        inputs["b_up"] = inputs["b_up"].repeat_interleave(2)[::2]
+        inputs["b_gate"] = inputs["b_gate"][:1].expand(shape[2])
         for name in ("x", "dy", "w_up", "w_down"):
             rows, columns = inputs[name].shape
-            around = torch.full((rows + 3, columns + 8), float("nan"), dtype=torch.float16, device=device)
+            around = torch.full((rows + 3, columns + 16), float("nan"), dtype=torch.float16, device=device)
             around[:rows, :columns] = inputs[name]
             inputs[name] = around[:rows, :columns]
         inputs["w_gate"] = inputs["w_gate"].t().contiguous().t()
@@ -153,17 +147,19 @@ def test_descriptors_where_every_matrix_is_aligned(monkeypatch):
     from memkernels.ops.gated_mlp import triton
 
     chosen = []
-    monkeypatch.setattr(triton, "select_tile", lambda *args, **kw: chosen.append(kw["tma"]) or select_tile(*args, **kw))
-    aligned = make_inputs((8, 16, 24), torch.float16, "cpu")
+    monkeypatch.setattr(
+        triton, "select_tile", lambda *args, **kw: chosen.append(kw["aligned"]) or select_tile(*args, **kw)
+    )
+    aligned = make_inputs((8, 16, 48), torch.float16, "cpu")
     shifted = torch.empty(8 * 16 + 1, dtype=torch.float16)[1:].view(8, 16)
-    cases = [(aligned, True), (make_inputs((8, 12, 24), torch.float16, "cpu"), False),
-             (make_inputs((8, 16, 20), torch.float16, "cpu"), False), (aligned | {"x": shifted}, False),
+    cases = [(aligned, True), (make_inputs((8, 24, 48), torch.float16, "cpu"), False),
+             (make_inputs((8, 16, 40), torch.float16, "cpu"), False), (aligned | {"x": shifted}, False),
              (aligned | {"x": aligned["x"][:1].expand(8, 16)}, False)]  # fmt: skip
-    for inputs, tma in cases:
+    for inputs, is_aligned in cases:
         chosen.clear()
         triton.gated_hidden_fwd(*(inputs[name] for name in ("x", "w_gate", "w_up", "b_gate", "b_up")), "silu")
         triton.gated_hidden_bwd(*inputs.values(), "silu")
-        assert chosen == [tma, tma]
+        assert chosen == [is_aligned, is_aligned]
 
 
 @on_every_implementation
@@ -197,9 +193,8 @@ def test_tiles_by_capability(monkeypatch, capability, name):
     device = torch.device("cuda", 0)
     assert architecture(device) == name
     for backward_pass in (False, True):
-        with_tma = select_tile(backward_pass, torch.bfloat16, device, tma=True)
-        assert with_tma is TMA_TILES.get(name, POINTER_TILES[name])[backward_pass]
-        assert select_tile(backward_pass, torch.float16, device, tma=False) is POINTER_TILES[name][backward_pass]
+        assert select_tile(backward_pass, torch.bfloat16, device, aligned=True) is TILES[name][backward_pass]
+        assert select_tile(backward_pass, torch.float16, device, aligned=False) is SMALL_TILE
 
 
 def test_torchs_setting_decides_on_tf32(monkeypatch):
@@ -207,8 +202,9 @@ def test_torchs_setting_decides_on_tf32(monkeypatch):
     device = torch.device("cuda", 0)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
-        for setting, tile in (("ieee", FLOAT32_TILE), ("tf32", TF32_TILE)):
+        for setting, tile in (("ieee", SMALL_TILE), ("tf32", TF32_TILE)):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert select_tile(False, torch.float32, device, tma=False) is tile
+            assert select_tile(False, torch.float32, device, aligned=True) == tile
+            assert select_tile(False, torch.float32, device, aligned=False) == replace(SMALL_TILE, PRECISION=setting)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

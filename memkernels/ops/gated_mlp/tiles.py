@@ -1,7 +1,7 @@
 """Tiles of the hidden layer's matrix products, by GPU architecture, direction and precision.
 
-They are the largest that compile without a spilled register for every activation and fit the architecture's shared
-memory; no speed has been measured on a GPU.
+Each compiles without a spilled register for every activation and fits its architecture's shared memory. They are not
+tuned: no speed has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -36,16 +36,11 @@ class GemmTile:
         return -(-rows // self.BLOCK_M) * -(-columns // self.BLOCK_N)
 
 
-# For bfloat16 and float16: {architecture: (forward, backward)}. Backward holds a third accumulator.
-POINTER_TILES = {
+# For bfloat16 and float16 matrices whose rows are aligned: {architecture: (forward, backward)}. Backward holds a third
+# accumulator.
+TILES = {
     "sm_80": (GemmTile(128, 64, 64, num_warps=8, num_stages=4), GemmTile(128, 64, 64, num_warps=8, num_stages=4)),
     "sm_86": (GemmTile(128, 64, 64, num_warps=8, num_stages=3), GemmTile(128, 64, 64, num_warps=8, num_stages=3)),
-    "sm_90": (GemmTile(128, 64, 64, num_warps=8, num_stages=4), GemmTile(128, 64, 64, num_warps=8, num_stages=4)),
-    "sm_100": (GemmTile(128, 64, 64, num_warps=8, num_stages=4), GemmTile(128, 64, 64, num_warps=8, num_stages=4)),
-    "sm_120": (GemmTile(128, 64, 64, num_warps=8, num_stages=3), GemmTile(128, 64, 64, num_warps=8, num_stages=3)),
-    "gfx942": (GemmTile(128, 128, 32, num_warps=8, num_stages=2), GemmTile(128, 64, 64, num_warps=8, num_stages=2)),
-}
-TMA_TILES = {
     "sm_90": (
         GemmTile(128, 128, 64, num_warps=8, num_stages=4, TMA=True),
         GemmTile(128, 64, 64, num_warps=8, num_stages=4, TMA=True),
@@ -56,12 +51,14 @@ TMA_TILES = {
     ),
     "sm_120": (
         GemmTile(128, 64, 64, num_warps=8, num_stages=3, TMA=True),
-        GemmTile(128, 64, 64, num_warps=8, num_stages=3, TMA=True),
+        GemmTile(128, 64, 32, num_warps=8, num_stages=4, TMA=True),
     ),
+    "gfx942": (GemmTile(128, 128, 32, num_warps=8, num_stages=2), GemmTile(128, 64, 64, num_warps=8, num_stages=2)),
 }
-# For float32, on every architecture: exact products have no tensor cores on NVIDIA, so their tiles are small.
-FLOAT32_TILE = GemmTile(64, 64, 16, num_warps=8, num_stages=3)
 TF32_TILE = GemmTile(128, 64, 32, num_warps=8, num_stages=3, PRECISION="tf32")
+# For rows that are not aligned, where each element is loaded by itself and its address takes registers; and for exact
+# float32 products, which have no tensor cores on NVIDIA.
+SMALL_TILE = GemmTile(64, 64, 16, num_warps=8, num_stages=3)
 # Several tiles each way at the sizes that tests use.
 INTERPRETER_TILE = GemmTile(32, 32, 32, num_warps=1, num_stages=1, GROUP_M=2)
 
@@ -75,13 +72,12 @@ def architecture(device: torch.device) -> str:
     return next((name for oldest, name in known.items() if capability >= oldest), "sm_86")
 
 
-def select_tile(backward: bool, dtype: torch.dtype, device: torch.device, *, tma: bool) -> GemmTile:
-    """The tile for a launch; `tma` says whether the operands allow descriptors."""
+def select_tile(backward: bool, dtype: torch.dtype, device: torch.device, *, aligned: bool) -> GemmTile:
+    """The tile for a launch; `aligned` says whether the rows of every matrix are, as `GemmTile.TMA` needs."""
     if device.type != "cuda":
-        return dataclasses.replace(INTERPRETER_TILE, TMA=tma)
+        return dataclasses.replace(INTERPRETER_TILE, TMA=aligned)
     if dtype == torch.float32:
         # torch's own setting decides whether float32 products may round their operands; AMD's need not.
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
-        return TF32_TILE if tf32 else FLOAT32_TILE
-    name = architecture(device)
-    return (TMA_TILES if tma and name in TMA_TILES else POINTER_TILES)[name][backward]
+        return TF32_TILE if tf32 and aligned else dataclasses.replace(SMALL_TILE, PRECISION="tf32" if tf32 else "ieee")
+    return TILES[architecture(device)][backward] if aligned else SMALL_TILE

@@ -201,12 +201,20 @@ def _row_major(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _has_descriptor(matrix: Tensor | None) -> bool:
-    """Whether a TMA descriptor can be made: base and rows at multiples of 16 bytes, no rows that overlap, not empty."""
+def _biases(*biases: Tensor | None) -> list[Tensor | None]:
+    return [bias if bias is None else bias.contiguous() for bias in biases]
+
+
+def _is_aligned(matrix: Tensor | None) -> bool:
+    """Whether rows start and end at multiples of 16 elements and do not overlap.
+
+    Triton then knows that 16 bytes at a time can be loaded, and a TMA descriptor can be made.
+    """
     if matrix is None:
         return True
-    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-    return aligned and matrix.numel() > 0 and matrix.stride(0) >= matrix.shape[1]
+    row_stride, column_stride = matrix.stride()
+    aligned = matrix.data_ptr() % 16 == 0 and row_stride % 16 == 0 and matrix.shape[1] % 16 == 0
+    return aligned and matrix.numel() > 0 and column_stride == 1 and row_stride >= matrix.shape[1]
 
 
 def _operands(tile: GemmTile, *operands: tuple[Tensor | None, str]) -> list[Tensor | TensorDescriptor | None]:
@@ -241,10 +249,11 @@ def gated_hidden_fwd(
     (rows, size), hidden = x.shape, w_up.shape[0]
     h = x.new_empty(rows, hidden)
     if h.numel():
-        tile = tile or select_tile(False, x.dtype, x.device, tma=all(map(_has_descriptor, (x, w_gate, w_up, h))))
+        tile = tile or select_tile(False, x.dtype, x.device, aligned=all(map(_is_aligned, (x, w_gate, w_up, h))))
         _gated_hidden_fwd_kernel[(tile.programs(rows, hidden),)](
             *_operands(tile, (x, "mk"), (w_gate, "nk"), (w_up, "nk"), (h, "mn")),
-            b_gate, b_up, rows, size, hidden, *_row_strides(x, w_gate, w_up), ACTIVATION=activation, **tile.options(),
+            *_biases(b_gate, b_up), rows, size, hidden, *_row_strides(x, w_gate, w_up),
+            ACTIVATION=activation, **tile.options(),
         )  # fmt: skip
     return h
 
@@ -269,14 +278,14 @@ def gated_hidden_bwd(
     if h.numel():
         # The outputs have each other's layout.
         tile = tile or select_tile(
-            True, x.dtype, x.device, tma=all(map(_has_descriptor, (dy, w_down, x, w_gate, w_up, h)))
+            True, x.dtype, x.device, aligned=all(map(_is_aligned, (dy, w_down, x, w_gate, w_up, h)))
         )
         operands = _operands(
             tile, (dy, "mk"), (w_down, "kn"), (x, "mk"), (w_gate, "nk"), (w_up, "nk"),
             (h, "mn"), (dgate, "mn"), (dup, "mn"),
         )  # fmt: skip
         _gated_hidden_bwd_kernel[(tile.programs(rows, hidden),)](
-            *operands, b_gate, b_up, rows, size, hidden, *_row_strides(dy, w_down, x, w_gate, w_up),
+            *operands, *_biases(b_gate, b_up), rows, size, hidden, *_row_strides(dy, w_down, x, w_gate, w_up),
             ACTIVATION=activation, **tile.options(),
         )  # fmt: skip
     return h, x.new_empty(0) if dgate is None else dgate, dup
