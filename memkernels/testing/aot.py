@@ -18,7 +18,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from memkernels.testing.cases import KernelCase, Target
-from memkernels.testing.resources import Resources, amd_resources, nvidia_resources
+from memkernels.testing.triton_resources import Resources, amd_resources, nvidia_resources
 
 
 class Launch(NamedTuple):

@@ -19,8 +19,8 @@ from unittest import mock
 from memkernels.testing.cases import TARGETS, KernelCase, Target, kernel_case, kernel_cases, ops_with_triton
 
 if TYPE_CHECKING:
-    from memkernels.testing.resources import Resources
     from memkernels.testing.traffic import CaseTraffic
+    from memkernels.testing.triton_resources import Resources
 
 HEADING = """# Triton kernels
 
@@ -30,7 +30,8 @@ counts of Triton's interpreter, taken on a machine without a GPU: none of it is 
 
 RESOURCES_HEADING = """## Resources
 
-Each cell: registers per thread / shared memory per block in bytes / spills / tensor-core instructions.
+Each cell: registers per thread / shared memory per block in bytes / spills / tensor-core instructions
+(their static number and kind).
 """
 
 TRAFFIC_HEADING = """## Traffic
@@ -96,8 +97,8 @@ def _resources_lines(cases: Sequence[tuple[str, KernelCase]]) -> list[str]:
 def _cell(resources: Resources | None) -> str:
     if resources is None:
         return ""
-    counts = (resources.registers, resources.shared_bytes, resources.spills, resources.tensor_core_instructions)
-    return " / ".join(map(str, counts))
+    tensor_cores = " ".join(f"{count} {opcode}" for opcode, count in resources.tensor_cores.items())
+    return f"{resources.registers} / {resources.shared_bytes} / {resources.spills} / {tensor_cores or 0}"
 
 
 def _traffic_lines(cases: Sequence[tuple[str, KernelCase]]) -> list[str]:

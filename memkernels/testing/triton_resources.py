@@ -14,7 +14,6 @@ import triton
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # An address, perhaps a predicate, and then the opcode up to its first dot.
 _SASS_OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
-_AMDGCN_OPCODE = re.compile(r"^\s+([a-z]\w+)\s", re.MULTILINE)
 _DOT = re.compile(r"\btt\.dot(?:_scaled)?\b.*")
 
 
@@ -27,7 +26,8 @@ class Resources:
         shared_bytes: shared memory per block (AMD: LDS).
         stack_bytes: local memory per thread (AMD: scratch); where spilled registers go.
         spills: instructions that load or store local memory; on AMD spilled vector and scalar registers.
-        tensor_core_instructions: HMMA, HGMMA, UTCHMMA and their kin; on AMD v_mfma. Static count, not executions.
+        tensor_cores: how many instructions of which kind the code holds (not executes): HMMA up to sm_89 and on sm_120,
+            HGMMA on sm_90, UTCHMMA on sm_100, and their kin; on AMD v_mfma.
         async_copies: instructions that copy from global to shared memory without registers between (not TMA).
         tma_copies: loads, stores and reductions by the tensor memory accelerator.
         multiplies: the kernel holds a tl.dot that the target's tensor cores can do (not IEEE float32 on NVIDIA).
@@ -37,7 +37,7 @@ class Resources:
     shared_bytes: int
     stack_bytes: int
     spills: int
-    tensor_core_instructions: int
+    tensor_cores: dict[str, int]
     async_copies: int
     tma_copies: int
     multiplies: bool
@@ -57,7 +57,7 @@ def nvidia_resources(cubin: bytes, ttir: str, dynamic_shared_bytes: int) -> Reso
         shared_bytes=figures["SHARED"] + dynamic_shared_bytes,
         stack_bytes=figures["STACK"] + figures["LOCAL"],
         spills=opcodes["LDL"] + opcodes["STL"],
-        tensor_core_instructions=sum(count for name, count in opcodes.items() if name.endswith("MMA")),
+        tensor_cores={name: count for name, count in opcodes.items() if name.endswith("MMA")},
         async_copies=opcodes["LDGSTS"],
         tma_copies=sum(opcodes[name] for name in ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP")),
         multiplies=any(not re.search(r": tensor<[\dx]+xf(32|64)>", dot) or "inputPrecision" in dot for dot in dots),
@@ -67,13 +67,13 @@ def nvidia_resources(cubin: bytes, ttir: str, dynamic_shared_bytes: int) -> Reso
 def amd_resources(amdgcn: str, ttir: str, dynamic_shared_bytes: int) -> Resources:
     """Resources of an assembly file with one kernel, by its metadata and text."""
     figures = {name: int(value) for name, value in re.findall(r"^\s*(?:- )?\.(\w+):\s+(\d+)$", amdgcn, re.MULTILINE)}
-    opcodes = Counter(_AMDGCN_OPCODE.findall(amdgcn))
+    multiplications = len(re.findall(r"^\s+v_mfma_", amdgcn, re.MULTILINE))
     return Resources(
         registers=figures["vgpr_count"],
         shared_bytes=figures["group_segment_fixed_size"] + dynamic_shared_bytes,
         stack_bytes=figures["private_segment_fixed_size"],
         spills=figures["vgpr_spill_count"] + figures["sgpr_spill_count"],
-        tensor_core_instructions=sum(count for name, count in opcodes.items() if name.startswith("v_mfma")),
+        tensor_cores={"v_mfma": multiplications} if multiplications else {},
         async_copies=len(re.findall(r"^\s+(?:global_load_lds_|buffer_load_\w+ .*\blds$)", amdgcn, re.MULTILINE)),
         tma_copies=0,
         multiplies=bool(_DOT.search(ttir)),
