@@ -1,7 +1,8 @@
 """Drop-in modules: the same parameters and state_dict keys as the modules that they replace."""
 
 from memkernels.nn.loss import LinearCrossEntropy
+from memkernels.nn.mlp import GatedMLP
 from memkernels.nn.norm import LayerNorm, RMSNorm
 from memkernels.nn.rotary import RotaryEmbedding
 
-__all__ = ["LayerNorm", "LinearCrossEntropy", "RMSNorm", "RotaryEmbedding"]
+__all__ = ["GatedMLP", "LayerNorm", "LinearCrossEntropy", "RMSNorm", "RotaryEmbedding"]

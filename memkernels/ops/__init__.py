@@ -2,9 +2,18 @@
 
 from memkernels.ops.attention.op import attention
 from memkernels.ops.gated_activation.op import gated_activation
+from memkernels.ops.gated_mlp.op import gated_mlp
 from memkernels.ops.layer_norm.op import layer_norm
 from memkernels.ops.linear_cross_entropy.op import linear_cross_entropy
 from memkernels.ops.rms_norm.op import rms_norm
 from memkernels.ops.rotary.op import apply_rotary
 
-__all__ = ["apply_rotary", "attention", "gated_activation", "layer_norm", "linear_cross_entropy", "rms_norm"]
+__all__ = [
+    "apply_rotary",
+    "attention",
+    "gated_activation",
+    "gated_mlp",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+]

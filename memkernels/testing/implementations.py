@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 
@@ -50,7 +51,8 @@ def _override_cpu(functions: dict[str, tuple[str, str]]) -> Iterator[None]:
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for operator, (module, name) in functions.items():
             library.impl(operator, getattr(importlib.import_module(module), name), "CPU", allow_override=True)
-        yield
+        with mock.patch.dict(_library._native_devices, {name: ["cpu"] for name in functions}):
+            yield
     finally:
         library._destroy()
 

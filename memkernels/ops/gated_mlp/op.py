@@ -1,0 +1,131 @@
+"""Gated MLP: the public function, and the choice of path and tile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkernels._library import has_kernel, has_row_kernel, missing
+from memkernels.ops.checks import check_floating, check_parameter, check_same_device, check_shape
+from memkernels.ops.gated_activation.op import check_activation
+from memkernels.ops.gated_mlp import hidden, reference  # noqa: F401  hidden defines the fused operators
+from memkernels.ops.gated_mlp.block import gated_mlp_block
+from memkernels.ops.projection import DenseProjection
+
+BACKENDS = ("auto", "triton", "matmul")
+
+
+def gated_mlp(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str = "silu",
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    tile_tokens: int | None = None,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A transformer's feed-forward layer, with the RMS norm in front of it, that keeps only its input for backward.
+
+    y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down, n = rms_norm(x) * norm_weight, or x without
+    norm_weight. With w_gate None, y = act(n w_up^T + b_up) w_down^T + b_down. Shazeer 2020, arXiv 2002.05202. Under
+    autocast x (after the norm), weights and biases are cast as `torch.nn.functional.linear` casts them.
+
+    Args:
+        x: (..., d); float32, bfloat16 or float16 (float64 is computed by the reference).
+        w_gate: (f, d), x's dtype, or None.
+        w_up: (f, d), x's dtype.
+        w_down: (d, f), x's dtype.
+        activation: silu, gelu (by erf), gelu_tanh, relu or relu_squared.
+        norm_weight: (d,); x's dtype or float32.
+        norm_eps: added to the mean of squares.
+        tile_tokens: tokens that are computed at a time, in forward and backward. None: T tokens go in
+            max(1, T // max(2048, 2 d)) equal tiles: with fewer tokens the float32 sums of the weights' gradients, which
+            only several tiles need, take more memory than tiles save.
+        b_gate, b_up: (f,), x's dtype.
+        b_down: (d,), x's dtype.
+        backend: "matmul": `torch.matmul` and the gated activation. "triton": products with the activation in their
+            epilogue, on GPUs. "auto": triton on GPUs in bfloat16 and float16, else matmul.
+
+    Returns:
+        y, like x (under autocast, of autocast's dtype).
+
+    Raises:
+        TypeError: a dtype other than those above.
+        ValueError: a shape, device, activation, tile or backend that does not fit.
+
+    Saved for backward: x itself, d elements per token, with the norm or without, and the parameters. Under autocast
+    without the norm, x as autocast casts it. Backward recomputes the norm and, tile by tile, the gate and up products,
+    two GEMMs more than the nine that keep them (ungated: one more than six), and never the down product. A tile holds
+    three buffers of (tile_tokens, f). Weight gradients are summed over tiles in float32; frozen ones cost nothing.
+    """
+    check_activation(activation)
+    _check_tensors(x, w_gate, w_up, w_down, norm_weight, b_gate, b_up, b_down)
+    if tile_tokens is not None and tile_tokens < 1:
+        raise ValueError(f"tile_tokens: expected a positive number or None, got {tile_tokens}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if autocast:
+        w_up, w_down = w_up.to(dtype), w_down.to(dtype)
+        w_gate, b_gate, b_up, b_down = (None if t is None else t.to(dtype) for t in (w_gate, b_gate, b_up, b_down))
+    _check_dtype(dtype, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down)
+    if norm_weight is None:
+        x = x.to(dtype)
+    fused = _is_fused(backend, x.device.type, dtype)
+    if not has_kernel("gated_activation_fwd", x) or (norm_weight is not None and not has_row_kernel("rms_norm_fwd", x)):
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.gated_mlp(
+                x, w_gate, w_up, w_down, activation=activation, norm_weight=norm_weight, norm_eps=norm_eps,
+                b_gate=b_gate, b_up=b_up, b_down=b_down,
+            )  # fmt: skip
+    gate = None if w_gate is None else DenseProjection(w_gate, b_gate)
+    return gated_mlp_block(
+        x, gate, DenseProjection(w_up, b_up), DenseProjection(w_down, b_down), activation=activation,
+        norm_weight=norm_weight, norm_eps=norm_eps, tile_tokens=tile_tokens, fused=fused, dtype=dtype,
+    )  # fmt: skip
+
+
+def _is_fused(backend: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the hidden layer goes through `gated_hidden_fwd` and `gated_hidden_bwd`."""
+    reason = missing("gated_hidden_fwd", device_type)
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"backend: 'triton' cannot run here: {reason}")
+    return backend == "triton" or (backend == "auto" and reason is None and dtype != torch.float32)
+
+
+def _check_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, as x, got {tensor.dtype}.")
+
+
+def _check_tensors(x, w_gate, w_up, w_down, norm_weight, b_gate, b_up, b_down) -> None:
+    check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected at least one dimension, got a scalar.")
+    check_floating("w_up", w_up)
+    if w_up.dim() != 2 or w_up.shape[1] != x.shape[-1]:
+        raise ValueError(f"w_up: expected shape (f, {x.shape[-1]}), got {tuple(w_up.shape)}.")
+    (f, d), like_up = w_up.shape, "w_up's first dimension"
+    for name, tensor, shape, meaning in (
+        ("w_gate", w_gate, (f, d), "that of w_up"),
+        ("w_down", w_down, (d, f), "that of w_up, transposed"),
+        ("b_gate", b_gate, (f,), like_up),
+        ("b_up", b_up, (f,), like_up),
+        ("b_down", b_down, (d,), "the last dimension of x"),
+    ):
+        if tensor is not None:
+            check_floating(name, tensor)
+            check_shape(name, tensor, shape, meaning)
+    if w_gate is None and b_gate is not None:
+        raise ValueError("b_gate: expected None without w_gate, got a tensor.")
+    check_same_device("x", x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down)
+    if norm_weight is not None:
+        check_parameter("norm_weight", norm_weight, x, (d,), "the last dimension of x")

@@ -1,0 +1,34 @@
+"""The gated MLP in plain PyTorch: the specification, and the fallback where no kernel runs."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from memkernels.ops.gated_activation.reference import gated_activation
+from memkernels.ops.rms_norm.reference import rms_norm
+
+
+def gated_mlp(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str = "silu",
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+) -> Tensor:
+    """y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down with n = x or rms_norm(x) * norm_weight."""
+    n = x if norm_weight is None else cast(Tensor, rms_norm(x, norm_weight, norm_eps)).to(w_up.dtype)
+    up = F.linear(n, w_up, b_up)
+    if w_gate is None:
+        hidden = gated_activation(up, None, activation)
+    else:
+        hidden = gated_activation(F.linear(n, w_gate, b_gate), up, activation)
+    return F.linear(hidden, w_down, b_down)

@@ -1,0 +1,41 @@
+"""Sums of a parameter's gradient over tiles of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class GradientSum:
+    """The gradient of one tensor, summed over tiles of tokens, in float32 or wider.
+
+    Each tile's term is rounded to the tensor's dtype once, and the sum once. A single tile's term is the sum itself:
+    no buffer is made.
+
+    Args:
+        tensor: whose gradient it is.
+        tiles: how many terms there will be.
+    """
+
+    def __init__(self, tensor: Tensor, tiles: int):
+        self.tensor = tensor
+        self.wide_dtype = torch.promote_types(tensor.dtype, torch.float32) if tiles > 1 else tensor.dtype
+        self.total: Tensor | None = None
+
+    def add(self, term: Tensor) -> None:
+        """Adds a term of the tensor's shape, which belongs to the sum from now on."""
+        if self.total is None:
+            self.total = term.to(self.wide_dtype)
+        else:
+            self.total.add_(term)
+
+    def add_product(self, dy: Tensor, x: Tensor) -> None:
+        """Adds dy^T x: the gradient of a weight (out, in) from dy (tokens, out) and x (tokens, in)."""
+        if self.total is not None and self.wide_dtype == dy.dtype:
+            torch.addmm(self.total, dy.t(), x, out=self.total)
+        else:
+            self.add(torch.mm(dy.t(), x))
+
+    def result(self) -> Tensor:
+        """The gradient, in the tensor's dtype; zeros if nothing was added."""
+        return torch.zeros_like(self.tensor) if self.total is None else self.total.to(self.tensor.dtype)

@@ -1,0 +1,100 @@
+"""Projections: how block ops multiply by a weight, of whatever kind.
+
+A block op is one autograd Function, written once over projections. A projection is its tensors, which the Function
+receives, saves and returns gradients for, and a static description, a frozen dataclass kept on `ctx`; the description's
+`bind(tensors)` makes the projection again from the tensors in forward and in backward. A new kind of weight is a new
+description with a new projection, and no change to any block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memkernels.ops.gradient_sum import GradientSum
+
+
+class Description(Protocol):
+    """What is static of a projection: hashable, without tensors."""
+
+    @property
+    def num_tensors(self) -> int: ...
+
+    def bind(self, tensors: Sequence[Tensor]) -> Projection: ...
+
+
+class Projection(Protocol):
+    """y = x W^T (+ ...) for x (tokens, in). Backward comes as its two halves, since a block may need dx before x."""
+
+    @property
+    def description(self) -> Description: ...
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y, (tokens, out), contiguous and new."""
+        ...
+
+    def input_grad(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        """dx, (tokens, in), contiguous and new; with `into`, added to it in place."""
+        ...
+
+    def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None]) -> None:
+        """Adds one tile's gradients to the sums of `tensors`, in their order; None where no gradient is wanted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense weight (out, in), as that of `torch.nn.Linear`, with or without a bias (out,)."""
+
+    has_bias: bool = False
+
+    @property
+    def num_tensors(self) -> int:
+        return 2 if self.has_bias else 1
+
+    def bind(self, tensors: Sequence[Tensor]) -> DenseProjection:
+        return DenseProjection(*tensors)
+
+
+class DenseProjection:
+    """y = x weight^T + bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def description(self) -> Dense:
+        return Dense(self.bias is not None)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def input_grad(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        return torch.mm(dy, self.weight) if into is None else torch.addmm(into, dy, self.weight, out=into)
+
+    def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None]) -> None:
+        weight_sum, bias_sum = sums if self.bias is not None else (sums[0], None)
+        if weight_sum is not None:
+            weight_sum.add_product(dy, x)
+        if bias_sum is not None:
+            bias_sum.add(dy.sum(0))
