@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,13 @@ class GradientSum:
     def result(self) -> Tensor:
         """The gradient, in the tensor's dtype; zeros if nothing was added."""
         return torch.zeros_like(self.tensor) if self.total is None else self.total.to(self.tensor.dtype)
+
+
+def gradient_sums(tensors: Sequence[Tensor], needed: Sequence[bool], tiles: int = 1) -> list[GradientSum | None]:
+    """A sum for each tensor that needs a gradient, else None."""
+    return [GradientSum(tensor, tiles) if need else None for tensor, need in zip(tensors, needed, strict=True)]
+
+
+def results(sums: Sequence[GradientSum | None]) -> list[Tensor | None]:
+    """The gradients, None where none was wanted."""
+    return [None if total is None else total.result() for total in sums]

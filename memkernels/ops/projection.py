@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,23 @@ class Description(Protocol):
     def num_tensors(self) -> int: ...
 
     def bind(self, tensors: Sequence[Tensor]) -> Projection: ...
+
+
+class Part(Protocol):
+    """A description of a part of a block that has tensors: a projection's, or a norm's."""
+
+    @property
+    def num_tensors(self) -> int: ...
+
+
+def split_by(parts: Sequence[Part | None], flat: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Values of a block's tensors, one a tensor, by the parts that they belong to; none for a part that is None."""
+    groups, first = [], 0
+    for part in parts:
+        count = 0 if part is None else part.num_tensors
+        groups.append(tuple(flat[first : first + count]))
+        first += count
+    return groups
 
 
 class Projection(Protocol):

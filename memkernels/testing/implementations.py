@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from memkernels import _library
-from memkernels.testing.interpreter import bfloat16_products
+from memkernels.testing.interpreter import hardware_bfloat16
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Implementation:
                 _library.set_cpu_isa(before)
         elif self.name == "triton-interpreter":
             functions = {operator: (module, operator) for operator, module in _library.triton_modules.items()}
-            with _override_cpu(functions), bfloat16_products():
+            with _override_cpu(functions), hardware_bfloat16():
                 yield self.device
         else:
             yield self.device

@@ -1,5 +1,6 @@
 """ops.gated_mlp: every implementation against the float64 reference, and what it saves, holds, rejects, compiles to."""
 
+import inspect
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ from memkernels import ops
 from memkernels.ops.gated_activation.reference import ACTIVATIONS
 from memkernels.ops.gated_mlp import reference
 from memkernels.ops.gated_mlp.block import default_tile
+from memkernels.ops.gated_mlp.op import plan_gated_mlp
 from memkernels.testing import check_op, implementations, peak_bytes, random_tensor, run_in_child, saved_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,6 +84,29 @@ def test_every_activation(implementation, backend, activation, gated):
 def test_every_combination_of_parts(gated, norm, bias):
     inputs = make_inputs((3, 7), 12, 20, torch.bfloat16, gated=gated, norm=norm, bias=bias)
     check(inputs, tile_tokens=8, strided_grads=True)
+
+
+@on_every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("norm", "bias", "offset"), [("layer", True, 0.0), ("layer", False, 0.0), ("rms", False, 1.0)])
+def test_every_norm(implementation, backend, dtype, norm, bias, offset):
+    with implementation.active() as device:
+        inputs = make_inputs(9, 12, 20, dtype, device)
+        if bias:
+            inputs["norm_bias"] = random_tensor(12, dtype=dtype, device=device, seed=9)
+        check(inputs, tile_tokens=4, backend=backend, norm=norm, norm_offset=offset, norm_eps=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["norm_weight", "norm_bias"])
+def test_a_frozen_parameter_of_a_layer_norm(frozen):
+    inputs = make_inputs(9, 12, 20, torch.float32) | {"norm_bias": random_tensor(12, dtype=torch.float32, seed=9)}
+    inputs[frozen].requires_grad_(False)
+    check(inputs, norm="layer")
+
+
+def test_the_checked_call_has_the_public_signature():
+    public, checked = (inspect.signature(function).parameters for function in (ops.gated_mlp, plan_gated_mlp))
+    assert public == checked
 
 
 @pytest.mark.parametrize("frozen", [*itertools.combinations(("x", "w_gate", "w_up", "w_down", "norm_weight"), 1),
@@ -323,6 +348,9 @@ def test_gradcheck_of_the_reference_path(gated):
         ({"b_up": torch.zeros(8)}, ValueError, r"b_up: expected shape \(16,\)"),
         ({"w_gate": None, "b_gate": torch.zeros(16)}, ValueError, "b_gate: expected None without w_gate"),
         ({"norm_weight": torch.zeros(7)}, ValueError, r"norm_weight: expected shape \(8,\)"),
+        ({"norm": "batch"}, ValueError, "norm: expected one of rms, layer, got 'batch'"),
+        ({"norm_bias": torch.zeros(8)}, ValueError, "norm_bias: expected None without norm_weight and norm='layer'"),
+        ({"norm": "layer", "norm_offset": 1.0}, ValueError, "norm_offset: expected 0 with norm='layer'"),
         ({"activation": "swish"}, ValueError, "activation: expected one of silu, .*got 'swish'"),
         ({"tile_tokens": 0}, ValueError, "tile_tokens: expected a positive number or None, got 0"),
         ({"backend": "cublas"}, ValueError, "backend: expected one of auto, triton, matmul, got 'cublas'"),

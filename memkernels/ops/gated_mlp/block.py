@@ -9,35 +9,45 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from memkernels.ops.gradient_sum import GradientSum
-from memkernels.ops.projection import DenseProjection, Description, Projection
+from memkernels.ops.block_norm import Norm, NormDescription
+from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
+from memkernels.ops.projection import DenseProjection, Description, Projection, split_by
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is static of one call. `gate` is None in the ungated form; `dtype` is that of the products."""
 
+    norm: NormDescription
     gate: Description | None
     up: Description
     down: Description
     activation: str
-    norm_eps: float
     tile_tokens: int
     fused: bool
     dtype: torch.dtype
 
-    def split(self, flat: Sequence) -> list:
-        """Per-tensor values, in the order of the Function's tensors, by gate, up and down."""
-        parts, first = [], 0
-        for description in (self.gate, self.up, self.down):
-            count = 0 if description is None else description.num_tensors
-            parts.append(tuple(flat[first : first + count]))
-            first += count
-        return parts
+    @property
+    def parts(self) -> tuple[NormDescription | Description | None, ...]:
+        """In the order of the Function's tensors."""
+        return self.norm, self.gate, self.up, self.down
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(part.num_tensors for part in self.parts if part is not None)
 
     def bind(self, tensors: Sequence[Tensor]) -> Layer:
-        gate, up, down = self.split(tensors)
-        return Layer(self, None if self.gate is None else self.gate.bind(gate), self.up.bind(up), self.down.bind(down))
+        norm, gate, up, down = split_by(self.parts, tensors)
+        return Layer(
+            self,
+            self.norm.bind(norm),
+            None if self.gate is None else self.gate.bind(gate),
+            self.up.bind(up),
+            self.down.bind(down),
+        )
+
+    def num_tiles(self, tokens: int) -> int:
+        return -(-tokens // self.tile_tokens)
 
     def tiles(self, tokens: int) -> Iterator[slice]:
         return (slice(first, first + self.tile_tokens) for first in range(0, tokens, self.tile_tokens))
@@ -45,21 +55,60 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layer:
-    """The three projections, and one tile's computations."""
+    """The norm and the three projections, and their computations over rows (tokens, d)."""
 
     plan: Plan
+    norm: Norm
     gate: Projection | None
     up: Projection
     down: Projection
 
-    def norm(self, x: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The input of gate and up, and rstd with a norm."""
-        if norm_weight is None:
-            return x, None
-        n, _, rstd = torch.ops.memkernels.rms_norm_fwd(x, None, norm_weight, self.plan.norm_eps, 0.0)
-        return n.to(self.plan.dtype), rstd
+    def forward(self, rows: Tensor) -> Tensor:
+        """y, (tokens, d)."""
+        if self.plan.num_tiles(rows.shape[0]) <= 1:
+            return self._forward_tile(rows)
+        y = rows.new_empty(rows.shape[0], self.down.out_features, dtype=self.plan.dtype)
+        for tile in self.plan.tiles(rows.shape[0]):
+            y[tile] = self._forward_tile(rows[tile])
+        return y
 
-    def dense_hidden(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    def backward(self, dy: Tensor, rows: Tensor, gradients: Gradients) -> Tensor | None:
+        """dx, None where it is not wanted; adds the gradients of the tensors to their sums."""
+        if self.plan.num_tiles(rows.shape[0]) <= 1:
+            return self._backward_tile(dy, rows, gradients)
+        dx = torch.empty_like(rows) if gradients.x else None
+        for tile in self.plan.tiles(rows.shape[0]):
+            dx_tile = self._backward_tile(dy[tile], rows[tile], gradients)
+            if dx is not None and dx_tile is not None:
+                dx[tile] = dx_tile
+        return dx
+
+    def _forward_tile(self, x: Tensor) -> Tensor:
+        n = self.norm.forward(x)[0].to(self.plan.dtype)
+        return self.down.forward(self._hidden(n))
+
+    def _backward_tile(self, dy: Tensor, x: Tensor, gradients: Gradients) -> Tensor | None:
+        n, statistics = self.norm.forward(x)
+        n = n.to(self.plan.dtype)
+        if not gradients.through_hidden:
+            self.down.add_gradients(dy, self._hidden(n), gradients.down)
+            return None
+        h, dgate, dup = self._hidden_backward(dy, n)
+        self.down.add_gradients(dy, h, gradients.down)
+        del h
+        self.up.add_gradients(dup, n, gradients.up)
+        if self.gate is not None and dgate is not None:
+            self.gate.add_gradients(dgate, n, gradients.gate)
+        del n
+        if not gradients.through_norm:
+            return None
+        dn = self.up.input_grad(dup)
+        if self.gate is not None and dgate is not None:
+            dn = self.gate.input_grad(dgate, into=dn)
+        del dgate, dup
+        return self.norm.backward(dn, x, statistics, gradients.norm)
+
+    def _dense_hidden(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """Weights and biases of gate and up as `gated_hidden_fwd` takes them."""
         gate, up = self.gate, self.up
         assert isinstance(up, DenseProjection)
@@ -68,21 +117,21 @@ class Layer:
         assert isinstance(gate, DenseProjection)
         return gate.weight, up.weight, gate.bias, up.bias
 
-    def hidden(self, n: Tensor) -> Tensor:
+    def _hidden(self, n: Tensor) -> Tensor:
         """h = act(gate) * up."""
         if self.plan.fused:
-            return torch.ops.memkernels.gated_hidden_fwd(n, *self.dense_hidden(), self.plan.activation)
+            return torch.ops.memkernels.gated_hidden_fwd(n, *self._dense_hidden(), self.plan.activation)
         up = self.up.forward(n)
         if self.gate is None:
             return torch.ops.memkernels.gated_activation_fwd(up, None, self.plan.activation)
         return torch.ops.memkernels.gated_activation_fwd(self.gate.forward(n), up, self.plan.activation)
 
-    def hidden_backward(self, dy: Tensor, n: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _hidden_backward(self, dy: Tensor, n: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """h, dgate and dup, with gate and up recomputed; dgate is None in the ungated form."""
         if self.plan.fused:
             assert isinstance(self.down, DenseProjection)
             h, dgate, dup = torch.ops.memkernels.gated_hidden_bwd(
-                dy, self.down.weight, n, *self.dense_hidden(), self.plan.activation
+                dy, self.down.weight, n, *self._dense_hidden(), self.plan.activation
             )
             return h, None if self.gate is None else dgate, dup
         up = self.up.forward(n)
@@ -94,90 +143,41 @@ class Layer:
             torch.ops.memkernels.gated_activation_bwd_(dh, gate, up, self.plan.activation)
         return dh, gate, up
 
-    def forward(self, x: Tensor, norm_weight: Tensor | None) -> Tensor:
-        return self.down.forward(self.hidden(self.norm(x, norm_weight)[0]))
-
-    def backward(self, dy: Tensor, x: Tensor, norm_weight: Tensor | None, gradients: Gradients) -> Tensor | None:
-        """One tile: adds to the sums, returns dx where it is wanted."""
-        n, rstd = self.norm(x, norm_weight)
-        if not gradients.through_hidden:
-            self.down.add_gradients(dy, self.hidden(n), gradients.down)
-            return None
-        h, dgate, dup = self.hidden_backward(dy, n)
-        self.down.add_gradients(dy, h, gradients.down)
-        del h
-        self.up.add_gradients(dup, n, gradients.up)
-        if self.gate is not None and dgate is not None:
-            self.gate.add_gradients(dgate, n, gradients.gate)
-        if not gradients.x and gradients.norm is None:
-            return None
-        dn = self.up.input_grad(dup)
-        if self.gate is not None and dgate is not None:
-            dn = self.gate.input_grad(dgate, into=dn)
-        if norm_weight is None:
-            return dn
-        dx, dnorm_weight = torch.ops.memkernels.rms_norm_bwd(
-            dn.to(x.dtype), None, x, norm_weight, rstd, 0.0, gradients.norm is not None
-        )
-        if gradients.norm is not None:
-            gradients.norm.add(dnorm_weight)
-        return dx if gradients.x else None
-
 
 class Gradients:
-    """Which gradients are wanted, and the sums of those of the parameters."""
+    """Which gradients are wanted, and the sums of those of the tensors."""
 
-    def __init__(self, plan: Plan, needs: Sequence[bool], norm_weight: Tensor | None, tensors: Sequence[Tensor],
-                 tiles: int):  # fmt: skip
-        self.x, norm, *needs_tensors = needs
-        self.norm = GradientSum(norm_weight, tiles) if norm_weight is not None and norm else None
-        self.flat = [
-            GradientSum(tensor, tiles) if need else None for tensor, need in zip(tensors, needs_tensors, strict=True)
-        ]
-        self.gate, self.up, self.down = plan.split(self.flat)
-        self.through_hidden = self.x or self.norm is not None or any(s is not None for s in self.gate + self.up)
-
-    def results(self) -> list[Tensor | None]:
-        """The gradients of norm_weight and of the tensors, in order."""
-        return [None if total is None else total.result() for total in (self.norm, *self.flat)]
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], x: bool, needed: Sequence[bool], tokens: int):
+        self.x = x
+        self.sums = gradient_sums(tensors, needed, plan.num_tiles(tokens))
+        self.norm: tuple[GradientSum | None, ...]
+        self.norm, self.gate, self.up, self.down = split_by(plan.parts, self.sums)
+        self.through_norm = x or any(total is not None for total in self.norm)
+        self.through_hidden = self.through_norm or any(total is not None for total in self.gate + self.up)
 
 
 class _GatedMLP(torch.autograd.Function):
     """Saves x and the parameters; x is (..., d)."""
 
     @staticmethod
-    def forward(ctx, plan, x, norm_weight, *tensors):
+    def forward(ctx, plan, x, *tensors):
         ctx.plan = plan
-        ctx.save_for_backward(x, norm_weight, *tensors)
+        ctx.save_for_backward(x, *tensors)
         with torch.autocast(x.device.type, enabled=False):
-            layer, rows = plan.bind(tensors), x.reshape(-1, x.shape[-1])
-            if rows.shape[0] <= plan.tile_tokens:
-                y = layer.forward(rows, norm_weight)
-            else:
-                y = rows.new_empty(rows.shape[0], layer.down.out_features, dtype=plan.dtype)
-                for tile in plan.tiles(rows.shape[0]):
-                    y[tile] = layer.forward(rows[tile], norm_weight)
-        return y.view(*x.shape[:-1], layer.down.out_features)
+            y = plan.bind(tensors).forward(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         plan = ctx.plan
-        x, norm_weight, *tensors = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            layer, rows, dy = plan.bind(tensors), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            tokens = rows.shape[0]
-            tiles = -(-tokens // plan.tile_tokens)
-            gradients = Gradients(plan, ctx.needs_input_grad[1:], norm_weight, tensors, tiles)
-            if tiles <= 1:
-                dx = layer.backward(dy, rows, norm_weight, gradients)
-            else:
-                dx = torch.empty_like(rows) if gradients.x else None
-                for tile in plan.tiles(tokens):
-                    dx_tile = layer.backward(dy[tile], rows[tile], norm_weight, gradients)
-                    if dx is not None:
-                        dx[tile] = dx_tile
-            return None, None if dx is None else dx.view(x.shape), *gradients.results()
+            rows = x.reshape(-1, x.shape[-1])
+            x_needed, *needed = ctx.needs_input_grad[1:]
+            gradients = Gradients(plan, tensors, x_needed, needed, rows.shape[0])
+            dx = plan.bind(tensors).backward(dy.reshape(-1, dy.shape[-1]), rows, gradients)
+            return None, dx.view(x.shape) if x_needed else None, *results(gradients.sums)
 
 
 def default_tile(tokens: int, size: int) -> int:
@@ -185,35 +185,38 @@ def default_tile(tokens: int, size: int) -> int:
     return max(1, -(-tokens // max(1, tokens // max(2048, 2 * size))))
 
 
-def gated_mlp_block(
+def gated_mlp_plan(
     x: Tensor,
+    norm: Norm,
     gate: Projection | None,
     up: Projection,
     down: Projection,
     *,
     activation: str,
-    norm_weight: Tensor | None,
-    norm_eps: float,
     tile_tokens: int | None,
     fused: bool,
     dtype: torch.dtype,
-) -> Tensor:
-    """`ops.gated_mlp` over any projections, arguments checked.
+) -> tuple[Plan, tuple[Tensor, ...]]:
+    """The plan over any projections, arguments checked, and its tensors.
 
     Args:
         fused: compute the hidden layer by `gated_hidden_fwd` and `gated_hidden_bwd`, which take dense projections only.
         dtype: that of the projections; x has it too, unless it has a norm in front.
     """
-    projections = [projection for projection in (gate, up, down) if projection is not None]
     plan = Plan(
+        norm=norm.description,
         gate=None if gate is None else gate.description,
         up=up.description,
         down=down.description,
         activation=activation,
-        norm_eps=float(norm_eps),
         tile_tokens=tile_tokens or default_tile(x.shape[:-1].numel(), x.shape[-1]),
         fused=fused,
         dtype=dtype,
     )
-    tensors = [tensor for projection in projections for tensor in projection.tensors]
-    return _GatedMLP.apply(plan, x, norm_weight, *tensors)
+    parts = [part for part in (norm, gate, up, down) if part is not None]
+    return plan, tuple(tensor for part in parts for tensor in part.tensors)
+
+
+def gated_mlp_block(x: Tensor, plan: Plan, tensors: Sequence[Tensor]) -> Tensor:
+    """`ops.gated_mlp` of a plan."""
+    return _GatedMLP.apply(plan, x, *tensors)

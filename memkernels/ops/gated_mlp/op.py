@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkernels._library import has_kernel, has_row_kernel, missing
-from memkernels.ops.checks import check_floating, check_parameter, check_same_device, check_shape
+from memkernels._library import has_kernel, missing
+from memkernels.ops.autocast import as_product_dtype, product_dtype
+from memkernels.ops.block_norm import make_norm
+from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.gated_mlp import hidden, reference  # noqa: F401  hidden defines the fused operators
-from memkernels.ops.gated_mlp.block import gated_mlp_block
+from memkernels.ops.gated_mlp.block import Plan, gated_mlp_block, gated_mlp_plan
 from memkernels.ops.projection import DenseProjection
 
 BACKENDS = ("auto", "triton", "matmul")
@@ -22,19 +24,23 @@ def gated_mlp(
     w_down: Tensor,
     *,
     activation: str = "silu",
+    norm: str = "rms",
     norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
+    norm_offset: float = 0.0,
     tile_tokens: int | None = None,
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """A transformer's feed-forward layer, with the RMS norm in front of it, that keeps only its input for backward.
+    """A transformer's feed-forward layer, with the norm in front of it, that keeps only its input for backward.
 
-    y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down, n = rms_norm(x) * norm_weight, or x without
-    norm_weight. With w_gate None, y = act(n w_up^T + b_up) w_down^T + b_down. Shazeer 2020, arXiv 2002.05202. Under
-    autocast x (after the norm), weights and biases are cast as `torch.nn.functional.linear` casts them.
+    y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down with n = `ops.rms_norm` or `ops.layer_norm` of
+    x, or x itself without norm_weight. With w_gate None, y = act(n w_up^T + b_up) w_down^T + b_down. Shazeer 2020,
+    arXiv 2002.05202. Under autocast x (after the norm), weights and biases are cast as `torch.nn.functional.linear`
+    casts them.
 
     Args:
         x: (..., d); float32, bfloat16 or float16 (float64 is computed by the reference).
@@ -42,8 +48,11 @@ def gated_mlp(
         w_up: (f, d), x's dtype.
         w_down: (d, f), x's dtype.
         activation: silu, gelu (by erf), gelu_tanh, relu or relu_squared.
+        norm: rms or layer; of effect with norm_weight.
         norm_weight: (d,); x's dtype or float32.
-        norm_eps: added to the mean of squares.
+        norm_bias: (d,), of a layer norm.
+        norm_eps: added to the mean of squares, or to the variance.
+        norm_offset: added to an RMS norm's weight (1 is Gemma's form).
         tile_tokens: tokens that are computed at a time, in forward and backward. None: T tokens go in
             max(1, T // max(2048, 2 d)) equal tiles: with fewer tokens the float32 sums of the weights' gradients, which
             only several tiles need, take more memory than tiles save.
@@ -64,32 +73,62 @@ def gated_mlp(
     two GEMMs more than the nine that keep them (ungated: one more than six), and never the down product. A tile holds
     three buffers of (tile_tokens, f). Weight gradients are summed over tiles in float32; frozen ones cost nothing.
     """
+    plan, tensors, has_kernels = plan_gated_mlp(
+        x, w_gate, w_up, w_down, activation=activation, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
+        norm_eps=norm_eps, norm_offset=norm_offset, tile_tokens=tile_tokens, b_gate=b_gate, b_up=b_up, b_down=b_down,
+        backend=backend,
+    )  # fmt: skip
+    if norm_weight is None:
+        x = x.to(plan.dtype)
+    if has_kernels:
+        return gated_mlp_block(x, plan, tensors)
+    weights = as_product_dtype(
+        x, plan.dtype, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.gated_mlp(
+            x, **weights, activation=activation, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
+            norm_eps=norm_eps, norm_offset=norm_offset,
+        )  # fmt: skip
+
+
+def plan_gated_mlp(
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str = "silu",
+    norm: str = "rms",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_offset: float = 0.0,
+    tile_tokens: int | None = None,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Plan, tuple[Tensor, ...], bool]:
+    """The checked call of `gated_mlp`: its plan, its tensors, and whether every kernel it takes is there."""
     check_activation(activation)
-    _check_tensors(x, w_gate, w_up, w_down, norm_weight, b_gate, b_up, b_down)
+    _check_tensors(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    in_front = make_norm(x, norm, norm_weight, norm_bias, norm_eps, norm_offset)
     if tile_tokens is not None and tile_tokens < 1:
         raise ValueError(f"tile_tokens: expected a positive number or None, got {tile_tokens}.")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if autocast:
-        w_up, w_down = w_up.to(dtype), w_down.to(dtype)
-        w_gate, b_gate, b_up, b_down = (None if t is None else t.to(dtype) for t in (w_gate, b_gate, b_up, b_down))
-    _check_dtype(dtype, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down)
-    if norm_weight is None:
-        x = x.to(dtype)
-    fused = _is_fused(backend, x.device.type, dtype)
-    if not has_kernel("gated_activation_fwd", x) or (norm_weight is not None and not has_row_kernel("rms_norm_fwd", x)):
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.gated_mlp(
-                x, w_gate, w_up, w_down, activation=activation, norm_weight=norm_weight, norm_eps=norm_eps,
-                b_gate=b_gate, b_up=b_up, b_down=b_down,
-            )  # fmt: skip
-    gate = None if w_gate is None else DenseProjection(w_gate, b_gate)
-    return gated_mlp_block(
-        x, gate, DenseProjection(w_up, b_up), DenseProjection(w_down, b_down), activation=activation,
-        norm_weight=norm_weight, norm_eps=norm_eps, tile_tokens=tile_tokens, fused=fused, dtype=dtype,
+    dtype = product_dtype(x)
+    weights = as_product_dtype(
+        x, dtype, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
+    )
+    gate = None if w_gate is None else DenseProjection(weights["w_gate"], weights["b_gate"])
+    up, down = (DenseProjection(weights[f"w_{name}"], weights[f"b_{name}"]) for name in ("up", "down"))
+    plan, tensors = gated_mlp_plan(
+        x, in_front, gate, up, down, activation=activation, tile_tokens=tile_tokens,
+        fused=_is_fused(backend, x.device.type, dtype), dtype=dtype,
     )  # fmt: skip
+    return plan, tensors, has_kernel("gated_activation_fwd", x) and in_front.has_kernel(x)
 
 
 def _is_fused(backend: str, device_type: str, dtype: torch.dtype) -> bool:
@@ -100,13 +139,7 @@ def _is_fused(backend: str, device_type: str, dtype: torch.dtype) -> bool:
     return backend == "triton" or (backend == "auto" and reason is None and dtype != torch.float32)
 
 
-def _check_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}, as x, got {tensor.dtype}.")
-
-
-def _check_tensors(x, w_gate, w_up, w_down, norm_weight, b_gate, b_up, b_down) -> None:
+def _check_tensors(x, w_gate, w_up, w_down, b_gate, b_up, b_down) -> None:
     check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar.")
@@ -127,5 +160,3 @@ def _check_tensors(x, w_gate, w_up, w_down, norm_weight, b_gate, b_up, b_down) -
     if w_gate is None and b_gate is not None:
         raise ValueError("b_gate: expected None without w_gate, got a tensor.")
     check_same_device("x", x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down)
-    if norm_weight is not None:
-        check_parameter("norm_weight", norm_weight, x, (d,), "the last dimension of x")

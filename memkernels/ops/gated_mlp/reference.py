@@ -1,4 +1,4 @@
-"""The gated MLP in plain PyTorch: the specification, and the fallback where no kernel runs."""
+"""The gated MLP in plain PyTorch: the specification."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memkernels.ops.gated_activation.reference import gated_activation
+from memkernels.ops.layer_norm.reference import layer_norm
 from memkernels.ops.rms_norm.reference import rms_norm
 
 
@@ -18,14 +19,21 @@ def gated_mlp(
     w_down: Tensor,
     *,
     activation: str = "silu",
+    norm: str = "rms",
     norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
+    norm_offset: float = 0.0,
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
 ) -> Tensor:
-    """y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down with n = x or rms_norm(x) * norm_weight."""
-    n = x if norm_weight is None else cast(Tensor, rms_norm(x, norm_weight, norm_eps)).to(w_up.dtype)
+    """y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down with n = x or its norm."""
+    n = x
+    if norm_weight is not None and norm == "rms":
+        n = cast(Tensor, rms_norm(x, norm_weight, norm_eps, weight_offset=norm_offset)).to(w_up.dtype)
+    elif norm_weight is not None:
+        n = cast(Tensor, layer_norm(x, norm_weight, norm_bias, norm_eps)).to(w_up.dtype)
     up = F.linear(n, w_up, b_up)
     if w_gate is None:
         hidden = gated_activation(up, None, activation)
