@@ -1,6 +1,7 @@
 """The functional ops. Each is an autograd Function over registered operators; its docstring says what it saves."""
 
 from memkernels.ops.attention.op import attention
+from memkernels.ops.attention_block.op import attention_block
 from memkernels.ops.gated_activation.op import gated_activation
 from memkernels.ops.gated_mlp.op import gated_mlp
 from memkernels.ops.layer_norm.op import layer_norm
@@ -11,6 +12,7 @@ from memkernels.ops.rotary.op import apply_rotary
 __all__ = [
     "apply_rotary",
     "attention",
+    "attention_block",
     "gated_activation",
     "gated_mlp",
     "layer_norm",

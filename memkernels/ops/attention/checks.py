@@ -28,13 +28,7 @@ def check_arguments(
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_heads(q, k, v, packed)
     check_same_device("q", q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check_same_device("q", q, alibi_slopes=alibi_slopes, sinks=sinks)
-    if len(window) != 2 or min(window) < -1:
-        raise ValueError(f"window: expected two numbers of keys, -1 for unbounded, got {window}.")
-    if not softcap >= 0:
-        raise ValueError(f"softcap: expected 0 (off) or a positive number, got {softcap}.")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}.")
+    check_scores("q", q, window, softcap, alibi_slopes, sinks, dropout_p)
     if not packed:
         batch = q.shape[0]
         lengths = q.shape[1], k.shape[1]
@@ -47,10 +41,33 @@ def check_arguments(
             raise ValueError(f"cu_seqlens_k: expected shape {expected}, as cu_seqlens_q, got {got}.")
         batch = cu_seqlens_q.shape[0] - 1
         lengths = (
-            _check_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q),
-            _check_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k),
+            check_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q),
+            check_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k),
         )
-    heads = q.shape[-2]
+    check_per_head(batch, q.shape[-2], alibi_slopes, sinks)
+    return lengths
+
+
+def check_scores(
+    name: str,
+    x: Tensor,
+    window: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """What changes and hides scores, whatever the layout; `name` and x say on which device."""
+    check_same_device(name, x, alibi_slopes=alibi_slopes, sinks=sinks)
+    if len(window) != 2 or min(window) < -1:
+        raise ValueError(f"window: expected two numbers of keys, -1 for unbounded, got {window}.")
+    if not softcap >= 0:
+        raise ValueError(f"softcap: expected 0 (off) or a positive number, got {softcap}.")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}.")
+
+
+def check_per_head(batch: int, heads: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
     for name, tensor, shapes in (
         ("alibi_slopes", alibi_slopes, ((heads,), (batch, heads))),
         ("sinks", sinks, ((heads,),)),
@@ -62,7 +79,6 @@ def check_arguments(
             raise ValueError(f"{name}: expected float32 of shape {wanted}, got {tensor.dtype} {tuple(tensor.shape)}.")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes: expected a tensor that needs no gradient; they are not learned.")
-    return lengths
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
@@ -83,7 +99,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ValueError(f"k: expected batch size {q.shape[0]}, as q, got {k.shape[0]}.")
 
 
-def _check_starts(name: str, starts: Tensor, rows: int, max_name: str, longest: int | None) -> int:
+def check_starts(name: str, starts: Tensor, rows: int, max_name: str, longest: int | None) -> int:
     """Starts must rise from 0 to the number of rows; where the longest is given, no GPU or trace has to wait."""
     if starts.dtype != torch.int32 or starts.dim() != 1 or starts.shape[0] < 2:
         raise ValueError(f"{name}: expected int32 of shape (B + 1,), got {starts.dtype} {tuple(starts.shape)}.")

@@ -57,6 +57,11 @@ class _Attention(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(gradients, needed, strict=True)), *(None,) * 6
 
 
+def seen_window(window: tuple[int, int], causal: bool) -> tuple[int, int]:
+    """The window that both together leave."""
+    return window[0], 0 if causal else window[1]
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -117,8 +122,7 @@ def attention(
         q, k, v, window, softcap, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     )
     seed = seed_tensor(seed, q.device) if dropout_p > 0 else None
-    left, right = window
-    right = 0 if causal and right != 0 else right
+    left, right = seen_window(window, causal)
     if has_kernel("attention_fwd", q):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         options = (*lengths, float(scale), left, right, float(softcap), float(dropout_p))

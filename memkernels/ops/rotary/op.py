@@ -48,22 +48,27 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"k: expected (B, S, H, D) with B, S and D of q, {tuple(q.shape)}, got {tuple(k.shape)}.")
     if k.dtype != q.dtype:
         raise TypeError(f"k: expected {q.dtype}, as q, got {k.dtype}.")
+    check_same_device("q", q, k=k)
+    check_tables(q, (*q.shape[:2], q.shape[3]), q.dtype, cos, sin)
+
+
+def check_tables(like: Tensor, shape: tuple[int, int, int], dtype: torch.dtype, cos: Tensor, sin: Tensor) -> None:
+    """cos and sin fit queries of shape (B, S, D) and `dtype`, on the device of `like`."""
+    batch, length, size = shape
     check_floating("cos", cos)
-    if cos.dtype not in (q.dtype, torch.float32):
-        raise TypeError(f"cos: expected {q.dtype}, as q, or float32, got {cos.dtype}.")
+    if cos.dtype not in (dtype, torch.float32):
+        raise TypeError(f"cos: expected {dtype}, as q, or float32, got {cos.dtype}.")
     width = cos.shape[-1] if cos.dim() else 0
-    if width == 0 or width % 2 or width > q.shape[3]:
-        raise ValueError(
-            f"cos: expected an even last dimension of at most q's {q.shape[3]}, got shape {tuple(cos.shape)}."
-        )
+    if width == 0 or width % 2 or width > size:
+        raise ValueError(f"cos: expected an even last dimension of at most q's {size}, got shape {tuple(cos.shape)}.")
     if cos.dim() == 3 and cos.shape[0] == 1:
-        check_shape("cos", cos, (1, q.shape[1], width), "1, S and the rotated width")
+        check_shape("cos", cos, (1, length, width), "1, S and the rotated width")
     elif cos.dim() == 3:
-        check_shape("cos", cos, (q.shape[0], q.shape[1], width), "B, S and the rotated width")
+        check_shape("cos", cos, (batch, length, width), "B, S and the rotated width")
     else:
-        check_shape("cos", cos, (q.shape[1], width), "S and the rotated width")
+        check_shape("cos", cos, (length, width), "S and the rotated width")
     check_like("sin", sin, "cos", cos)
-    check_same_device("q", q, k=k, cos=cos, sin=sin)
+    check_same_device("q", like, cos=cos, sin=sin)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: got a tensor that requires grad; no gradient is given for it: detach it.")

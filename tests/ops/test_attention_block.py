@@ -1,0 +1,308 @@
+"""ops.attention_block: every implementation against the float64 reference, and what it saves, rejects, compiles to."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from memkernels import ops
+from memkernels.ops.attention_block import reference
+from memkernels.ops.attention_block.op import plan_attention_block
+from memkernels.testing import check_op, implementations, peak_bytes, random_tensor, run_in_child, saved_bytes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IMPLEMENTATIONS = implementations("attention_fwd")
+on_every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+
+
+def make_inputs(shape, dtype, device="cpu", *, heads=4, kv_heads=2, size=12, v_size=None, d=20, norm=True,
+                norm_bias=False, bias=False, head_norms=False, rotary=0, sinks=False):  # fmt: skip
+    """Arguments that are tensors; the first dimensions of x are `shape`."""
+    v_size = v_size or size
+    shapes = {"x": (*shape, d), "w_q": (heads * size, d), "w_k": (kv_heads * size, d), "w_v": (kv_heads * v_size, d),
+              "w_o": (d, heads * v_size)}  # fmt: skip
+    shapes |= {"norm_weight": (d,)} if norm else {}
+    shapes |= {"norm_bias": (d,)} if norm_bias else {}
+    shapes |= {f"b_{name}": (shapes[f"w_{name}"][0],) for name in "qkvo"} if bias else {}
+    shapes |= {"q_norm_weight": (size,), "k_norm_weight": (size,)} if head_norms else {}
+    shapes |= {"sinks": (heads,)} if sinks else {}
+    inputs = {
+        name: random_tensor(*of, dtype=torch.float32 if name == "sinks" else dtype, device=device, seed=seed,
+                            scale=of[1] ** -0.5 if name.startswith("w_") else 1.0)
+        for seed, (name, of) in enumerate(shapes.items())
+    }  # fmt: skip
+    if rotary:
+        angles = torch.arange(shape[-1])[:, None] / 50.0 ** (torch.arange(rotary // 2) / rotary)
+        tables = torch.cat((angles, angles), -1).to(dtype).to(device)
+        inputs |= {"cos": tables.cos(), "sin": tables.sin()}
+    return inputs
+
+
+def check(inputs, *, strided_grads=False, max_seqlen=None, **options):
+    check_op(
+        lambda **k: ops.attention_block(**k, max_seqlen=max_seqlen, **options),
+        lambda **k: reference.attention_block(**k, **options),
+        inputs,
+        strided_grads=strided_grads,
+    )
+
+
+def gradients(inputs, **options):
+    y = ops.attention_block(**inputs, **options)
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    return [y, *torch.autograd.grad(y, wanted, torch.ones_like(y))]
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(implementation, dtype):
+    with implementation.active() as device:
+        inputs = make_inputs((2, 37), dtype, device, rotary=12)
+        check(inputs, num_heads=4, causal=True)
+
+
+@on_every_implementation
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        ({"norm": False}, {}),
+        ({"norm_bias": True, "bias": True}, {"norm": "layer", "causal": True}),
+        ({"head_norms": True, "rotary": 12}, {"causal": True, "norm_offset": 1.0}),
+        ({"rotary": 8}, {"interleaved": True, "window": (5, 3)}),
+        ({"sinks": True, "v_size": 10}, {"causal": True, "window": (6, -1), "softcap": 5.0}),
+        ({"kv_heads": 1}, {"dropout_p": 0.3, "seed": 5, "scale": 0.5}),
+    ],
+    ids=["plain", "layer-norm-bias", "head-norms", "interleaved-window", "sinks-softcap", "dropout"],
+)
+def test_every_part(implementation, parts, options):
+    with implementation.active() as device:
+        seed = {"seed": torch.tensor(options["seed"])} if "seed" in options else {}
+        check(make_inputs((2, 19), torch.float32, device, **parts), num_heads=4, **options | seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_inputs_and_gradients(dtype):
+    inputs = make_inputs((19, 2), dtype, rotary=12)
+    inputs.update(cos=inputs["cos"].repeat(10, 1)[:19], sin=inputs["sin"].repeat(10, 1)[:19])
+
+    def transposed(function):
+        return lambda x, w_q, **k: function(x.transpose(0, 1), w_q=w_q.t().contiguous().t(), num_heads=4, **k)
+
+    check_op(transposed(ops.attention_block), transposed(reference.attention_block), inputs, strided_grads=True)
+
+
+@on_every_implementation
+def test_packed_sequences_equal_each_by_itself(implementation):
+    with implementation.active() as device:
+        inputs = make_inputs((1, 40), torch.float32, device, rotary=12)
+        starts = torch.tensor([0, 13, 13, 40], dtype=torch.int32, device=device)
+        check(inputs, num_heads=4, causal=True, cu_seqlens=starts)
+        inputs["x"] = inputs["x"].detach()[0].requires_grad_()
+        check(inputs, num_heads=4, causal=True, cu_seqlens=starts, max_seqlen=30)
+
+
+EVERY = ("x", "w_q", "w_k", "w_v", "w_o", "norm_weight", "q_norm_weight", "k_norm_weight", "b_q", "b_o", "sinks")
+
+
+@pytest.mark.parametrize("trained", [*itertools.combinations(EVERY, 1), EVERY[:5], ("w_o", "sinks")], ids="-".join)
+def test_gradients_only_where_they_are_wanted(trained):
+    inputs = make_inputs((1, 9), torch.float32, head_norms=True, bias=True, rotary=12, sinks=True)
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in trained)
+    check(inputs, num_heads=4, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("trained", "products"),
+    [
+        (("x", "w_q", "w_k", "w_v", "w_o"), 11),  # recompute 3, dout, dx 3, dW 4
+        (("x",), 7),
+        (("w_o",), 1),
+        (("w_q",), 5),
+    ],
+)
+def test_a_frozen_weight_costs_no_product(trained, products):
+    tokens, d = 8, 48
+    inputs = make_inputs((1, tokens), torch.float32, kv_heads=4, d=d)
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in trained)
+    y = ops.attention_block(**inputs, num_heads=4)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == products * 2 * tokens * d * d
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_saves_x_out_and_lse(dtype, packed):
+    tokens, d, heads, v_size = 24, 20, 4, 10
+    inputs = make_inputs((1, tokens), dtype, rotary=12, v_size=v_size, head_norms=True)
+    starts = torch.tensor([0, 11, 24], dtype=torch.int32) if packed else None
+    every = (*inputs.values(), *(() if starts is None else (starts,)))
+    saved = saved_bytes(
+        lambda: ops.attention_block(**inputs, num_heads=heads, causal=True, cu_seqlens=starts), exclude=every
+    )
+    assert saved == tokens * (heads * v_size * dtype.itemsize + heads * 4)
+    with_x = saved_bytes(
+        lambda: ops.attention_block(**inputs, num_heads=heads, causal=True, cu_seqlens=starts), exclude=every[1:]
+    )
+    assert with_x == saved + tokens * d * dtype.itemsize
+
+
+def backward_peak(tokens, d, heads):
+    torch.set_num_threads(2)
+    inputs = make_inputs((1, tokens), torch.bfloat16, d=d, heads=heads, kv_heads=heads, size=d // heads, rotary=8)
+    y = ops.attention_block(**inputs, num_heads=heads, causal=True)
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    torch.autograd.grad(y, wanted, y.detach(), retain_graph=True)
+    return peak_bytes(lambda: torch.autograd.grad(y, wanted, y.detach()))
+
+
+def test_transient_memory_of_backward_is_linear_in_tokens():
+    tokens, d, heads = 4096, 256, 4
+    # n, q, k, v, dout, dq, dk, dv and two that turn or norm them; a float32 copy of some within attention.
+    assert run_in_child(backward_peak, tokens, d, heads) <= 16 * tokens * d * 2 + 4 * d * d * 4 + (8 << 20)
+    assert heads * tokens * tokens * 2 > 16 * tokens * d * 2 + (8 << 20)
+
+
+def test_a_second_backward_gives_the_same_gradients_and_inputs_are_left_alone():
+    inputs = make_inputs((2, 9), torch.float32, rotary=12, head_norms=True)
+    copies = [tensor.detach().clone() for tensor in inputs.values()]
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    y = ops.attention_block(**inputs, num_heads=4)
+    first, second = (torch.autograd.grad(y.sum(), wanted, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(inputs.values(), copies, strict=True))
+
+
+def test_a_scaled_loss_gives_scaled_gradients():
+    inputs = make_inputs((2, 9), torch.float32, rotary=12)
+    whole = gradients(inputs, num_heads=4)[1:]
+    (ops.attention_block(**inputs, num_heads=4).sum() * 0.25).backward()
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    for tensor, grad in zip(wanted, whole, strict=True):
+        torch.testing.assert_close(tensor.grad, grad * 0.25)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_autocast_follows_the_layers_it_replaces(norm):
+    inputs = make_inputs((2, 17), torch.float32, norm=norm, bias=True)
+
+    def layers(x, w_q, w_k, w_v, w_o, norm_weight=None, b_q=None, b_k=None, b_v=None, b_o=None):
+        n = x if norm_weight is None else F.rms_norm(x, x.shape[-1:], norm_weight, 1e-6)
+        q, k, v = (
+            F.linear(n, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for w, b, heads in ((w_q, b_q, 4), (w_k, b_k, 2), (w_v, b_v, 2))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return F.linear(out.transpose(1, 2).flatten(-2), w_o, b_o)
+
+    def run(function, dtype):
+        copies = {k: v.detach().to(dtype).requires_grad_() for k, v in inputs.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = function(**copies)
+            grads = torch.autograd.grad(y, tuple(copies.values()), torch.ones_like(y))
+        return [y, *grads]
+
+    def block(**k):
+        return ops.attention_block(**k, num_heads=4, causal=True)
+
+    ours, plain, exact = run(block, torch.float32), run(layers, torch.float32), run(layers, torch.float64)
+    for name, a, p, e in zip(("y", *inputs), ours, plain, exact, strict=True):
+        assert a.dtype == p.dtype, name
+        ours_error, plain_error = ((value.double() - e).abs().mean() for value in (a, p))
+        assert ours_error <= 2 * plain_error, name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_whole_and_equals_eager(packed):
+    starts = torch.tensor([0, 11, 24], dtype=torch.int32) if packed else None
+
+    def step(**tensors):
+        return ops.attention_block(
+            **tensors, num_heads=4, causal=True, cu_seqlens=starts, max_seqlen=13 if packed else None
+        )
+
+    inputs = make_inputs((1, 24), torch.float32, rotary=12, head_norms=True, bias=True)
+    wanted = tuple(tensor for tensor in inputs.values() if tensor.requires_grad)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        y = function(**inputs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_works_under_activation_checkpointing():
+    inputs = make_inputs((2, 9), torch.float32, rotary=12)
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    options = {"num_heads": 4, "dropout_p": 0.4}
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(ops.attention_block(**inputs, **options).sum(), wanted)
+    torch.manual_seed(3)
+    y = torch.utils.checkpoint.checkpoint(lambda: ops.attention_block(**inputs, **options), use_reentrant=False)
+    actual = torch.autograd.grad(y.sum(), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_gradcheck_of_the_reference_path():
+    inputs = make_inputs((1, 5), torch.float64, heads=2, kv_heads=1, size=4, d=6, rotary=4, head_norms=True, bias=True)
+    wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+
+    def function(*tensors):
+        return ops.attention_block(**inputs | dict(zip(wanted, tensors, strict=True)), num_heads=2, causal=True)
+
+    assert torch.autograd.gradcheck(function, tuple(wanted.values()))
+
+
+def test_no_tokens():
+    inputs = make_inputs((2, 0), torch.float32)
+    y, dx, dw_q, *_ = gradients(inputs, num_heads=4, causal=True)
+    assert y.shape == dx.shape == (2, 0, 20)
+    assert torch.equal(dw_q, torch.zeros_like(dw_q))
+
+
+def test_the_checked_call_has_the_public_signature():
+    public, checked = (inspect.signature(f).parameters for f in (ops.attention_block, plan_attention_block))
+    assert public == checked
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 8, dtype=torch.int32)}, TypeError, "x: expected float32"),
+        ({"x": torch.zeros(6, 8)}, ValueError, r"x: expected \(B, S, d\), or cu_seqlens"),
+        ({"num_heads": 3}, ValueError, "num_heads: expected a divisor of w_q's 16 rows, got 3"),
+        ({"w_q": torch.zeros(16, 7)}, ValueError, r"w_q: expected shape \(out, 8\), got \(16, 7\)"),
+        ({"w_k": torch.zeros(12, 8)}, ValueError, "w_k: expected heads of 4 rows, as many as divide q's 4, got 12"),
+        ({"w_v": torch.zeros(9, 8)}, ValueError, "w_v: expected rows for k's 2 heads, got 9"),
+        ({"w_o": torch.zeros(8, 8)}, ValueError, r"w_o: expected shape \(8, 16\)"),
+        ({"w_o": torch.zeros(8, 16, dtype=torch.bfloat16)}, TypeError, "w_o: expected torch.float32, as x"),
+        ({"w_v": torch.zeros(8, 8, device="meta")}, ValueError, "w_v: expected device cpu"),
+        ({"b_k": torch.zeros(16)}, ValueError, r"b_k: expected shape \(8,\) \(w_k's rows\)"),
+        ({"norm_weight": torch.zeros(7)}, ValueError, r"norm_weight: expected shape \(8,\)"),
+        ({"norm": "batch"}, ValueError, "norm: expected one of rms, layer"),
+        ({"q_norm_weight": torch.zeros(8)}, ValueError, r"q_norm_weight: expected shape \(4,\)"),
+        ({"cos": torch.zeros(3, 4)}, ValueError, "sin: expected with its counterpart"),
+        ({"cos": torch.zeros(4, 4), "sin": torch.zeros(4, 4)}, ValueError, r"cos: expected shape \(3, 4\)"),
+        ({"window": (-2, 0)}, ValueError, "window: expected two numbers of keys"),
+        ({"softcap": -1.0}, ValueError, "softcap: expected 0"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a probability"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks: expected float32 of shape \(4,\)"),
+        ({"max_seqlen": 3}, ValueError, "max_seqlen: expected None without cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, ValueError, r"x: expected \(T, d\) or \(1, T, d\)"),
+        (
+            {"x": torch.zeros(6, 8), "cu_seqlens": torch.tensor([0, 4, 3, 6], dtype=torch.int32)},
+            ValueError,
+            "cu_seqlens: expected starts that rise from 0 to 6",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, message):
+    arguments = {"x": torch.zeros(2, 3, 8), "w_q": torch.zeros(16, 8), "w_k": torch.zeros(8, 8)}
+    arguments |= {"w_v": torch.zeros(8, 8), "w_o": torch.zeros(8, 16), "num_heads": 4} | change
+    with pytest.raises(error, match=message):
+        ops.attention_block(**arguments)
