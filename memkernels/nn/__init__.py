@@ -1,8 +1,10 @@
 """Drop-in modules: the same parameters and state_dict keys as the modules that they replace."""
 
+from memkernels.nn.attention import Attention
+from memkernels.nn.decoder_layer import DecoderLayer
 from memkernels.nn.loss import LinearCrossEntropy
 from memkernels.nn.mlp import GatedMLP
 from memkernels.nn.norm import LayerNorm, RMSNorm
 from memkernels.nn.rotary import RotaryEmbedding
 
-__all__ = ["GatedMLP", "LayerNorm", "LinearCrossEntropy", "RMSNorm", "RotaryEmbedding"]
+__all__ = ["Attention", "DecoderLayer", "GatedMLP", "LayerNorm", "LinearCrossEntropy", "RMSNorm", "RotaryEmbedding"]

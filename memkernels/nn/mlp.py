@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,14 +44,18 @@ class GatedMLP(torch.nn.Module):
         self.activation = activation
         self.tile_tokens = tile_tokens
 
-    def forward(self, x: Tensor, norm_weight: Tensor | None = None, norm_eps: float = 1e-6) -> Tensor:
-        """y, like x (..., d); with norm_weight (d,), of rms_norm(x) * norm_weight."""
+    def arguments(self) -> dict[str, Any]:
+        """What `ops.gated_mlp` and `ops.decoder_layer` take of this layer."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return ops.gated_mlp(
-            x, None if gate is None else gate.weight, up.weight, down.weight, activation=self.activation,
-            norm_weight=norm_weight, norm_eps=norm_eps, tile_tokens=self.tile_tokens,
-            b_gate=None if gate is None else gate.bias, b_up=up.bias, b_down=down.bias,
-        )  # fmt: skip
+        return {
+            "w_gate": None if gate is None else gate.weight, "w_up": up.weight, "w_down": down.weight,
+            "b_gate": None if gate is None else gate.bias, "b_up": up.bias, "b_down": down.bias,
+            "activation": self.activation, "tile_tokens": self.tile_tokens,
+        }  # fmt: skip
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """y, like x (..., d); `options` are further ones of `ops.gated_mlp`: the norm in front."""
+        return ops.gated_mlp(x, **self.arguments() | options)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, tile_tokens={self.tile_tokens}"

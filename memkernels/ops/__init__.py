@@ -2,6 +2,7 @@
 
 from memkernels.ops.attention.op import attention
 from memkernels.ops.attention_block.op import attention_block
+from memkernels.ops.decoder_layer.op import decoder_layer
 from memkernels.ops.gated_activation.op import gated_activation
 from memkernels.ops.gated_mlp.op import gated_mlp
 from memkernels.ops.layer_norm.op import layer_norm
@@ -13,6 +14,7 @@ __all__ = [
     "apply_rotary",
     "attention",
     "attention_block",
+    "decoder_layer",
     "gated_activation",
     "gated_mlp",
     "layer_norm",

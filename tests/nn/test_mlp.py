@@ -33,7 +33,7 @@ def test_ungated_with_a_norm():
     x, norm_weight = (random_tensor(*shape, dtype=torch.float32) for shape in ((9, 16), (16,)))
     normed = torch.nn.functional.rms_norm(x, (16,), norm_weight, 1e-5)
     expected = layer.down_proj(torch.relu(layer.up_proj(normed)).square())
-    torch.testing.assert_close(layer(x, norm_weight, 1e-5), expected)
+    torch.testing.assert_close(layer(x, norm_weight=norm_weight, norm_eps=1e-5), expected)
 
 
 def test_an_unknown_activation_is_refused_when_the_layer_is_made():

@@ -1,0 +1,97 @@
+"""Self-attention layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkernels import ops
+from memkernels.nn.norm import RMSNorm
+
+
+class Attention(torch.nn.Module):
+    """`ops.attention_block` with learnable weights, under the state_dict keys of Hugging Face's attention layers.
+
+    Args:
+        hidden_size: d, of input and output.
+        num_heads: of queries.
+        num_kv_heads: of keys and values; those of queries by default.
+        head_size: D; hidden_size // num_heads by default.
+        v_head_size: Dv; D by default.
+        bias: a bias in the projections of q, k and v (Qwen2).
+        out_bias: a bias in the output projection.
+        head_norm: an RMS norm of each query and key (Qwen3).
+        sinks: one more learnable logit a head (gpt-oss).
+        causal, window, softcap, scale, dropout_p: as in `ops.attention`; dropout in training mode only.
+        interleaved: as in `ops.apply_rotary`.
+
+    Raises:
+        ValueError: numbers of heads that do not divide.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_size: int | None = None,
+        v_head_size: int | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
+        head_norm: bool = False,
+        sinks: bool = False,
+        causal: bool = True,
+        window: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        interleaved: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {num_kv_heads}.")
+        if head_size is None and hidden_size % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads}.")
+        head_size = head_size or hidden_size // num_heads
+        v_head_size = v_head_size or head_size
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = torch.nn.Linear(hidden_size, num_heads * head_size, bias=bias, **options)
+        self.k_proj = torch.nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias, **options)
+        self.v_proj = torch.nn.Linear(hidden_size, num_kv_heads * v_head_size, bias=bias, **options)
+        self.o_proj = torch.nn.Linear(num_heads * v_head_size, hidden_size, bias=out_bias, **options)
+        self.q_norm = RMSNorm(head_size, **options) if head_norm else None
+        self.k_norm = RMSNorm(head_size, **options) if head_norm else None
+        self.sinks = torch.nn.Parameter(torch.zeros(num_heads, device=device)) if sinks else None
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.dropout_p = dropout_p
+        self.options = {
+            "causal": causal, "window": window, "softcap": softcap, "scale": scale, "interleaved": interleaved,
+        }  # fmt: skip
+
+    def arguments(self) -> dict[str, Any]:
+        """What `ops.attention_block` and `ops.decoder_layer` take of this layer."""
+        weights = {}
+        for name in "qkvo":
+            projection = getattr(self, f"{name}_proj")
+            weights[f"w_{name}"], weights[f"b_{name}"] = projection.weight, projection.bias
+        return weights | self.options | {
+            "num_heads": self.num_heads,
+            "q_norm_weight": None if self.q_norm is None else self.q_norm.weight,
+            "k_norm_weight": None if self.k_norm is None else self.k_norm.weight,
+            "sinks": self.sinks,
+            "dropout_p": self.dropout_p if self.training else 0.0,
+        }  # fmt: skip
+
+    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any) -> Tensor:
+        """y, like x (B, S, d); `options` are further ones of `ops.attention_block`: the norm in front, cu_seqlens."""
+        return ops.attention_block(x, **self.arguments() | options, cos=cos, sin=sin)
+
+    def extra_repr(self) -> str:
+        shown = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "dropout_p": self.dropout_p}
+        return ", ".join(f"{name}={value}" for name, value in (shown | self.options).items())

@@ -1,0 +1,42 @@
+"""A pre-norm decoder layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkernels import ops
+from memkernels.nn.attention import Attention
+from memkernels.nn.mlp import GatedMLP
+from memkernels.nn.norm import RMSNorm
+
+
+class DecoderLayer(torch.nn.Module):
+    """`ops.decoder_layer` with learnable weights, under the state_dict keys of Hugging Face's LlamaDecoderLayer.
+
+    Args:
+        attention: of which the norm in front is `input_layernorm`.
+        mlp: of which the norm in front is `post_attention_layernorm`.
+        norm_eps: of both norms.
+    """
+
+    def __init__(self, attention: Attention, mlp: GatedMLP, norm_eps: float = 1e-6):
+        super().__init__()
+        like = attention.q_proj.weight
+        options: dict[str, Any] = {"eps": norm_eps, "device": like.device, "dtype": like.dtype}
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(like.shape[1], **options)
+        self.post_attention_layernorm = RMSNorm(like.shape[1], **options)
+
+    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any) -> Tensor:
+        """y, like x (B, S, d); `options` are further ones of `ops.attention_block`, such as cu_seqlens."""
+        attention = self.self_attn.arguments() | options | {"cos": cos, "sin": sin} | _in_front(self.input_layernorm)
+        mlp = self.mlp.arguments() | _in_front(self.post_attention_layernorm)
+        return ops.decoder_layer(x, attention, mlp)
+
+
+def _in_front(norm: RMSNorm) -> dict[str, Any]:
+    return {"norm_weight": norm.weight, "norm_eps": norm.eps, "norm_offset": norm.weight_offset}

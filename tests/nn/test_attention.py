@@ -1,0 +1,69 @@
+"""nn.Attention and nn.DecoderLayer against the layers of transformers that they stand in for."""
+
+import pytest
+import torch
+
+from memkernels import nn, ops
+
+transformers = pytest.importorskip("transformers")
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
+    "num_hidden_layers": 1, "vocab_size": 16, "attn_implementation": "eager",
+}  # fmt: skip
+
+
+def theirs(family):
+    config = getattr(transformers, f"{family}Config")(**SIZES)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    return model, model.layers[0]
+
+
+def run_theirs(model, layer, x):
+    tables = model.rotary_emb(x, torch.arange(x.shape[1])[None])
+    hidden = torch.full((x.shape[1], x.shape[1]), float("-inf"), dtype=x.dtype).triu(1)[None, None]
+    return layer(x, position_embeddings=tables, attention_mask=hidden), tables
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("Llama", {}), ("Qwen2", {"bias": True}), ("Qwen3", {"head_norm": True})]
+)
+def test_decoder_layer_takes_their_weights_and_gives_their_results(family, options):
+    torch.manual_seed(0)
+    model, layer = theirs(family)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    ours = nn.DecoderLayer(nn.Attention(32, 4, 2, head_size=12, **options), nn.GatedMLP(32, 48))
+    assert set(ours.state_dict()) == set(layer.state_dict())
+    ours.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    expected, (cos, sin) = run_theirs(model, layer, x)
+    actual = ours(x, cos, sin)
+    torch.testing.assert_close(actual, expected)
+    of_theirs = torch.autograd.grad(expected.square().sum(), [x, *layer.parameters()])
+    of_ours = torch.autograd.grad(actual.square().sum(), [x, *ours.parameters()])
+    names = ["x", *(name for name, _ in layer.named_parameters())]
+    expected_gradients = dict(zip(names, of_theirs, strict=True))
+    for name, gradient in zip(["x", *(name for name, _ in ours.named_parameters())], of_ours, strict=True):
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_for_training_and_sinks_learn():
+    torch.manual_seed(0)
+    layer = nn.Attention(32, 4, sinks=True, dropout_p=0.5, causal=False, window=(2, 2))
+    x = torch.randn(1, 9, 32)
+    first, second = layer(x), layer(x)
+    assert not torch.equal(first, second)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer(x).sum().backward()
+    assert layer.sinks.grad.abs().sum() > 0
+    direct = ops.attention_block(x, **layer.arguments())
+    assert torch.equal(layer(x), direct)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="num_kv_heads: expected a divisor of num_heads 4, got 3"):
+        nn.Attention(32, 4, 3)
+    with pytest.raises(ValueError, match="num_heads: expected a divisor of hidden_size 32, got 5"):
+        nn.Attention(32, 5)
