@@ -1,0 +1,158 @@
+"""`patch` and `unpatch`: first a plan of every replacement, then all of them at once.
+
+A replacement is an instance attribute `forward` on a module: a functools.partial of a function and that module.
+Classes, parameters and submodules stay as they are, and so do other instances and state_dict keys.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from memkernels.integrations.family import FAMILIES, Family, family_of
+from memkernels.integrations.mlp import plan_mlp
+from memkernels.integrations.norm import plan_norm
+from memkernels.integrations.plain import has_foreign_forward, slot
+from memkernels.integrations.replacement import Replacement
+
+RECOMPUTE = ("none", "sublayer", "layer")
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did; print it.
+
+    Args:
+        model: class of the model.
+        recompute: the option.
+        replaced: by a module's name, what it now is.
+        left: by a module's name, why it was left to transformers or PEFT, wholly or in part.
+    """
+
+    model: str
+    recompute: str
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}, recompute={self.recompute!r}: {len(self.replaced)} modules replaced"]
+        for what, count in Counter(self.replaced.values()).items():
+            lines.append(f"  {count:3}  {what}")
+        if self.left:
+            lines.append("left as they were:")
+        for why, count in Counter(self.left.values()).items():
+            first = next(name for name, reason in self.left.items() if reason == why)
+            others = f" and {count - 1} more" if count > 1 else ""
+            lines.append(f"  {count:3}  {first}{others}: {why}")
+        return "\n".join(lines)
+
+
+def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -> PatchReport:
+    """Puts memkernels into a Llama, Mistral, Qwen2 or Qwen3 model of transformers, this instance only.
+
+    Replaced are RMS norms, attention (`ops.apply_rotary`, and `ops.attention` in place of "sdpa" where there is a
+    kernel and the mask is causal without padding), gated MLPs, and head and loss. Parameters, state_dict keys and
+    classes stay as they are; cached generation, save_pretrained, copy.deepcopy, pickle and torch.compile work. The
+    model may be anywhere inside `model`. Where a weight is not a plain one (an adapter of PEFT, a quantised or
+    distributed weight, hooks), now or later, its module is called and only what surrounds it is replaced.
+
+    Training with labels yields loss without logits (`outputs.logits` is None). Logits are there after `model.eval()`,
+    with labels or without, and in training without labels. Labels are shifted, ignore_index, num_items_in_batch,
+    shift_labels and an integer logits_to_keep are honoured as transformers does; with a logits_to_keep tensor or a loss
+    function of the user's, transformers computes logits and loss.
+
+    Patch before `fully_shard`, `torch.compile` and DistributedDataParallel; torch.nn.DataParallel is not supported.
+
+    Args:
+        model: holds at least one module that can be replaced.
+        recompute: what is computed again in backward. "none": nothing. "sublayer": inside MLPs; an MLP and the norm in
+            front of it keep their input, d elements a token. "layer": a decoder layer keeps its input only, and a layer
+            that is trained gets no cache. Gradient checkpointing enabled on the model takes its place.
+        loss: whether head and loss are replaced.
+
+    Returns:
+        What was replaced, and what was left and why.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: an unknown recompute; a model that is patched already, or holds nothing to replace. It is unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute: expected one of {', '.join(RECOMPUTE)}, got {recompute!r}.")
+    if any(_replaced_slot(module) for module in model.modules()):
+        raise ValueError("model: it is patched already; call memkernels.unpatch(model) first.")
+    report = PatchReport(type(model).__name__, recompute)
+    forwards: list[tuple[nn.Module, partial]] = []
+    for name, module in model.named_modules():
+        family = family_of(module)
+        plan = None if family is None else _plan(module, family, recompute, loss)
+        if plan is None:
+            continue
+        if plan.forward is not None and has_foreign_forward(module):
+            plan = Replacement(plan.what, left="its forward was replaced by someone else")
+        if plan.forward is not None:
+            forwards.append((module, plan.forward))
+            report.replaced[name] = plan.what
+        if plan.left is not None:
+            report.left[name] = plan.left
+    if not forwards:
+        reasons = "".join(f" {name}: {why}." for name, why in report.left.items())
+        raise ValueError(
+            f"model: found nothing to replace in {type(model).__name__}; memkernels replaces parts of transformers' "
+            f"{', '.join(FAMILIES)} models.{reasons}"
+        )
+    for module, forward in forwards:
+        setattr(module, slot(module), forward)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Takes out what `patch` put in: every module's forward is that of its class again.
+
+    Raises:
+        ValueError: nothing in the model is patched.
+    """
+    replaced = [(module, _replaced_slot(module)) for module in model.modules()]
+    if not any(place for _, place in replaced):
+        raise ValueError(f"model: nothing in this {type(model).__name__} is patched.")
+    for module, place in replaced:
+        if place == "forward":
+            del module.forward
+        elif place is not None:
+            setattr(module, place, types.MethodType(type(module).forward, module))
+
+
+def _plan(module: nn.Module, family: Family, recompute: str, loss: bool) -> Replacement | None:
+    """What becomes of a module; None: nothing, and that needs no reason."""
+    # These files import transformers, which is loaded where there is a family.
+    from memkernels.integrations.attention import plan_attention
+    from memkernels.integrations.decoder_layer import plan_layer
+    from memkernels.integrations.loss import plan_loss
+
+    kind = type(module)
+    if kind is family.norm:
+        return plan_norm(module, family)
+    if kind is family.attention:
+        return plan_attention(module, family)
+    if kind is family.mlp:
+        return plan_mlp(module, recompute != "none")
+    if kind is family.decoder_layer and recompute != "none":
+        return plan_layer(module, family, recompute)
+    if kind is family.causal_lm and loss:
+        return plan_loss(module)
+    return None
+
+
+def _replaced_slot(module: nn.Module) -> str | None:
+    """Where a replacement stands, if the module has one."""
+    for place in ("forward", "_old_forward"):
+        current = module.__dict__.get(place)
+        if isinstance(current, partial) and current.func.__module__.startswith("memkernels.integrations."):
+            return place
+    return None

@@ -1,0 +1,39 @@
+"""Whether a module does nothing but its computation, so that an op may take its tensors and not call it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its class's forward: hooks, or weights that accelerate moves in."""
+    moved = getattr(getattr(module, "_hf_hook", None), "offload", False)
+    return bool(
+        moved
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """A torch.nn.Linear with a plain weight: no adapter, no quantised or distributed weight, no hooks."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and not has_hooks(module)
+        and not has_foreign_forward(module)
+    )
+
+
+def slot(module: nn.Module) -> str:
+    """Where a module's own forward is: a hook of accelerate (device_map) keeps it under another name."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether someone put another forward on this instance than its class's."""
+    current = module.__dict__.get(slot(module))
+    return current is not None and getattr(current, "__func__", None) is not type(module).forward

@@ -1,0 +1,20 @@
+"""Qwen2: Llama with biases on q, k and v, and a sliding window in some layers."""
+
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+
+from memkernels.integrations.family import Family
+
+
+def _sliding_window(attention):
+    return attention.sliding_window
+
+
+FAMILY = Family(
+    norm=qwen2.Qwen2RMSNorm,
+    attention=qwen2.Qwen2Attention,
+    mlp=qwen2.Qwen2MLP,
+    decoder_layer=qwen2.Qwen2DecoderLayer,
+    causal_lm=qwen2.Qwen2ForCausalLM,
+    eager_attention=qwen2.eager_attention_forward,
+    sliding_window=_sliding_window,
+)

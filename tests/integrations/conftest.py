@@ -1,0 +1,62 @@
+"""Small random models of every family that `patch` knows."""
+
+import pytest
+import torch
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 104,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # logits far from uniform
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Windows shorter than the sequences of the tests.
+OWN = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {"sliding_window": 16},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "Qwen3": {"head_dim": 20, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+}
+
+
+@pytest.fixture
+def make_model():
+    """make_model(family, dtype, **config): a model in training mode, the same on every call."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install memkernels[hf]"
+    )
+
+    def make(family="Llama", dtype=torch.float32, **config):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**(SIZES | OWN[family] | config))
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+        return model.to(dtype).train()
+
+    return make
+
+
+@pytest.fixture
+def make_batch():
+    """make_batch(padding): two sequences of up to 37 tokens with labels; padding is None, "left" or "right"."""
+
+    def make(padding=None):
+        ids = torch.randint(3, SIZES["vocab_size"], (2, 37), generator=torch.Generator().manual_seed(1))
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        if padding is not None:
+            mask = torch.ones_like(ids)
+            mask[1, slice(0, 9) if padding == "left" else slice(-9, None)] = 0
+            batch["attention_mask"] = mask
+            batch["labels"][mask == 0] = -100
+            ids[mask == 0] = SIZES["pad_token_id"]
+        return batch
+
+    return make

@@ -1,0 +1,305 @@
+"""What patch replaces, leaves and reports; the loss it puts in; copies, hooks, adapters; refusals; unpatch."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+import memkernels
+from memkernels.integrations import patching
+from memkernels.testing import saved_bytes
+
+
+def own_forwards(model):
+    return [name for name, module in model.named_modules() if {"forward", "_old_forward"} & module.__dict__.keys()]
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return [loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_report(make_model):
+    report = memkernels.patch(make_model())
+    assert report.left == {} and len(report.replaced) == 5 + 2 + 2 + 2 + 1
+    assert report.replaced["model.layers.1.mlp"] == "MLP" and report.replaced[""] == "head and loss"
+    printed = str(report)
+    assert "LlamaForCausalLM, recompute='sublayer': 12 modules replaced" in printed
+    assert "    5  RMS norm" in printed
+
+
+def test_other_instances_classes_keys_and_parameters_stay(make_model, make_batch):
+    model, other = make_model(), make_model()
+    keys, parameters, forward = list(model.state_dict()), list(model.parameters()), type(model).forward
+    memkernels.patch(model)
+    assert own_forwards(other) == [] and type(model).forward is forward
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert other(**make_batch()).logits is not None
+
+
+def test_unpatch_restores_exactly(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    before = gradients(model, batch)
+    for recompute in patching.RECOMPUTE:
+        memkernels.patch(model, recompute=recompute)
+        memkernels.unpatch(model)
+        assert own_forwards(model) == []
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, batch), before, strict=True))
+
+
+def test_loss_is_optional(make_model, make_batch):
+    model = make_model()
+    memkernels.patch(model, loss=False)
+    assert model(**make_batch()).logits is not None
+
+
+@pytest.mark.parametrize("recompute", patching.RECOMPUTE)
+def test_saved_bytes(make_model, make_batch, recompute):
+    """By differences between depths and widths, since embeddings, mask and loss keep something too."""
+
+    def saved(**config):
+        model = make_model(mlp_bias=False, attention_bias=False, **config)
+        memkernels.patch(model, recompute=recompute)
+        return saved_bytes(lambda: model(**make_batch()).loss, exclude=tuple(model.parameters()))
+
+    d, f, kv, tokens = 48, 104, 24, 2 * 37
+    attention = 4 * (2 * d + d + 2 * kv + d) + 4 + 4 * 4  # x, normed x, q, k, v, out; rstd, lse of 4 heads
+    mlp = {"none": 4 * (2 * d + 3 * f) + 4, "sublayer": 4 * d, "layer": 0}[recompute]
+    layer = 4 * d if recompute == "layer" else attention + mlp
+    assert saved(num_hidden_layers=3) - saved() == tokens * layer
+    assert saved(vocab_size=301) == saved()
+
+
+def test_logits_where_they_are_asked_for(make_model, make_batch):
+    model, batch = make_model(), make_batch("right")
+    ids, labels = batch["input_ids"], batch["labels"]
+    expected = model.eval()(**batch)
+    memkernels.patch(model)
+    torch.testing.assert_close(model.eval()(**batch).logits, expected.logits)
+    torch.testing.assert_close(model(**batch).loss, expected.loss)
+    model.train()
+    assert model(**batch).logits is None
+    assert model(input_ids=ids).logits.shape == (2, 37, 101)
+    kept = model(input_ids=ids, labels=labels[:, :2], logits_to_keep=torch.tensor([3, 4]))
+    assert kept.logits.shape == (2, 2, 101)
+    torch.testing.assert_close(model(**batch, return_dict=False)[0], expected.loss)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_items_in_batch": 11},
+        {"num_items_in_batch": torch.tensor(11)},
+        {"ignore_index": 7},
+        {"shift_labels": torch.randint(101, (2, 37), generator=torch.Generator().manual_seed(2))},
+        {"output_hidden_states": True},
+    ],
+    ids=["num_items", "num_items_tensor", "ignore_index", "shift_labels", "output_hidden_states"],
+)
+def test_loss_arguments(make_model, make_batch, arguments):
+    model, batch = make_model(), make_batch()
+    batch["labels"][0, :5] = arguments.get("ignore_index", -100)
+    expected = model(**batch, **arguments)
+    memkernels.patch(model)
+    actual = model(**batch, **arguments)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    assert actual.logits is None
+    for ours, theirs in zip(actual.hidden_states or (), expected.hidden_states or (), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_loss_of_the_last_positions(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    batch["labels"] = batch["labels"][:, -10:].contiguous()
+    expected = model(**batch, logits_to_keep=10).loss
+    memkernels.patch(model)
+    torch.testing.assert_close(model(**batch, logits_to_keep=10).loss, expected)
+    with pytest.raises(ValueError, match="target: expected shape"):
+        model(**batch)
+
+
+def test_positional_arguments(make_model, make_batch):
+    model, batch = make_model(), make_batch("right")
+    arguments = (batch["input_ids"], batch["attention_mask"], None, None, None, batch["labels"])
+    expected = model(*arguments).loss
+    memkernels.patch(model)
+    torch.testing.assert_close(model(*arguments).loss, expected)
+    torch.testing.assert_close(model(*arguments[:2], labels=batch["labels"]).loss, expected)
+
+
+def test_a_loss_function_of_the_user_is_used(make_model, make_batch):
+    model = make_model()
+    memkernels.patch(model)
+    model.loss_function = lambda logits, labels, **kwargs: logits.sum() * 0 + 3
+    assert model(**make_batch()).loss == 3
+    memkernels.unpatch(model)
+    assert memkernels.patch(model).left == {"": "the model has a loss function of its own"}
+
+
+def test_signature_is_that_of_transformers(make_model):
+    model = make_model()
+    names = inspect.signature(model.forward).parameters.keys()
+    memkernels.patch(model)
+    assert names - inspect.signature(model.forward).parameters.keys() == set()
+
+
+def test_deepcopy_and_pickle_are_patched_and_independent(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    memkernels.patch(model, recompute="layer")
+    expected = model(**batch).loss
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert own_forwards(other) == own_forwards(model)
+        torch.testing.assert_close(other(**batch).loss, expected, rtol=0, atol=0)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        torch.testing.assert_close(other(**batch).loss, torch.tensor(101.0).log())
+        torch.testing.assert_close(model(**batch).loss, expected, rtol=0, atol=0)
+        memkernels.unpatch(other)
+        assert own_forwards(other) == []
+
+
+def test_save_pretrained(make_model, make_batch, tmp_path):
+    model, batch = make_model(), make_batch()
+    memkernels.patch(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).train()
+    assert own_forwards(again) == []
+    torch.testing.assert_close(again(**batch).loss, model(**batch).loss)
+
+
+def test_hooks_fire(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    expected = gradients(model, batch)
+    fired = []
+    first, second = model.model.layers
+    first.mlp.up_proj.register_forward_hook(lambda *_: fired.append("up_proj"))
+    report = memkernels.patch(model)
+    assert list(report.left) == ["model.layers.0"] and "hook" in report.left["model.layers.0"]
+    second.post_attention_layernorm.register_forward_hook(lambda *_: fired.append("norm"))
+    second.mlp.register_full_backward_hook(lambda *_: fired.append("mlp"))
+    model.lm_head.register_forward_hook(lambda *_: fired.append("lm_head"))
+    torch.testing.assert_close(gradients(model, batch), expected)
+    assert sorted(fired) == ["lm_head", "mlp", "norm", "up_proj"]
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["attention", "all"])
+@pytest.mark.parametrize("first", ["peft", "patch"])
+@pytest.mark.parametrize("recompute", ["sublayer", "layer"])
+def test_peft(make_model, make_batch, targets, first, recompute):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install memkernels[hf]")
+    batch = make_batch("right")
+
+    def adapted(model):
+        config = peft.LoraConfig(target_modules=targets, r=4, init_lora_weights=False, modules_to_save=["lm_head"])
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+    expected = gradients(adapted(make_model()), batch)
+    model = make_model()
+    if first == "patch":
+        memkernels.patch(model, recompute=recompute)
+        model = adapted(model)
+    else:
+        model = adapted(model)
+        report = memkernels.patch(model, recompute=recompute)
+        left = {"base_model.model"} | {f"base_model.model.model.layers.{i}" for i in (0, 1) if targets == "all-linear"}
+        assert report.left.keys() == left
+        assert report.replaced["base_model.model.model.layers.0.mlp"] == "MLP"
+    torch.testing.assert_close(gradients(model, batch), expected)
+    memkernels.unpatch(model)
+    assert own_forwards(model.base_model.model.model) == []
+
+
+@pytest.mark.parametrize("order", ["dispatch first", "patch first"])
+def test_execution_hooks_of_accelerate(make_model, make_batch, order):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, batch = make_model(), make_batch()
+    expected = gradients(model, batch)
+    if order == "patch first":
+        memkernels.patch(model)
+    hooks.attach_execution_device_hook(model, "cpu")
+    if order == "dispatch first":
+        assert memkernels.patch(model).left == {}
+    torch.testing.assert_close(gradients(model, batch), expected)
+    memkernels.unpatch(model)
+    assert model(**batch).logits is not None
+    hooks.remove_hook_from_submodules(model)
+    assert model(**batch).logits is not None
+    assert memkernels.patch(model).left == {}
+
+
+def test_weights_that_accelerate_offloads(make_model, make_batch):
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = make_model(), make_batch()
+    expected = model(**batch).loss
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    report = memkernels.patch(model)
+    assert report.left.keys() == {"", "model.layers.0", "model.layers.1"}
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_a_forward_of_someone_else_is_left(make_model):
+    model = make_model()
+    model.model.norm.forward = lambda x: x
+    theirs = model.model.norm.forward
+    assert "replaced by someone else" in memkernels.patch(model).left["model.norm"]
+    memkernels.unpatch(model)
+    assert model.model.norm.forward is theirs
+
+
+def test_an_unknown_activation_is_left(make_model, make_batch):
+    model, batch = make_model(hidden_act="mish"), make_batch()
+    expected = gradients(model, batch)
+    assert "no activation Mish" in memkernels.patch(model).left["model.layers.0.mlp"]
+    torch.testing.assert_close(gradients(model, batch), expected)
+
+
+def test_a_model_inside_another(make_model, make_batch):
+    transformers = pytest.importorskip("transformers")
+    config = make_model().config
+    config.num_labels = 3
+    model = transformers.LlamaForSequenceClassification(config)
+    batch = {"input_ids": make_batch()["input_ids"], "labels": torch.tensor([0, 2])}
+    expected = gradients(model, batch)
+    report = memkernels.patch(model)
+    assert "" not in report.replaced and "model.norm" in report.replaced
+    torch.testing.assert_close(gradients(model, batch), expected)
+
+
+def test_bad_input(make_model):
+    model = make_model()
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got dict"):
+        memkernels.patch({})
+    with pytest.raises(ValueError, match="recompute: expected one of none, sublayer, layer, got 'all'"):
+        memkernels.patch(model, recompute="all")
+    with pytest.raises(ValueError, match="model: found nothing to replace in Sequential"):
+        memkernels.patch(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="model: nothing in this LlamaForCausalLM is patched"):
+        memkernels.unpatch(model)
+    assert own_forwards(model) == []
+    memkernels.patch(model)
+    before = own_forwards(model)
+    with pytest.raises(ValueError, match="model: it is patched already"):
+        memkernels.patch(model, recompute="layer")
+    assert own_forwards(model) == before
+
+
+def test_nothing_is_half_patched_when_planning_fails(make_model, monkeypatch):
+    model = make_model()
+    planned = []
+
+    def fail(norm, family):
+        planned.append(norm)
+        raise RuntimeError("the last norm")
+
+    plan_norm = patching.plan_norm
+    monkeypatch.setattr(patching, "plan_norm", lambda n, f: fail(n, f) if n is model.model.norm else plan_norm(n, f))
+    with pytest.raises(RuntimeError, match="the last norm"):
+        memkernels.patch(model)
+    assert planned and own_forwards(model) == []

@@ -1,0 +1,155 @@
+"""Patched models compute what the unpatched ones do: loss, every gradient, generation, in every mode of training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import memkernels
+from memkernels.ops.rms_norm import reference
+from memkernels.testing import assert_within_factor_two
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+
+
+def train_step(model, batch, run=None, **arguments):
+    """Loss and gradients of one step."""
+    model.zero_grad()
+    loss = (model if run is None else run)(**batch, **arguments).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def exact_step(model, batch):
+    """The step of an unpatched model in float64, where transformers' norms and loss round to float32."""
+    model = model.double()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda x, norm=module: reference.rms_norm(x, norm.weight, norm.variance_epsilon)
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_step(actual, exact, plain, dtype=torch.float32):
+    """By the factor-two rule; the loss, one number, may besides be off by what the rule grants a mean."""
+    assert actual.keys() == plain.keys()
+    granted = exact["loss"].item() * torch.finfo(dtype).eps / 16
+    for name, value in actual.items():
+        atol = {"atol": granted} if name == "loss" else {}
+        assert_within_factor_two(name, value, exact[name], plain[name], **atol)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients(make_model, make_batch, family, dtype, padding):
+    batch, model = make_batch(padding), make_model(family, dtype)
+    plain, exact = train_step(model, batch), exact_step(make_model(family, dtype), batch)
+    for recompute in ("none", "sublayer", "layer"):
+        memkernels.patch(model, recompute=recompute)
+        assert_same_step(train_step(model, batch), exact, plain, dtype)
+        memkernels.unpatch(model)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_attention_implementations(make_model, make_batch, family, implementation):
+    batch, model = make_batch(), make_model(family, attn_implementation=implementation)
+    plain, exact = train_step(model, batch), exact_step(make_model(family), batch)
+    memkernels.patch(model)
+    assert_same_step(train_step(model, batch), exact, plain)
+
+
+def test_autocast(make_model, make_batch):
+    batch, model = make_batch("right"), make_model("Qwen3")
+    exact = exact_step(make_model("Qwen3"), batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = train_step(model, batch)
+        memkernels.patch(model)
+        actual = train_step(model, batch)
+    assert_same_step(actual, exact, plain, torch.bfloat16)
+
+
+def test_packed_sequences_told_by_position_ids(make_model, make_batch):
+    batch, model = make_batch(), make_model()
+    batch = {name: value[:1] for name, value in batch.items()}
+    batch["position_ids"] = torch.cat([torch.arange(20), torch.arange(17)])[None]
+    batch["use_cache"] = False  # with a cache transformers does not look for packed sequences
+    plain, exact = train_step(model, batch), exact_step(make_model(), batch)
+    memkernels.patch(model)
+    assert_same_step(train_step(model, batch), exact, plain)
+
+
+@pytest.mark.parametrize("recompute", ["none", "sublayer", "layer"])
+def test_torch_compile_in_one_graph(make_model, make_batch, recompute):
+    batch, model = make_batch(), make_model("Qwen3")
+    plain, exact = train_step(model, batch), exact_step(make_model("Qwen3"), batch)
+    memkernels.patch(model, recompute=recompute)
+    torch.compiler.reset()
+    assert_same_step(train_step(model, batch, torch.compile(model, fullgraph=True)), exact, plain)
+
+
+@pytest.mark.parametrize("recompute", ["sublayer", "layer"])
+def test_gradient_checkpointing_of_the_user(make_model, make_batch, recompute):
+    batch, model = make_batch(), make_model()
+    plain, exact = train_step(model, batch), exact_step(make_model(), batch)
+    memkernels.patch(model, recompute=recompute)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls = []
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
+    assert_same_step(train_step(model, batch), exact, plain)
+    assert len(calls) == 2  # forward and one recomputation
+
+
+def test_dropout_of_attention_is_the_same_when_recomputed(make_model, make_batch):
+    batch, model = make_batch(), make_model(attention_dropout=0.3)
+    steps = {}
+    for recompute in ("sublayer", "layer"):
+        memkernels.patch(model, recompute=recompute)
+        torch.manual_seed(0)
+        steps[recompute] = train_step(model, batch)
+        memkernels.unpatch(model)
+    for name, value in steps["layer"].items():
+        torch.testing.assert_close(value, steps["sublayer"][name])
+    assert not torch.equal(steps["layer"]["loss"], train_step(make_model(), batch)["loss"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_cached_generation(make_model, make_batch, family, cache):
+    batch, model = make_batch("left"), make_model(family).eval()
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    expected = model.generate(**prompt, **options)
+    memkernels.patch(model)
+    assert torch.equal(model.generate(**prompt, **options), expected)
+
+
+def test_a_cache_filled_with_gradient(make_model, make_batch):
+    ids, model = make_batch()["input_ids"], make_model()
+    expected = model(input_ids=ids).logits
+    memkernels.patch(model)
+    first = model(input_ids=ids[:, :30], use_cache=True)
+    rest = model(input_ids=ids[:, 30:], cache=first.cache, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_trains_as_the_unpatched_model_under_the_trainer(make_model, make_batch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    rows = [{name: value[i] for name, value in make_batch("right").items()} for i in (0, 1)] * 4
+    losses = []
+    for patched in (False, True):
+        model = make_model()
+        if patched:
+            memkernels.patch(model, recompute="layer")
+        options = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-2,
+            num_train_epochs=1, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, options, train_dataset=rows, eval_dataset=rows[:2])
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses[-1].append(trainer.evaluate()["eval_loss"])
+    assert losses[0][-1] < losses[0][0]
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-4)
