@@ -1,4 +1,4 @@
-"""The norm in front of a block op: RMS or layer norm, or none, described and bound as projections are."""
+"""The norms of a block op: RMS or layer norm, or none, described and bound as projections are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import has_row_kernel
-from memkernels.ops.checks import check_parameter
+from memkernels.ops.checks import check_floating, check_parameter, check_same_device, check_shape
 from memkernels.ops.gradient_sum import GradientSum
 
 KINDS = ("rms", "layer")
@@ -100,3 +100,16 @@ def make_norm(
         if tensor is not None:
             check_parameter(name, tensor, x, (x.shape[-1],), "the last dimension of x")
     return Norm(NormDescription(kind, float(eps), float(weight_offset), bias is not None), weight, bias)
+
+
+def make_rms_norm(name: str, x: Tensor, size: int, weight: Tensor | None, eps: float, weight_offset: float,
+                  dtype: torch.dtype) -> Norm:  # fmt: skip
+    """An RMS norm within a block, of rows of `size` elements of `dtype`; none without weight."""
+    if weight is None:
+        return Norm(NormDescription())
+    check_floating(name, weight)
+    check_shape(name, weight, (size,), "the size of what it norms")
+    check_same_device("x", x, **{name: weight})
+    if weight.dtype not in (dtype, torch.float32):
+        raise TypeError(f"{name}: expected {dtype}, as the products, or float32, got {weight.dtype}.")
+    return Norm(NormDescription("rms", float(eps), float(weight_offset)), weight)

@@ -19,7 +19,7 @@ on_every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATI
 
 
 def make_inputs(shape, dtype, device="cpu", *, heads=4, kv_heads=2, size=12, v_size=None, d=20, norm=True,
-                norm_bias=False, bias=False, head_norms=False, rotary=0, sinks=False):  # fmt: skip
+                norm_bias=False, bias=False, head_norms=False, rotary=0, sinks=False, post_norm=False):  # fmt: skip
     """Arguments that are tensors; the first dimensions of x are `shape`."""
     v_size = v_size or size
     shapes = {"x": (*shape, d), "w_q": (heads * size, d), "w_k": (kv_heads * size, d), "w_v": (kv_heads * v_size, d),
@@ -28,6 +28,7 @@ def make_inputs(shape, dtype, device="cpu", *, heads=4, kv_heads=2, size=12, v_s
     shapes |= {"norm_bias": (d,)} if norm_bias else {}
     shapes |= {f"b_{name}": (shapes[f"w_{name}"][0],) for name in "qkvo"} if bias else {}
     shapes |= {"q_norm_weight": (size,), "k_norm_weight": (size,)} if head_norms else {}
+    shapes |= {"post_norm_weight": (d,)} if post_norm else {}
     shapes |= {"sinks": (heads,)} if sinks else {}
     inputs = {
         name: random_tensor(*of, dtype=torch.float32 if name == "sinks" else dtype, device=device, seed=seed,
@@ -71,11 +72,12 @@ def test_matches_reference(implementation, dtype):
         ({"norm": False}, {}),
         ({"norm_bias": True, "bias": True}, {"norm": "layer", "causal": True}),
         ({"head_norms": True, "rotary": 12}, {"causal": True, "norm_offset": 1.0}),
+        ({"post_norm": True, "bias": True}, {"causal": True, "norm_offset": 1.0}),
         ({"rotary": 8}, {"interleaved": True, "window": (5, 3)}),
         ({"sinks": True, "v_size": 10}, {"causal": True, "window": (6, -1), "softcap": 5.0}),
         ({"kv_heads": 1}, {"dropout_p": 0.3, "seed": 5, "scale": 0.5}),
     ],
-    ids=["plain", "layer-norm-bias", "head-norms", "interleaved-window", "sinks-softcap", "dropout"],
+    ids=["plain", "layer-norm-bias", "head-norms", "post-norm", "interleaved-window", "sinks-softcap", "dropout"],
 )
 def test_every_part(implementation, parts, options):
     with implementation.active() as device:
@@ -104,12 +106,13 @@ def test_packed_sequences_equal_each_by_itself(implementation):
         check(inputs, num_heads=4, causal=True, cu_seqlens=starts, max_seqlen=30)
 
 
-EVERY = ("x", "w_q", "w_k", "w_v", "w_o", "norm_weight", "q_norm_weight", "k_norm_weight", "b_q", "b_o", "sinks")
+EVERY = ("x", "w_q", "w_k", "w_v", "w_o", "norm_weight", "q_norm_weight", "k_norm_weight", "b_q", "b_o", "sinks",
+         "post_norm_weight")  # fmt: skip
 
 
 @pytest.mark.parametrize("trained", [*itertools.combinations(EVERY, 1), EVERY[:5], ("w_o", "sinks")], ids="-".join)
 def test_gradients_only_where_they_are_wanted(trained):
-    inputs = make_inputs((1, 9), torch.float32, head_norms=True, bias=True, rotary=12, sinks=True)
+    inputs = make_inputs((1, 9), torch.float32, head_norms=True, bias=True, rotary=12, sinks=True, post_norm=True)
     for name, tensor in inputs.items():
         tensor.requires_grad_(name in trained)
     check(inputs, num_heads=4, causal=True)

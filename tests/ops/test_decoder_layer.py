@@ -15,12 +15,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION = ("w_q", "w_k", "w_v", "w_o", "b_o", "norm_weight", "q_norm_weight", "sinks", "cos", "sin")
 
 
-def make_inputs(shape, dtype, device="cpu", *, sinks=False, extras=True, d=D, f=F):
+def make_inputs(shape, dtype, device="cpu", *, sinks=False, extras=True, post_norms=False, d=D, f=F):
     """x and the tensors of both sublayers, those of the feed-forward under names that start with mlp_."""
     shapes = {"x": (*shape, d), "w_q": (HEADS * SIZE, d), "w_k": (KV_HEADS * SIZE, d), "w_v": (KV_HEADS * SIZE, d),
               "w_o": (d, HEADS * SIZE), "norm_weight": (d,), "mlp_w_gate": (f, d), "mlp_w_up": (f, d),
               "mlp_w_down": (d, f), "mlp_norm_weight": (d,)}  # fmt: skip
     shapes |= {"b_o": (d,), "q_norm_weight": (SIZE,), "mlp_b_down": (d,)} if extras else {}
+    shapes |= {"post_norm_weight": (d,), "mlp_post_norm_weight": (d,)} if post_norms else {}
     shapes |= {"sinks": (HEADS,)} if sinks else {}
     inputs = {
         name: random_tensor(*of, dtype=torch.float32 if name == "sinks" else dtype, device=device, seed=seed,
@@ -69,6 +70,10 @@ def test_matches_reference(implementation, dtype, tile_tokens):
 def test_every_norm_and_strided_gradients(norm):
     options = {"norm": norm, "norm_offset": float(norm == "rms")}
     check(make_inputs((2, 9), torch.float32), strided_grads=True, mlp_options=options, **options, window=(4, 0))
+
+
+def test_norms_of_the_outputs():
+    check(make_inputs((2, 9), torch.bfloat16, post_norms=True), causal=True, tile_tokens=7)
 
 
 def test_packed_sequences():

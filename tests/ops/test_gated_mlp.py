@@ -97,6 +97,26 @@ def test_every_norm(implementation, backend, dtype, norm, bias, offset):
         check(inputs, tile_tokens=4, backend=backend, norm=norm, norm_offset=offset, norm_eps=1e-5)
 
 
+@on_every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+def test_a_norm_of_the_output(implementation, backend, dtype, gated):
+    with implementation.active() as device:
+        inputs = make_inputs(9, 12, 20, dtype, device, gated=gated)
+        inputs["post_norm_weight"] = random_tensor(12, dtype=dtype, device=device, seed=9)
+        check(inputs, tile_tokens=4, backend=backend)
+
+
+@pytest.mark.parametrize("trained", ["x", "w_down", "post_norm_weight", "norm_weight"])
+def test_one_gradient_through_a_norm_of_the_output(trained):
+    inputs = make_inputs(9, 12, 20, torch.float32) | {
+        "post_norm_weight": random_tensor(12, dtype=torch.float32, seed=9)
+    }
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name == trained)
+    check(inputs, tile_tokens=4)
+
+
 @pytest.mark.parametrize("frozen", ["norm_weight", "norm_bias"])
 def test_a_frozen_parameter_of_a_layer_norm(frozen):
     inputs = make_inputs(9, 12, 20, torch.float32) | {"norm_bias": random_tensor(12, dtype=torch.float32, seed=9)}
@@ -351,6 +371,7 @@ def test_gradcheck_of_the_reference_path(gated):
         ({"norm": "batch"}, ValueError, "norm: expected one of rms, layer, got 'batch'"),
         ({"norm_bias": torch.zeros(8)}, ValueError, "norm_bias: expected None without norm_weight and norm='layer'"),
         ({"norm": "layer", "norm_offset": 1.0}, ValueError, "norm_offset: expected 0 with norm='layer'"),
+        ({"post_norm_weight": torch.zeros(7)}, ValueError, r"post_norm_weight: expected shape \(8,\)"),
         ({"activation": "swish"}, ValueError, "activation: expected one of silu, .*got 'swish'"),
         ({"tile_tokens": 0}, ValueError, "tile_tokens: expected a positive number or None, got 0"),
         ({"backend": "cublas"}, ValueError, "backend: expected one of auto, triton, matmul, got 'cublas'"),

@@ -26,6 +26,7 @@ class Plan:
     k: Description
     v: Description
     o: Description
+    post_norm: NormDescription
     num_heads: int
     interleaved: bool
     max_seqlen: int
@@ -36,14 +37,14 @@ class Plan:
     @property
     def parts(self) -> tuple[NormDescription | Description, ...]:
         """In the order of the Function's tensors."""
-        return self.norm, self.q_norm, self.k_norm, self.q, self.k, self.v, self.o
+        return self.norm, self.q_norm, self.k_norm, self.q, self.k, self.v, self.o, self.post_norm
 
     @property
     def num_tensors(self) -> int:
         return sum(part.num_tensors for part in self.parts)
 
     def bind(self, context: Context, tensors: Sequence[Tensor]) -> Layer:
-        norm, q_norm, k_norm, q, k, v, o = split_by(self.parts, tensors)
+        norm, q_norm, k_norm, q, k, v, o, post_norm = split_by(self.parts, tensors)
         return Layer(
             self,
             context,
@@ -54,6 +55,7 @@ class Plan:
             self.k.bind(k),
             self.v.bind(v),
             self.o.bind(o),
+            self.post_norm.bind(post_norm),
         )
 
 
@@ -93,6 +95,7 @@ class Layer:
     k: Projection
     v: Projection
     o: Projection
+    post_norm: Norm
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y (B S, d), and what backward needs: out (B, S, H, Dv) and lse; a packed batch's have no B."""
@@ -103,10 +106,14 @@ class Layer:
 
     def project(self, out: Tensor) -> Tensor:
         """y (B S, d) of the attention's output."""
-        return self.o.forward(self._rows(out))
+        return self.post_norm.forward(self.o.forward(self._rows(out)))[0]
 
     def backward(self, dy: Tensor, x: Tensor, out: Tensor, lse: Tensor, gradients: Gradients) -> Tensor | None:
         """dx (B, S, d) of dy (B S, d), None where it is not wanted; adds the others to their sums."""
+        if self.post_norm.weight is not None:
+            y = self.o.forward(self._rows(out))
+            dy = self.post_norm.backward(dy, y, self.post_norm.forward(y)[1], gradients.post_norm)
+            del y
         self.o.add_gradients(dy, self._rows(out), gradients.o)
         if not gradients.through_attention:
             return None
@@ -186,7 +193,8 @@ class Gradients:
         self.sums = gradient_sums(tensors, needed)
         self.sinks_needed, self.sinks = sinks, None
         self.norm: tuple[GradientSum | None, ...]
-        self.norm, self.q_norm, self.k_norm, self.q, self.k, self.v, self.o = split_by(plan.parts, self.sums)
+        groups = split_by(plan.parts, self.sums)
+        self.norm, self.q_norm, self.k_norm, self.q, self.k, self.v, self.o, self.post_norm = groups
         self.through_norm = x or any(total is not None for total in self.norm)
         in_front_of_heads = self.q_norm + self.k_norm + self.q + self.k + self.v
         self.through_heads = self.through_norm or any(total is not None for total in in_front_of_heads)

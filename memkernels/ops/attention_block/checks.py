@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from memkernels.ops.attention.checks import check_starts
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
-from memkernels.ops.rotary.op import check_tables
 
 
 def check_layout(x: Tensor, num_heads: int, weights: dict[str, Tensor], biases: dict[str, Tensor | None]) -> int:
@@ -53,21 +51,3 @@ def check_sequences(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
     check_same_device("x", x, cu_seqlens=cu_seqlens)
     longest = check_starts("cu_seqlens", cu_seqlens, x.shape[-2], "max_seqlen", max_seqlen)
     return cu_seqlens.shape[0] - 1, x.shape[-2], longest
-
-
-def check_heads(
-    x: Tensor, size: int, rows: int, length: int, dtype: torch.dtype, cos: Tensor | None, sin: Tensor | None,
-    q_norm_weight: Tensor | None, k_norm_weight: Tensor | None,
-) -> None:  # fmt: skip
-    """What is done to q and k, (rows, length, heads, size) of `dtype`, before attention."""
-    for name, weight in (("q_norm_weight", q_norm_weight), ("k_norm_weight", k_norm_weight)):
-        if weight is not None:
-            check_floating(name, weight)
-            check_shape(name, weight, (size,), "the head size")
-            check_same_device("x", x, **{name: weight})
-            if weight.dtype not in (dtype, torch.float32):
-                raise TypeError(f"{name}: expected {dtype}, as q, or float32, got {weight.dtype}.")
-    if (cos is None) != (sin is None):
-        raise ValueError(f"{'cos' if cos is None else 'sin'}: expected with its counterpart, got None.")
-    if cos is not None and sin is not None:
-        check_tables(x, (rows, length, size), dtype, cos, sin)

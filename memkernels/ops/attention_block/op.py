@@ -11,12 +11,13 @@ from memkernels.ops.attention.op import seen_window
 from memkernels.ops.attention_block import reference
 from memkernels.ops.attention_block.block import Context, Plan
 from memkernels.ops.attention_block.block import attention_block as run
-from memkernels.ops.attention_block.checks import check_heads, check_layout, check_sequences
+from memkernels.ops.attention_block.checks import check_layout, check_sequences
 from memkernels.ops.autocast import as_product_dtype, product_dtype
-from memkernels.ops.block_norm import Norm, NormDescription, make_norm
+from memkernels.ops.block_norm import make_norm, make_rms_norm
 from memkernels.ops.checks import check_floating
 from memkernels.ops.philox import seed_tensor
 from memkernels.ops.projection import DenseProjection
+from memkernels.ops.rotary.op import check_tables
 
 
 def attention_block(
@@ -38,6 +39,7 @@ def attention_block(
     norm_offset: float = 0.0,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
+    post_norm_weight: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
@@ -72,9 +74,10 @@ def attention_block(
         norm: rms or layer; of effect with norm_weight.
         norm_weight: (d,); x's dtype or float32.
         norm_bias: (d,), of a layer norm.
-        norm_eps: added to the mean of squares, or to the variance; in the norms of q and k too.
-        norm_offset: added to an RMS norm's weight (1 is Gemma's form); to those of q and k too.
+        norm_eps: added to the mean of squares, or to the variance; in the norms of q, k and y too.
+        norm_offset: added to an RMS norm's weight (1 is Gemma's form); to those of q, k and y too.
         q_norm_weight, k_norm_weight: (D,); x's dtype or float32 (Qwen3, Gemma 3).
+        post_norm_weight: (d,), of an RMS norm of y (Gemma 2 and 3); x's dtype or float32.
         cos, sin: (S, R), (1, S, R) or (B, S, R), for a packed batch with S = T, as `ops.apply_rotary` takes them.
         interleaved: which elements of a head are turned together, as in `ops.apply_rotary`.
         causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, seed, deterministic: as in `ops.attention`.
@@ -90,12 +93,14 @@ def attention_block(
 
     Saved for backward: x, d elements a token, out, H Dv elements, and lse, 4 H bytes, beside the parameters, cos and
     sin; dropout adds its seed. Backward recomputes the norms (with their statistics), q, k, v and the rotation: the
-    three products of q, k and v more than a backward that keeps them. Frozen weights cost no product.
+    three products of q, k and v more than a backward that keeps them; with post_norm_weight the output product too.
+    Frozen weights cost no product.
     """
     x_in, plan, context, tensors, has_kernels = plan_attention_block(
         x, w_q, w_k, w_v, w_o, num_heads=num_heads, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, norm=norm,
         norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, norm_offset=norm_offset,
-        q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, cos=cos, sin=sin, interleaved=interleaved,
+        q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, post_norm_weight=post_norm_weight,
+        cos=cos, sin=sin, interleaved=interleaved,
         causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         dropout_p=dropout_p, seed=seed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, deterministic=deterministic,
     )  # fmt: skip
@@ -106,7 +111,8 @@ def attention_block(
         return reference.attention_block(
             x if norm_weight is not None else x.to(plan.dtype), **weights, num_heads=num_heads, norm=norm,
             norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, norm_offset=norm_offset,
-            q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, cos=cos, sin=sin, interleaved=interleaved,
+            q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, post_norm_weight=post_norm_weight,
+        cos=cos, sin=sin, interleaved=interleaved,
             scale=scale, window=seen_window(window, causal), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             dropout_p=dropout_p, seed=context.seed, cu_seqlens=cu_seqlens,
         )  # fmt: skip
@@ -131,6 +137,7 @@ def plan_attention_block(
     norm_offset: float = 0.0,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
+    post_norm_weight: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
@@ -155,28 +162,37 @@ def plan_attention_block(
     in_front = make_norm(x, norm, norm_weight, norm_bias, norm_eps, norm_offset)
     batch, length, longest = check_sequences(x, cu_seqlens, max_seqlen)
     rows = batch if cu_seqlens is None else 1
-    check_heads(x, head_size, rows, length, dtype, cos, sin, q_norm_weight, k_norm_weight)
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{'cos' if cos is None else 'sin'}: expected with its counterpart, got None.")
+    if cos is not None and sin is not None:
+        check_tables(x, (rows, length, head_size), dtype, cos, sin)
     check_scores("x", x, window, softcap, alibi_slopes, sinks, dropout_p)
     check_per_head(batch, num_heads, alibi_slopes, sinks)
     weights = as_product_dtype(x, dtype, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o)
     q, k, v, o = (DenseProjection(weights[f"w_{name}"], weights[f"b_{name}"]) for name in "qkvo")
-    q_norm, k_norm = (_head_norm(weight, norm_eps, norm_offset) for weight in (q_norm_weight, k_norm_weight))
+    q_norm, k_norm, post_norm = (
+        make_rms_norm(name, x, size, weight, norm_eps, norm_offset, dtype)
+        for name, size, weight in (
+            ("q_norm_weight", head_size, q_norm_weight),
+            ("k_norm_weight", head_size, k_norm_weight),
+            ("post_norm_weight", x.shape[-1], post_norm_weight),
+        )
+    )
     x = x.to(dtype) if norm_weight is None else x
     plan = Plan(
         in_front.description, q_norm.description, k_norm.description, q.description, k.description, v.description,
-        o.description, num_heads=num_heads, interleaved=bool(interleaved), max_seqlen=longest,
+        o.description, post_norm.description, num_heads=num_heads, interleaved=bool(interleaved), max_seqlen=longest,
         scores=(float(head_size**-0.5 if scale is None else scale), *seen_window(window, causal), float(softcap),
                 float(dropout_p)),
         deterministic=deterministic, dtype=dtype,
     )  # fmt: skip
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     context = Context(cos, sin, cu_seqlens, alibi_slopes, seed, sinks)
-    tensors = tuple(tensor for part in (in_front, q_norm, k_norm, q, k, v, o) for tensor in part.tensors)
-    has_kernels = has_kernel("attention_fwd", x) and has_kernel("rotary_fwd", x) and in_front.has_kernel(x)
+    tensors = tuple(tensor for part in (in_front, q_norm, k_norm, q, k, v, o, post_norm) for tensor in part.tensors)
+    has_kernels = (
+        has_kernel("attention_fwd", x)
+        and has_kernel("rotary_fwd", x)
+        and in_front.has_kernel(x)
+        and post_norm.has_kernel(x)
+    )
     return x[None] if x.dim() == 2 else x, plan, context, tensors, has_kernels
-
-
-def _head_norm(weight: Tensor | None, eps: float, weight_offset: float) -> Norm:
-    if weight is None:
-        return Norm(NormDescription())
-    return Norm(NormDescription("rms", float(eps), float(weight_offset)), weight)

@@ -32,14 +32,16 @@ def attention_block(
     norm_offset: float = 0.0,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
+    post_norm_weight: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
     cu_seqlens: Tensor | None = None,
     **scores: Any,
 ) -> Tensor:
-    """y = attention(rope(q), rope(k), v) w_o^T + b_o, with q, k, v the projections of norm(x), q and k normed by head.
+    """y = attention(rope(q), rope(k), v) w_o^T + b_o, or its norm.
 
+    q, k and v are the projections of norm(x), q and k normed by head.
     `scores`: the keywords of `ops.attention` that change or hide scores.
     """
     n = x
@@ -61,4 +63,7 @@ def attention_block(
     if packed:
         q, k, v = q[0], k[0], v[0]
     out, _ = attention(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **scores)
-    return F.linear(out.flatten(-2).view(*x.shape[:-1], -1), w_o, b_o)
+    y = F.linear(out.flatten(-2).view(*x.shape[:-1], -1), w_o, b_o)
+    if post_norm_weight is None:
+        return y
+    return cast(Tensor, rms_norm(y, post_norm_weight, norm_eps, weight_offset=norm_offset))

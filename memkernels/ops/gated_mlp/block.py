@@ -22,6 +22,7 @@ class Plan:
     gate: Description | None
     up: Description
     down: Description
+    post_norm: NormDescription
     activation: str
     tile_tokens: int
     fused: bool
@@ -30,20 +31,21 @@ class Plan:
     @property
     def parts(self) -> tuple[NormDescription | Description | None, ...]:
         """In the order of the Function's tensors."""
-        return self.norm, self.gate, self.up, self.down
+        return self.norm, self.gate, self.up, self.down, self.post_norm
 
     @property
     def num_tensors(self) -> int:
         return sum(part.num_tensors for part in self.parts if part is not None)
 
     def bind(self, tensors: Sequence[Tensor]) -> Layer:
-        norm, gate, up, down = split_by(self.parts, tensors)
+        norm, gate, up, down, post_norm = split_by(self.parts, tensors)
         return Layer(
             self,
             self.norm.bind(norm),
             None if self.gate is None else self.gate.bind(gate),
             self.up.bind(up),
             self.down.bind(down),
+            self.post_norm.bind(post_norm),
         )
 
     def num_tiles(self, tokens: int) -> int:
@@ -55,13 +57,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layer:
-    """The norm and the three projections, and their computations over rows (tokens, d)."""
+    """The norms and the three projections, and their computations over rows (tokens, d)."""
 
     plan: Plan
     norm: Norm
     gate: Projection | None
     up: Projection
     down: Projection
+    post_norm: Norm
 
     def forward(self, rows: Tensor) -> Tensor:
         """y, (tokens, d)."""
@@ -85,15 +88,16 @@ class Layer:
 
     def _forward_tile(self, x: Tensor) -> Tensor:
         n = self.norm.forward(x)[0].to(self.plan.dtype)
-        return self.down.forward(self._hidden(n))
+        return self.post_norm.forward(self.down.forward(self._hidden(n)))[0]
 
     def _backward_tile(self, dy: Tensor, x: Tensor, gradients: Gradients) -> Tensor | None:
         n, statistics = self.norm.forward(x)
         n = n.to(self.plan.dtype)
         if not gradients.through_hidden:
-            self.down.add_gradients(dy, self._hidden(n), gradients.down)
+            h = self._hidden(n)
+            self.down.add_gradients(self._through_post_norm(dy, h, gradients), h, gradients.down)
             return None
-        h, dgate, dup = self._hidden_backward(dy, n)
+        dy, h, dgate, dup = self._hidden_backward(dy, n, gradients)
         self.down.add_gradients(dy, h, gradients.down)
         del h
         self.up.add_gradients(dup, n, gradients.up)
@@ -126,22 +130,35 @@ class Layer:
             return torch.ops.memkernels.gated_activation_fwd(up, None, self.plan.activation)
         return torch.ops.memkernels.gated_activation_fwd(self.gate.forward(n), up, self.plan.activation)
 
-    def _hidden_backward(self, dy: Tensor, n: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """h, dgate and dup, with gate and up recomputed; dgate is None in the ungated form."""
+    def _through_post_norm(self, dy: Tensor, h: Tensor, gradients: Gradients) -> Tensor:
+        """The gradient of the down product, which is recomputed where a norm follows it."""
+        if self.post_norm.weight is None:
+            return dy
+        y = self.down.forward(h)
+        return self.post_norm.backward(dy, y, self.post_norm.forward(y)[1], gradients.post_norm)
+
+    def _hidden_backward(
+        self, dy: Tensor, n: Tensor, gradients: Gradients
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The down product's gradient, h, dgate and dup, with gate and up recomputed; dgate is None if ungated."""
         if self.plan.fused:
             assert isinstance(self.down, DenseProjection)
+            if self.post_norm.weight is not None:
+                dy = self._through_post_norm(dy, self._hidden(n), gradients)
             h, dgate, dup = torch.ops.memkernels.gated_hidden_bwd(
                 dy, self.down.weight, n, *self._dense_hidden(), self.plan.activation
             )
-            return h, None if self.gate is None else dgate, dup
+            return dy, h, None if self.gate is None else dgate, dup
         up = self.up.forward(n)
         gate = None if self.gate is None else self.gate.forward(n)
+        pair = (up, None) if gate is None else (gate, up)
+        if self.post_norm.weight is not None:
+            h = torch.ops.memkernels.gated_activation_fwd(*pair, self.plan.activation)
+            dy = self._through_post_norm(dy, h, gradients)
+            del h
         dh = self.down.input_grad(dy)
-        if gate is None:
-            torch.ops.memkernels.gated_activation_bwd_(dh, up, None, self.plan.activation)
-        else:
-            torch.ops.memkernels.gated_activation_bwd_(dh, gate, up, self.plan.activation)
-        return dh, gate, up
+        torch.ops.memkernels.gated_activation_bwd_(dh, *pair, self.plan.activation)
+        return dy, dh, gate, up
 
 
 class Gradients:
@@ -151,7 +168,7 @@ class Gradients:
         self.x = x
         self.sums = gradient_sums(tensors, needed, plan.num_tiles(tokens))
         self.norm: tuple[GradientSum | None, ...]
-        self.norm, self.gate, self.up, self.down = split_by(plan.parts, self.sums)
+        self.norm, self.gate, self.up, self.down, self.post_norm = split_by(plan.parts, self.sums)
         self.through_norm = x or any(total is not None for total in self.norm)
         self.through_hidden = self.through_norm or any(total is not None for total in self.gate + self.up)
 
@@ -191,6 +208,7 @@ def gated_mlp_plan(
     gate: Projection | None,
     up: Projection,
     down: Projection,
+    post_norm: Norm,
     *,
     activation: str,
     tile_tokens: int | None,
@@ -208,12 +226,13 @@ def gated_mlp_plan(
         gate=None if gate is None else gate.description,
         up=up.description,
         down=down.description,
+        post_norm=post_norm.description,
         activation=activation,
         tile_tokens=tile_tokens or default_tile(x.shape[:-1].numel(), x.shape[-1]),
         fused=fused,
         dtype=dtype,
     )
-    parts = [part for part in (norm, gate, up, down) if part is not None]
+    parts = [part for part in (norm, gate, up, down, post_norm) if part is not None]
     return plan, tuple(tensor for part in parts for tensor in part.tensors)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memkernels._library import has_kernel, missing
 from memkernels.ops.autocast import as_product_dtype, product_dtype
-from memkernels.ops.block_norm import make_norm
+from memkernels.ops.block_norm import make_norm, make_rms_norm
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.gated_mlp import hidden, reference  # noqa: F401  hidden defines the fused operators
@@ -29,6 +29,7 @@ def gated_mlp(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
+    post_norm_weight: Tensor | None = None,
     tile_tokens: int | None = None,
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
@@ -52,7 +53,8 @@ def gated_mlp(
         norm_weight: (d,); x's dtype or float32.
         norm_bias: (d,), of a layer norm.
         norm_eps: added to the mean of squares, or to the variance.
-        norm_offset: added to an RMS norm's weight (1 is Gemma's form).
+        norm_offset: added to an RMS norm's weight (1 is Gemma's form); to that of y too.
+        post_norm_weight: (d,), of an RMS norm of y with norm_eps (Gemma 2 and 3); x's dtype or float32.
         tile_tokens: tokens that are computed at a time, in forward and backward. None: T tokens go in
             max(1, T // max(2048, 2 d)) equal tiles: with fewer tokens the float32 sums of the weights' gradients, which
             only several tiles need, take more memory than tiles save.
@@ -70,13 +72,14 @@ def gated_mlp(
 
     Saved for backward: x itself, d elements per token, with the norm or without, and the parameters. Under autocast
     without the norm, x as autocast casts it. Backward recomputes the norm and, tile by tile, the gate and up products,
-    two GEMMs more than the nine that keep them (ungated: one more than six), and never the down product. A tile holds
+    two GEMMs more than the nine that keep them (ungated: one more than six), and the down product only where a norm
+    follows it. A tile holds
     three buffers of (tile_tokens, f). Weight gradients are summed over tiles in float32; frozen ones cost nothing.
     """
     plan, tensors, has_kernels = plan_gated_mlp(
         x, w_gate, w_up, w_down, activation=activation, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
-        norm_eps=norm_eps, norm_offset=norm_offset, tile_tokens=tile_tokens, b_gate=b_gate, b_up=b_up, b_down=b_down,
-        backend=backend,
+        norm_eps=norm_eps, norm_offset=norm_offset, post_norm_weight=post_norm_weight,
+        tile_tokens=tile_tokens, b_gate=b_gate, b_up=b_up, b_down=b_down, backend=backend,
     )  # fmt: skip
     if norm_weight is None:
         x = x.to(plan.dtype)
@@ -88,7 +91,7 @@ def gated_mlp(
     with torch.autocast(x.device.type, enabled=False):
         return reference.gated_mlp(
             x, **weights, activation=activation, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
-            norm_eps=norm_eps, norm_offset=norm_offset,
+            norm_eps=norm_eps, norm_offset=norm_offset, post_norm_weight=post_norm_weight,
         )  # fmt: skip
 
 
@@ -104,6 +107,7 @@ def plan_gated_mlp(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
+    post_norm_weight: Tensor | None = None,
     tile_tokens: int | None = None,
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
@@ -124,11 +128,13 @@ def plan_gated_mlp(
     )
     gate = None if w_gate is None else DenseProjection(weights["w_gate"], weights["b_gate"])
     up, down = (DenseProjection(weights[f"w_{name}"], weights[f"b_{name}"]) for name in ("up", "down"))
+    post_norm = make_rms_norm("post_norm_weight", x, w_down.shape[0], post_norm_weight, norm_eps, norm_offset, dtype)
     plan, tensors = gated_mlp_plan(
-        x, in_front, gate, up, down, activation=activation, tile_tokens=tile_tokens,
+        x, in_front, gate, up, down, post_norm, activation=activation, tile_tokens=tile_tokens,
         fused=_is_fused(backend, x.device.type, dtype), dtype=dtype,
     )  # fmt: skip
-    return plan, tensors, has_kernel("gated_activation_fwd", x) and in_front.has_kernel(x)
+    has_kernels = has_kernel("gated_activation_fwd", x) and in_front.has_kernel(x) and post_norm.has_kernel(x)
+    return plan, tensors, has_kernels
 
 
 def _is_fused(backend: str, device_type: str, dtype: torch.dtype) -> bool:

@@ -24,11 +24,12 @@ def gated_mlp(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
+    post_norm_weight: Tensor | None = None,
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
 ) -> Tensor:
-    """y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down with n = x or its norm."""
+    """y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down, or its norm, with n = x or its norm."""
     n = x
     if norm_weight is not None and norm == "rms":
         n = cast(Tensor, rms_norm(x, norm_weight, norm_eps, weight_offset=norm_offset)).to(w_up.dtype)
@@ -39,4 +40,7 @@ def gated_mlp(
         hidden = gated_activation(up, None, activation)
     else:
         hidden = gated_activation(F.linear(n, w_gate, b_gate), up, activation)
-    return F.linear(hidden, w_down, b_down)
+    y = F.linear(hidden, w_down, b_down)
+    if post_norm_weight is None:
+        return y
+    return cast(Tensor, rms_norm(y, post_norm_weight, norm_eps, weight_offset=norm_offset))
