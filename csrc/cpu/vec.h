@@ -35,11 +35,24 @@ typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
 inline Vec broadcast(float value) {
   return value - Vec{};
 }
+// b where either is NaN. The compiler makes two instructions of the `?:`.
 inline Vec max(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
   return a > b ? a : b;
+#endif
 }
 inline Vec min(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_min_ps(a, b);
+#else
   return a < b ? a : b;
+#endif
 }
 
 // Folds the lanes of v by `fold` on vectors of four, then on floats: a short chain, since short rows wait for it.
@@ -191,7 +204,7 @@ inline std::array<float, N> sum_each_vec(int64_t n, Body&& body) {
 
 // e^x to about 1 unit in the last place; 0 below -87.3, inf above 88.7, NaN for NaN.
 inline Vec exp(Vec x) {
-  const Vec clamped = max(min(x, broadcast(89.0f)), broadcast(-87.33f));
+  const Vec clamped = min(broadcast(89.0f), x);             // inf would become inf - inf; a NaN stays
   const Vec shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
   const Vec n = shifted - 12582912.0f;
   const Vec r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -202,12 +215,15 @@ inline Vec exp(Vec x) {
   p = p * r + 1.66666657e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vec result = _mm512_scalef_ps(p, n);
+#else
   // 2^n in two factors, since n = 128 has no float of its own.
   const IntVec exponent = __builtin_convertvector(n, IntVec);
   const IntVec half = exponent >> 1;
   const Vec result = p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((exponent - half + 127) << 23);
-  const Vec in_range = x < -87.33f ? Vec{} : result;
-  return x == x ? in_range : x;
+#endif
+  return x < -87.33f ? Vec{} : result;
 }
 
 // tanh(x) to about 2 units in the last place; NaN for NaN.
