@@ -117,8 +117,23 @@ void grad(T* logits, const int64_t* target, int64_t rows, int64_t cols, int64_t 
   });
 }
 
+void check_rows(const char* name, const Tensor& tensor, const Tensor& logits) {
+  STD_TORCH_CHECK(tensor.numel() == logits.size(0) && tensor.is_contiguous(), name, ": expected ", logits.size(0),
+                  " contiguous elements, one per row of logits, got ", tensor.numel());
+}
+
+void check_tile(const Tensor& logits, const Tensor& target) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected a contiguous [rows, columns]");
+  check_rows("target", target, logits);
+}
+
 void cross_entropy_stats(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
                          double softcap, Tensor row_max, Tensor row_sum, Tensor target_logit, Tensor logit_sum) {
+  check_tile(logits, target);
+  check_rows("row_max", row_max, logits);
+  check_rows("row_sum", row_sum, logits);
+  check_rows("target_logit", target_logit, logits);
+  check_rows("logit_sum", logit_sum, logits);
   dispatch_floating(logits.scalar_type(), [&]<typename T>() {
     dispatch_softcap(softcap, [&](auto z) {
       stats(logits.const_data_ptr<T>(), target.const_data_ptr<int64_t>(), logits.size(0), logits.size(1), vocab_start,
@@ -131,6 +146,9 @@ void cross_entropy_stats(Tensor logits, Tensor target, int64_t vocab_start, int6
 void cross_entropy_grad_(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_size, Tensor lse,
                          Tensor grad_loss, int64_t ignore_index, double softcap, double label_smoothing,
                          double z_loss) {
+  check_tile(logits, target);
+  check_rows("lse", lse, logits);
+  check_rows("grad_loss", grad_loss, logits);
   dispatch_floating(logits.scalar_type(), [&]<typename T>() {
     dispatch_softcap(softcap, [&](auto z) {
       grad(logits.mutable_data_ptr<T>(), target.const_data_ptr<int64_t>(), logits.size(0), logits.size(1), vocab_start,

@@ -144,6 +144,31 @@ def test_non_contiguous_inputs(implementation):
 
 
 @on_every_implementation
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_strided_labels(implementation, reduction):
+    """In one dimension `reshape` makes no copy of them: every second label of more, and one label expanded."""
+    with implementation.active() as device, tiles_of(33):
+        inputs = make_inputs((10, 24), 70, torch.float32, device)
+        labels = inputs["target"].repeat_interleave(2)[::2]
+        assert not labels.is_contiguous()
+        for target in (labels, torch.tensor(3, device=device).expand(10)):
+            strided = inputs | {"target": target}
+            check_op(ops.linear_cross_entropy, reference.linear_cross_entropy, strided, reduction=reduction)
+
+
+@on_every_implementation
+def test_row_operators_reject_strided_rows(implementation):
+    with implementation.active() as device:
+        logits, state = torch.zeros(6, 9, device=device), [torch.zeros(6, device=device) for _ in range(4)]
+        target = torch.zeros(12, dtype=torch.int64, device=device)[::2]
+        with pytest.raises(RuntimeError, match="target: expected 6 contiguous elements"):
+            torch.ops.memkernels.cross_entropy_stats(logits, target, 0, 9, -100, 0.0, *state)
+        wide = torch.zeros(6, 18, device=device)[:, ::2]
+        with pytest.raises(RuntimeError, match="logits: expected"):
+            torch.ops.memkernels.cross_entropy_grad_(wide, target.contiguous(), 0, 9, *state[:2], -100, 0.0, 0.0, 0.0)
+
+
+@on_every_implementation
 def test_no_tokens(implementation):
     with implementation.active() as device:
         inputs = make_inputs((0, 24), 70, torch.bfloat16, device, bias=True)
@@ -187,6 +212,21 @@ def test_a_row_of_nothing_but_minus_infinity_has_a_finite_gradient(implementatio
         logits, grad_loss = lse.repeat(1, 9), torch.ones(1, device=device)
         torch.ops.memkernels.cross_entropy_grad_(logits, target, 0, 9, lse, grad_loss, -100, 0.0, 0.0, 0.1)
         assert logits.tolist() == [[-1.0] + [0.0] * 8]
+
+
+@on_every_implementation
+def test_probabilities_over_the_whole_range_of_float32(implementation):
+    """The gradient with lse = 0 is exp(logit): within its own rounding, 0 below -87.34, infinite from 88.73."""
+    with implementation.active() as device:
+        inside = torch.linspace(-87.3, 88.7, 100_001)
+        outside = torch.tensor([-torch.inf, -1e30, -87.34, 88.73, 1e30, torch.inf, torch.nan])
+        logits = torch.cat([inside, outside]).to(device)[None]
+        zero, one, target = torch.zeros(1, device=device), torch.ones(1, device=device), torch.tensor([10**6])
+        arguments = (target.to(device), 0, 10**7, zero, one, -100, 0.0, 0.0, 0.0)
+        torch.ops.memkernels.cross_entropy_grad_(logits, *arguments)
+        actual, expected = logits[0, : len(inside)].cpu().double(), inside.double().exp()
+        assert ((actual - expected).abs() / expected).max() <= torch.finfo(torch.float32).eps
+        assert logits[0, len(inside) : -1].tolist() == [0.0, 0.0, 0.0, *[torch.inf] * 3] and logits[0, -1].isnan()
 
 
 @on_every_implementation
@@ -266,6 +306,9 @@ def test_autocast_computes_as_linear_does():
     for tensor, gradient, low in zip((x, weight, bias), torch.autograd.grad(loss, (x, weight, bias)),
                                      torch.autograd.grad(expected, (x, weight, bias)), strict=True):  # fmt: skip
         assert gradient.dtype == tensor.dtype and torch.equal(gradient, low)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ops.linear_cross_entropy(x.double(), weight.double(), target)
+    assert torch.equal(loss, ops.linear_cross_entropy(x.double(), weight.double(), target))
 
 
 def test_saves_its_inputs_and_lse():

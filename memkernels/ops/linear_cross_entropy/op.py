@@ -123,7 +123,7 @@ def linear_cross_entropy(
     """
     _check(x, weight, target, bias, reduction, num_items, softcap, label_smoothing, shift)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

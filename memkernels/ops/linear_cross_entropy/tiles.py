@@ -65,7 +65,7 @@ def linear_cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, Tensor]:
-    rows, labels, vocab_size = x.reshape(-1, x.shape[-1]), target.reshape(-1), weight.shape[0]
+    rows, labels, vocab_size = x.reshape(-1, x.shape[-1]), target.reshape(-1).contiguous(), weight.shape[0]
     _check_labels(labels, vocab_size, ignore_index)
     wide = torch.promote_types(x.dtype, torch.float32)
     row_max = x.new_full(labels.shape, -torch.inf, dtype=wide)
@@ -99,7 +99,7 @@ def linear_cross_entropy_bwd(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, labels, vocab_size = x.reshape(-1, x.shape[-1]), target.reshape(-1), weight.shape[0]
+    rows, labels, vocab_size = x.reshape(-1, x.shape[-1]), target.reshape(-1).contiguous(), weight.shape[0]
     grad_loss = grad_losses.reshape(-1).contiguous()
     dx = torch.zeros_like(rows, dtype=lse.dtype) if x_grad else rows.new_empty(0)
     product = torch.empty_like(rows) if x_grad and dx.dtype != x.dtype else None
