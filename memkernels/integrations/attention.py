@@ -1,4 +1,4 @@
-"""Attention modules: rotary embedding, and causal attention where nothing else is asked of it."""
+"""Attention modules; and what `ops.attention_block` takes of one, where it may compute it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from memkernels import ops
 from memkernels._library import has_kernel
 from memkernels.integrations.family import Family
+from memkernels.integrations.plain import has_hooks, is_plain_linear
 from memkernels.integrations.replacement import Replacement, bind
+
+# What transformers calls a cache, and what it called it before.
+CACHES = ("cache", "past_key_values")
 
 
 def plan_attention(attention: nn.Module, family: Family) -> Replacement:
@@ -32,8 +36,7 @@ def attention_forward(
     `ops.attention` computes where the implementation is "sdpa" and transformers gives no mask, which says that the mask
     is causal and nothing more. Generation from a cache, without gradient, is left to transformers.
     """
-    # transformers called the cache past_key_values before it called it cache.
-    caches = {name: kwargs.pop(name) for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
+    caches = {name: kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None}
     if caches and not torch.is_grad_enabled():
         return type(attention).forward(
             attention, hidden_states, position_embeddings, attention_mask, **caches, **kwargs
@@ -51,7 +54,7 @@ def attention_forward(
             for states in cache.update(key.transpose(1, 2), value.transpose(1, 2), attention.layer_idx)
         )
     dropout = attention.attention_dropout if attention.training else 0.0
-    if attention_mask is None and _is_causal_sdpa(attention, query, value, kwargs):
+    if _is_causal_sdpa(attention, attention_mask, kwargs) and has_kernel("attention_fwd", query):
         out: Any = ops.attention(query, key, value, causal=True, scale=attention.scaling, dropout_p=dropout)
         weights = None
     else:
@@ -63,12 +66,54 @@ def attention_forward(
     return attention.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-def _is_causal_sdpa(attention: Any, query: Tensor, value: Tensor, kwargs: dict) -> bool:
-    """Whether "sdpa" without a mask would compute causal attention, and ops.attention has a kernel for it."""
+def _is_causal_sdpa(attention: Any, attention_mask: Tensor | None, kwargs: dict) -> bool:
+    """Whether "sdpa" would compute causal attention and nothing more: transformers then gives it no mask."""
     return (
-        attention.config._attn_implementation == "sdpa"
+        attention_mask is None
+        and attention.config._attn_implementation == "sdpa"
         and attention.is_causal
         and kwargs.get("is_causal") is not False
-        and query.dtype == value.dtype
-        and has_kernel("attention_fwd", query)
     )
+
+
+def fits_block(attention: Any, family: Family) -> bool:
+    """Whether an op may take the tensors of the projections, and of the norms of q and k."""
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return (
+        type(attention) is family.attention
+        and not has_hooks(attention)
+        and all(is_plain_linear(projection) for projection in projections)
+        and all(type(norm) is family.norm and not has_hooks(norm) for norm in _head_norms(attention))
+    )
+
+
+def takes_block(attention: Any, x: Tensor, kwargs: dict) -> bool:
+    """Whether this call is one that `ops.attention_block` computes: causal, with neither padding nor a cache."""
+    return (
+        not has_cache(kwargs)
+        and _is_causal_sdpa(attention, kwargs.get("attention_mask"), kwargs)
+        and has_kernel("attention_fwd", x)
+    )
+
+
+def has_cache(kwargs: dict) -> bool:
+    return any(kwargs.get(name) is not None for name in CACHES)
+
+
+def block_arguments(attention: Any, cos: Tensor, sin: Tensor) -> dict[str, Any]:
+    """What `ops.attention_block` takes of attention that fits."""
+    arguments = {
+        "num_heads": attention.q_proj.out_features // attention.head_dim,
+        "cos": cos, "sin": sin, "causal": True, "scale": attention.scaling,
+        "dropout_p": attention.attention_dropout if attention.training else 0.0,
+    }  # fmt: skip
+    for name in "qkvo":
+        projection = getattr(attention, f"{name}_proj")
+        arguments |= {f"w_{name}": projection.weight, f"b_{name}": projection.bias}
+    for name, norm in zip("qk", _head_norms(attention), strict=False):
+        arguments[f"{name}_norm_weight"] = norm.weight
+    return arguments
+
+
+def _head_norms(attention: Any) -> tuple[Any, ...]:
+    return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()

@@ -22,6 +22,7 @@ class Family:
         attention: projections, with `q_norm` and `k_norm` over the heads if it has them, rotary embedding, attention.
         mlp: down_proj(act_fn(gate_proj(x)) * up_proj(x)).
         decoder_layer: h = x + self_attn(input_layernorm(x)), y = h + mlp(post_attention_layernorm(h)).
+        model: embeddings, decoder layers and a norm.
         causal_lm: `model`, then `lm_head` and ForCausalLMLoss.
         eager_attention: what computes attention where the configuration says "eager".
         norm_offset: what the norm adds to its weight.
@@ -32,6 +33,7 @@ class Family:
     attention: type[nn.Module]
     mlp: type[nn.Module]
     decoder_layer: type[nn.Module]
+    model: type[nn.Module]
     causal_lm: type[nn.Module]
     eager_attention: Callable
     norm_offset: float = 0.0

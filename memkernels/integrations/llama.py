@@ -9,6 +9,7 @@ FAMILY = Family(
     attention=llama.LlamaAttention,
     mlp=llama.LlamaMLP,
     decoder_layer=llama.LlamaDecoderLayer,
+    model=llama.LlamaModel,
     causal_lm=llama.LlamaForCausalLM,
     eager_attention=llama.eager_attention_forward,
 )

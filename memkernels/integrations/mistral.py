@@ -14,6 +14,7 @@ FAMILY = Family(
     attention=mistral.MistralAttention,
     mlp=mistral.MistralMLP,
     decoder_layer=mistral.MistralDecoderLayer,
+    model=mistral.MistralModel,
     causal_lm=mistral.MistralForCausalLM,
     eager_attention=mistral.eager_attention_forward,
     sliding_window=_sliding_window,

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from memkernels import ops
-from memkernels.integrations.norm import norm_weight
 from memkernels.integrations.plain import has_hooks, is_plain_linear
 from memkernels.integrations.replacement import Replacement, bind
 
@@ -35,24 +34,23 @@ def activation_of(mlp: nn.Module) -> str | None:
     return _ACTIVATIONS.get(type(getattr(mlp, "act_fn", None)).__name__)
 
 
+def mlp_forward(mlp: Any, x: Tensor, *, activation: str, recompute: bool) -> Tensor:
+    """The projections as modules, whatever they are, and `ops.gated_activation`; plain ones are recomputed if asked."""
+    if recompute and is_plain_mlp(mlp):
+        return ops.gated_mlp(x, **mlp_arguments(mlp, activation))
+    return mlp.down_proj(ops.gated_activation(mlp.gate_proj(x), mlp.up_proj(x), activation))
+
+
 def is_plain_mlp(mlp: Any) -> bool:
-    """Whether `ops.gated_mlp` may take the projections' tensors."""
+    """Whether an op may take the projections' tensors."""
     projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return not has_hooks(mlp.act_fn) and all(is_plain_linear(projection) for projection in projections)
 
 
-def mlp_forward(mlp: Any, x: Tensor, *, activation: str, recompute: bool) -> Tensor:
-    """The projections as modules, whatever they are, and `ops.gated_activation`; plain ones are recomputed if asked."""
-    if recompute and is_plain_mlp(mlp):
-        return recomputed_mlp(mlp, x, activation)
-    return mlp.down_proj(ops.gated_activation(mlp.gate_proj(x), mlp.up_proj(x), activation))
-
-
-def recomputed_mlp(mlp: Any, x: Tensor, activation: str, norm: Any = None) -> Tensor:
-    """`ops.gated_mlp` of an MLP of plain projections, with the norm in front if there is one: keeps x alone."""
+def mlp_arguments(mlp: Any, activation: str) -> dict[str, Any]:
+    """What `ops.gated_mlp` takes of an MLP of plain projections."""
     gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    options = {} if norm is None else {"norm_weight": norm_weight(norm, x), "norm_eps": norm.variance_epsilon}
-    return ops.gated_mlp(
-        x, gate.weight, up.weight, down.weight, activation=activation,
-        b_gate=gate.bias, b_up=up.bias, b_down=down.bias, **options,
-    )  # fmt: skip
+    return {
+        "w_gate": gate.weight, "w_up": up.weight, "w_down": down.weight,
+        "b_gate": gate.bias, "b_up": up.bias, "b_down": down.bias, "activation": activation,
+    }  # fmt: skip

@@ -18,8 +18,7 @@ def plan_norm(norm: nn.Module, family: Family) -> Replacement:
 
 def norm_forward(norm: Any, hidden_states: Tensor, *, offset: float) -> Tensor:
     """`ops.rms_norm`, which computes in float32 and rounds once."""
-    weight = norm_weight(norm, hidden_states)
-    y = ops.rms_norm(hidden_states, weight, norm.variance_epsilon, weight_offset=offset)
+    y = ops.rms_norm(hidden_states, norm_weight(norm, hidden_states), norm.variance_epsilon, weight_offset=offset)
     assert isinstance(y, Tensor)
     return y
 
@@ -28,3 +27,10 @@ def norm_weight(norm: Any, x: Tensor) -> Tensor:
     """The weight, in float32 where x has that and the model has not (its embeddings were given)."""
     weight = norm.weight
     return weight if weight.dtype in (x.dtype, torch.float32) else weight.to(x.dtype)
+
+
+def norm_arguments(norm: Any, x: Tensor, family: Family) -> dict[str, Any]:
+    """What a block op takes of the norm in front of it."""
+    return {
+        "norm_weight": norm_weight(norm, x), "norm_eps": norm.variance_epsilon, "norm_offset": family.norm_offset
+    }  # fmt: skip

@@ -54,24 +54,27 @@ class PatchReport:
 def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -> PatchReport:
     """Puts memkernels into a Llama, Mistral, Qwen2 or Qwen3 model of transformers, this instance only.
 
-    Replaced are RMS norms, attention (`ops.apply_rotary`, and `ops.attention` in place of "sdpa" where there is a
-    kernel and the mask is causal without padding), gated MLPs, and head and loss. Parameters, state_dict keys and
-    classes stay as they are; cached generation, save_pretrained, copy.deepcopy, pickle and torch.compile work. The
-    model may be anywhere inside `model`. Where a weight is not a plain one (an adapter of PEFT, a quantised or
-    distributed weight, hooks), now or later, its module is called and only what surrounds it is replaced.
+    Replaced are RMS norms, attention, gated MLPs, head and loss, and with `recompute` the sublayers of a decoder layer,
+    each with the norm in front as one op. Parameters, state_dict keys and classes stay as they are; cached generation,
+    save_pretrained, copy.deepcopy, pickle and torch.compile work. The model may be anywhere inside `model`. Where a
+    weight is not a plain one (an adapter of PEFT, a quantised or distributed weight, hooks), now or later, its module
+    is called and only what surrounds it is replaced. `ops.attention` stands in for "sdpa" where it has a kernel and
+    attention is causal without padding or window; else the model's own attention implementation computes.
 
     Training with labels yields loss without logits (`outputs.logits` is None). Logits are there after `model.eval()`,
     with labels or without, and in training without labels. Labels are shifted, ignore_index, num_items_in_batch,
     shift_labels and an integer logits_to_keep are honoured as transformers does; with a logits_to_keep tensor or a loss
-    function of the user's, transformers computes logits and loss.
+    function of the user's, transformers computes logits and loss. Training fills no cache unless the call asks for one.
 
     Patch before `fully_shard`, `torch.compile` and DistributedDataParallel; torch.nn.DataParallel is not supported.
 
     Args:
         model: holds at least one module that can be replaced.
-        recompute: what is computed again in backward. "none": nothing. "sublayer": inside MLPs; an MLP and the norm in
-            front of it keep their input, d elements a token. "layer": a decoder layer keeps its input only, and a layer
-            that is trained gets no cache. Gradient checkpointing enabled on the model takes its place.
+        recompute: what is computed again in backward, and with it what is kept, per token, layer and d = hidden size.
+            "none": nothing is. "sublayer": `ops.attention_block` keeps its input and attention's output,
+            `ops.gated_mlp` its input: 3 d. "layer": `ops.decoder_layer` keeps its input and attention's output: 2 d.
+            Where attention is not the op's, "sublayer" recomputes the MLP alone, and "layer" keeps the inputs of both
+            sublayers. Gradient checkpointing enabled on the model takes the place of "layer".
         loss: whether head and loss are replaced.
 
     Returns:
@@ -134,6 +137,7 @@ def _plan(module: nn.Module, family: Family, recompute: str, loss: bool) -> Repl
     from memkernels.integrations.attention import plan_attention
     from memkernels.integrations.decoder_layer import plan_layer
     from memkernels.integrations.loss import plan_loss
+    from memkernels.integrations.model import plan_model
 
     kind = type(module)
     if kind is family.norm:
@@ -144,6 +148,8 @@ def _plan(module: nn.Module, family: Family, recompute: str, loss: bool) -> Repl
         return plan_mlp(module, recompute != "none")
     if kind is family.decoder_layer and recompute != "none":
         return plan_layer(module, family, recompute)
+    if kind is family.model:
+        return plan_model(module)
     if kind is family.causal_lm and loss:
         return plan_loss(module)
     return None

@@ -14,6 +14,7 @@ FAMILY = Family(
     attention=qwen2.Qwen2Attention,
     mlp=qwen2.Qwen2MLP,
     decoder_layer=qwen2.Qwen2DecoderLayer,
+    model=qwen2.Qwen2Model,
     causal_lm=qwen2.Qwen2ForCausalLM,
     eager_attention=qwen2.eager_attention_forward,
     sliding_window=_sliding_window,

@@ -14,6 +14,7 @@ FAMILY = Family(
     attention=qwen3.Qwen3Attention,
     mlp=qwen3.Qwen3MLP,
     decoder_layer=qwen3.Qwen3DecoderLayer,
+    model=qwen3.Qwen3Model,
     causal_lm=qwen3.Qwen3ForCausalLM,
     eager_attention=qwen3.eager_attention_forward,
     sliding_window=_sliding_window,

@@ -25,10 +25,10 @@ def gradients(model, batch):
 
 def test_report(make_model):
     report = memkernels.patch(make_model())
-    assert report.left == {} and len(report.replaced) == 5 + 2 + 2 + 2 + 1
+    assert report.left == {} and len(report.replaced) == 5 + 2 + 2 + 2 + 1 + 1
     assert report.replaced["model.layers.1.mlp"] == "MLP" and report.replaced[""] == "head and loss"
     printed = str(report)
-    assert "LlamaForCausalLM, recompute='sublayer': 12 modules replaced" in printed
+    assert "LlamaForCausalLM, recompute='sublayer': 13 modules replaced" in printed
     assert "    5  RMS norm" in printed
 
 
@@ -62,16 +62,21 @@ def test_loss_is_optional(make_model, make_batch):
 def test_saved_bytes(make_model, make_batch, recompute):
     """By differences between depths and widths, since embeddings, mask and loss keep something too."""
 
-    def saved(**config):
+    def saved(padding=None, **config):
         model = make_model(mlp_bias=False, attention_bias=False, **config)
         memkernels.patch(model, recompute=recompute)
-        return saved_bytes(lambda: model(**make_batch()).loss, exclude=tuple(model.parameters()))
+        return saved_bytes(lambda: model(**make_batch(padding)).loss, exclude=tuple(model.parameters()))
 
     d, f, kv, tokens = 48, 104, 24, 2 * 37
-    attention = 4 * (2 * d + d + 2 * kv + d) + 4 + 4 * 4  # x, normed x, q, k, v, out; rstd, lse of 4 heads
-    mlp = {"none": 4 * (2 * d + 3 * f) + 4, "sublayer": 4 * d, "layer": 0}[recompute]
-    layer = 4 * d if recompute == "layer" else attention + mlp
-    assert saved(num_hidden_layers=3) - saved() == tokens * layer
+    statistics = 4 + 4 * 4 + 4  # rstd, lse of 4 heads, rstd
+    layer = {
+        "none": 4 * ((2 * d + d + 2 * kv + d) + (2 * d + 3 * f)) + statistics,  # x to out; h to the product
+        "sublayer": 4 * 3 * d + 4 * 4,
+        "layer": 4 * 2 * d + 4 * 4,
+    }
+    assert saved(num_hidden_layers=3) - saved() == tokens * layer[recompute]
+    if recompute == "layer":
+        assert saved("right", num_hidden_layers=3) - saved("right") == tokens * 4 * 2 * d
     assert saved(vocab_size=301) == saved()
 
 
@@ -83,7 +88,8 @@ def test_logits_where_they_are_asked_for(make_model, make_batch):
     torch.testing.assert_close(model.eval()(**batch).logits, expected.logits)
     torch.testing.assert_close(model(**batch).loss, expected.loss)
     model.train()
-    assert model(**batch).logits is None
+    assert model(**batch).logits is None and model(**batch).cache is None
+    assert model(**batch, use_cache=True).cache is not None
     assert model(input_ids=ids).logits.shape == (2, 37, 101)
     kept = model(input_ids=ids, labels=labels[:, :2], logits_to_keep=torch.tensor([3, 4]))
     assert kept.logits.shape == (2, 2, 101)
@@ -208,8 +214,9 @@ def test_peft(make_model, make_batch, targets, first, recompute):
     else:
         model = adapted(model)
         report = memkernels.patch(model, recompute=recompute)
-        left = {"base_model.model"} | {f"base_model.model.model.layers.{i}" for i in (0, 1) if targets == "all-linear"}
-        assert report.left.keys() == left
+        layers = [f"base_model.model.model.layers.{i}" for i in (0, 1)]
+        assert report.left.keys() == {"base_model.model", *layers}
+        assert ("MLP" in report.left[layers[0]]) == (targets == "all-linear")
         assert report.replaced["base_model.model.model.layers.0.mlp"] == "MLP"
     torch.testing.assert_close(gradients(model, batch), expected)
     memkernels.unpatch(model)
