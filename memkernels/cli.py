@@ -1,4 +1,4 @@
-"""The command line: `python -m memkernels info | bench`."""
+"""The command line: `python -m memkernels demo | info | bench`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from memkernels import __version__, info
 from memkernels.bench import cli as bench
+from memkernels.demo import cli as demo
 
 _COMMANDS = {
+    "demo": (demo, "train a small Llama as transformers has it and patched: memory, time and loss of both"),
     "info": (info, "what each op will run on here, and why not where something is missing"),
     "bench": (bench, "measure ops and training steps against eager PyTorch and others"),
 }

@@ -1,0 +1,70 @@
+"""What the main job found: a table, and two plots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from memkernels.bench.table import Cell, format_table
+from memkernels.demo.memory import Memory
+from memkernels.demo.train import Training
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was found of one of the two."""
+
+    training: Training
+    memory: Memory
+
+
+def largest_difference(plain: Run, patched: Run) -> float:
+    """Of the losses at any checkpoint."""
+    return max(abs(patched.training.losses[step] - loss) for step, loss in plain.training.losses.items())
+
+
+def table(plain: Run, patched: Run) -> str:
+    """Memory, time, and the losses at each checkpoint, with ratios and differences."""
+    peaks = plain.memory.peak, patched.memory.peak
+    times = plain.training.step_seconds, patched.training.step_seconds
+    rows: list[list[Cell]] = [
+        ["peak memory above the model", *(f"{peak:.0f} MB" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}x"],
+        ["step time, median", *(f"{seconds:.3g} s" for seconds in times), f"{times[1] / times[0]:.2f}x"],
+    ]
+    for step, loss in plain.training.losses.items():
+        other = patched.training.losses[step]
+        rows.append([f"held-out loss, step {step}", f"{loss:.4f}", f"{other:.4f}", f"{other - loss:+.1e}"])
+    return format_table(["", "transformers", "memkernels", ""], rows)
+
+
+def draw(plain: Run, patched: Run, folder: Path) -> list[Path]:
+    """memory.png: memory during one training step; loss.png: the two curves. Returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = {"transformers": plain, "memkernels": patched}
+    paths = [folder / "memory.png", folder / "loss.png"]
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for name, run in runs.items():
+        seconds, megabytes = zip(*run.memory.timeline, strict=True)
+        axes.fill_between(seconds, megabytes, alpha=0.35)
+        axes.plot(seconds, megabytes, label=f"{name}: peak {run.memory.peak:.0f} MB")
+    axes.set(xlabel="seconds into one training step", ylabel="MB above the model and its optimizer")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(paths[0], dpi=120)
+    pyplot.close(figure)
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for (name, run), style in zip(runs.items(), ("o-", "x--"), strict=True):
+        losses = run.training.losses
+        axes.plot(list(losses), list(losses.values()), style, label=f"{name}: {run.training.step_seconds:.3g} s a step")
+    axes.set(xlabel="training steps", ylabel="loss of held-out text, nats a byte")
+    axes.legend()
+    figure.savefig(paths[1], dpi=120)
+    pyplot.close(figure)
+    return paths
