@@ -11,11 +11,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from memkernels import ops
 from memkernels._library import has_kernel
 from memkernels.integrations.family import Family
+from memkernels.integrations.masks import CACHES, has_cache, is_told, sequences
 from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.integrations.projections import projected, weights
 from memkernels.integrations.replacement import Replacement, bind
-
-# What transformers calls a cache, and what it called it before.
-CACHES = ("cache", "past_key_values")
 
 
 def plan_attention(attention: nn.Module, family: Family) -> Replacement:
@@ -31,10 +30,11 @@ def attention_forward(
     family: Family,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """The module's own projections and attention implementation around `ops.apply_rotary`.
+    """The module's own projections around `ops.apply_rotary`, and `ops.attention` where the mask is a told one.
 
-    `ops.attention` computes where the implementation is "sdpa" and transformers gives no mask, which says that the mask
-    is causal and nothing more. Generation from a cache, without gradient, is left to transformers.
+    So it is where the implementation is "sdpa" and transformers gives no mask, which says that the mask is causal and
+    nothing more. Otherwise the model's attention implementation computes; generation from a cache, without gradient, is
+    left to transformers.
     """
     caches = {name: kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None}
     if caches and not torch.is_grad_enabled():
@@ -42,28 +42,63 @@ def attention_forward(
             attention, hidden_states, position_embeddings, attention_mask, **caches, **kwargs
         )
     heads = (*hidden_states.shape[:-1], -1, attention.head_dim)
-    query = attention.q_proj(hidden_states).view(heads)
-    key = attention.k_proj(hidden_states).view(heads)
-    value = attention.v_proj(hidden_states).view(heads)
+    states = projected(attention, family.qkv, hidden_states, _sizes(attention))
+    query, key, value = (state.view(heads) for state in states)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key = ops.apply_rotary(query, key, *position_embeddings)
+    query, key = ops.apply_rotary(query, key, *_tables(position_embeddings, family))
     for cache in caches.values():
         key, value = (
             states.transpose(1, 2)
             for states in cache.update(key.transpose(1, 2), value.transpose(1, 2), attention.layer_idx)
         )
-    dropout = attention.attention_dropout if attention.training else 0.0
-    if _is_causal_sdpa(attention, attention_mask, kwargs) and has_kernel("attention_fwd", query):
-        out: Any = ops.attention(query, key, value, causal=True, scale=attention.scaling, dropout_p=dropout)
-        weights = None
+    if is_told(attention_mask) or (
+        _is_causal_sdpa(attention, attention_mask, kwargs)
+        and query.shape[1] == key.shape[1]
+        and has_kernel("attention_fwd", query)
+    ):
+        out, weights_of_keys = _attend(attention, query, key, value, attention_mask, family), None
     else:
-        if family.sliding_window is not None:
-            kwargs["sliding_window"] = family.sliding_window(attention)
-        attend = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation, family.eager_attention)
-        states = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        out, weights = attend(attention, *states, attention_mask, dropout=dropout, scaling=attention.scaling, **kwargs)
-    return attention.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        out, weights_of_keys = _attend_as_transformers(attention, query, key, value, attention_mask, family, **kwargs)
+    return attention.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights_of_keys
+
+
+def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, family: Family) -> Tensor:
+    packed = None if mask is None else sequences(mask)
+    options = _score_options(attention, family)
+    if packed is not None:
+        starts, longest = packed
+        query, key, value = (state.flatten(0, 1) for state in (query, key, value))
+        options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    out = ops.attention(query, key, value, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _attend_as_transformers(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, family: Family, **kwargs
+) -> tuple[Tensor, Tensor | None]:
+    """The model's attention implementation, given what the family's attention module gives it."""
+    if family.sliding_window is not None:
+        kwargs["sliding_window"] = family.sliding_window(attention)
+    for name, attribute in (("s_aux", "sinks"), ("softcap", "attn_logit_softcapping")):
+        if getattr(attention, attribute, None) is not None:
+            kwargs[name] = getattr(attention, attribute)
+    attend = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation, family.eager_attention)
+    states = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return attend(attention, *states, mask, dropout=_dropout(attention), scaling=attention.scaling, **kwargs)
+
+
+def _score_options(attention: Any, family: Family) -> dict[str, Any]:
+    """How a causal attention module changes and hides scores, as `ops.attention` takes it."""
+    window = None if family.sliding_window is None else family.sliding_window(attention)
+    sinks = getattr(attention, "sinks", None)
+    return {
+        "causal": True, "scale": attention.scaling, "dropout_p": _dropout(attention),
+        "window": (-1, -1) if window is None else (window - 1, -1),
+        "softcap": getattr(attention, "attn_logit_softcapping", None) or 0.0,
+        "sinks": None if sinks is None else sinks.float(),
+    }  # fmt: skip
 
 
 def _is_causal_sdpa(attention: Any, attention_mask: Tensor | None, kwargs: dict) -> bool:
@@ -78,7 +113,7 @@ def _is_causal_sdpa(attention: Any, attention_mask: Tensor | None, kwargs: dict)
 
 def fits_block(attention: Any, family: Family) -> bool:
     """Whether an op may take the tensors of the projections, and of the norms of q and k."""
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    projections = [getattr(attention, name) for name in (*family.qkv, "o_proj")]
     return (
         type(attention) is family.attention
         and not has_hooks(attention)
@@ -88,32 +123,43 @@ def fits_block(attention: Any, family: Family) -> bool:
 
 
 def takes_block(attention: Any, x: Tensor, kwargs: dict) -> bool:
-    """Whether this call is one that `ops.attention_block` computes: causal, with neither padding nor a cache."""
+    """Whether this call is one that `ops.attention_block` computes: causal, with neither a built mask nor a cache."""
+    mask = kwargs.get("attention_mask")
     return (
         not has_cache(kwargs)
-        and _is_causal_sdpa(attention, kwargs.get("attention_mask"), kwargs)
+        and (is_told(mask) or _is_causal_sdpa(attention, mask, kwargs))
         and has_kernel("attention_fwd", x)
     )
 
 
-def has_cache(kwargs: dict) -> bool:
-    return any(kwargs.get(name) is not None for name in CACHES)
-
-
-def block_arguments(attention: Any, cos: Tensor, sin: Tensor) -> dict[str, Any]:
+def block_arguments(attention: Any, position_embeddings: tuple[Tensor, Tensor], family: Family) -> dict[str, Any]:
     """What `ops.attention_block` takes of attention that fits."""
-    arguments = {
-        "num_heads": attention.q_proj.out_features // attention.head_dim,
-        "cos": cos, "sin": sin, "causal": True, "scale": attention.scaling,
-        "dropout_p": attention.attention_dropout if attention.training else 0.0,
-    }  # fmt: skip
-    for name in "qkvo":
-        projection = getattr(attention, f"{name}_proj")
-        arguments |= {f"w_{name}": projection.weight, f"b_{name}": projection.bias}
+    cos, sin = _tables(position_embeddings, family)
+    arguments = weights(attention, family.qkv, "qkv", _sizes(attention))
+    arguments |= weights(attention, ("o_proj",), "o", ())
     for name, norm in zip("qk", _head_norms(attention), strict=False):
         arguments[f"{name}_norm_weight"] = norm.weight
-    return arguments
+    heads = {"num_heads": attention.config.num_attention_heads, "cos": cos, "sin": sin}
+    return arguments | heads | _score_options(attention, family)
+
+
+def _tables(position_embeddings: tuple[Tensor, Tensor], family: Family) -> tuple[Tensor, Tensor]:
+    """cos and sin for both halves of a head."""
+    cos, sin = position_embeddings
+    return (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)) if family.half_tables else (cos, sin)
 
 
 def _head_norms(attention: Any) -> tuple[Any, ...]:
     return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+
+
+def _sizes(attention: Any) -> tuple[int, int, int]:
+    q, k = (
+        heads * attention.head_dim
+        for heads in (attention.config.num_attention_heads, attention.config.num_key_value_heads)
+    )
+    return q, k, k
+
+
+def _dropout(attention: Any) -> float:
+    return attention.attention_dropout if attention.training else 0.0

@@ -1,4 +1,4 @@
-"""Decoder layers: where a sublayer and the norm in front of it become one op, or the whole layer does."""
+"""Decoder layers: where a sublayer and its norms become one op, or the whole layer does."""
 
 from __future__ import annotations
 
@@ -11,26 +11,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memkernels import ops
-from memkernels.integrations.attention import CACHES, block_arguments, fits_block, has_cache, takes_block
+from memkernels.integrations.attention import block_arguments, fits_block, takes_block
 from memkernels.integrations.family import Family
+from memkernels.integrations.masks import CACHES, has_cache, is_told, sequences
 from memkernels.integrations.mlp import activation_of, is_plain_mlp, mlp_arguments
-from memkernels.integrations.norm import norm_arguments
+from memkernels.integrations.norm import norm_arguments, norm_fits
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.replacement import Replacement, bind
 
 
 def plan_layer(layer: Any, family: Family, recompute: str) -> Replacement:
-    activation = activation_of(layer.mlp)
-    fits = {"attention": _attention_fits(layer, family), "MLP": _mlp_fits(layer, family, activation)}
+    fits = {"attention": _attention_fits(layer, family), "MLP": family.mlp is None or _mlp_fits(layer, family)}
     others = " and ".join(name for name, fit in fits.items() if not fit)
     left = f"{others} with an adapter, a hook, another kind of weight or activation" if others else None
-    forward = bind(layer_forward, layer, family=family, activation=activation, whole=recompute == "layer")
-    return Replacement("decoder layer", forward, left)
+    return Replacement("decoder layer", bind(layer_forward, layer, family=family, whole=recompute == "layer"), left)
 
 
-def layer_forward(
-    layer: Any, hidden_states: Tensor, *, family: Family, activation: str | None, whole: bool, **kwargs
-) -> Tensor:
+def layer_forward(layer: Any, hidden_states: Tensor, *, family: Family, whole: bool, **kwargs) -> Tensor:
     """The layer by `ops.attention_block` and `ops.gated_mlp`, with `whole` by `ops.decoder_layer`.
 
     A sublayer that its op cannot compute is called as a module, and with `whole` recomputed by torch.utils.checkpoint.
@@ -38,64 +35,106 @@ def layer_forward(
     the user enabled takes the place of `whole`; as in transformers, a layer that is checkpointed gets no cache.
     """
     if not layer.training or not torch.is_grad_enabled():
-        return _layer(layer, hidden_states, family, activation, whole=False, **kwargs)
+        return _layer(layer, hidden_states, family, whole=False, **kwargs)
     if layer.gradient_checkpointing:
         kwargs = {name: value for name, value in kwargs.items() if name not in (*CACHES, "use_cache")}
-        body = partial(_layer, layer, family=family, activation=activation, whole=False, **kwargs)
+        body = partial(_layer, layer, family=family, whole=False, **kwargs)
         return layer._gradient_checkpointing_func(body, hidden_states)
-    return _layer(layer, hidden_states, family, activation, whole=whole and not has_cache(kwargs), **kwargs)
+    return _layer(layer, hidden_states, family, whole=whole and not has_cache(kwargs), **kwargs)
 
 
-def _layer(
-    layer: Any, hidden_states: Tensor, family: Family, activation: str | None, *, whole: bool, **kwargs
-) -> Tensor:
-    """h = x + attention(norm(x)), y = h + mlp(norm(h))."""
-    attention, mlp = None, None
-    if _attention_fits(layer, family) and takes_block(layer.self_attn, hidden_states, kwargs):
-        attention = block_arguments(layer.self_attn, *kwargs["position_embeddings"])
-        attention |= norm_arguments(layer.input_layernorm, hidden_states, family)
-    if activation is not None and _mlp_fits(layer, family, activation):
-        mlp = mlp_arguments(layer.mlp, activation)
-        mlp |= norm_arguments(layer.post_attention_layernorm, hidden_states, family)
+def _layer(layer: Any, hidden_states: Tensor, family: Family, *, whole: bool, **kwargs) -> Tensor:
+    """h = x + norm(attention(norm(x))), y = h + norm(mlp(norm(h)))."""
+    x, attention, mlp = hidden_states, None, None
+    if _attention_fits(layer, family) and takes_block(layer.self_attn, x, kwargs):
+        x, attention = _attention_arguments(layer, x, family, **kwargs)
+    if _mlp_fits(layer, family):
+        mlp = _mlp_arguments(layer, x, family)
     if whole and attention is not None and mlp is not None:
-        return ops.decoder_layer(hidden_states, attention, mlp)
+        return ops.decoder_layer(x, attention, mlp).view(hidden_states.shape)
     run = partial(checkpoint, use_reentrant=False) if whole else _call
     if attention is not None:
-        hidden_states = hidden_states + ops.attention_block(hidden_states, **attention)
+        h = (x + ops.attention_block(x, **attention)).view(hidden_states.shape)
     else:
-        hidden_states = hidden_states + run(partial(_attention_sublayer, layer, **kwargs), hidden_states)
+        h = hidden_states + run(partial(_attention_sublayer, layer, family, **kwargs), hidden_states)
     if mlp is not None:
-        return hidden_states + ops.gated_mlp(hidden_states, **mlp)
-    return hidden_states + run(partial(_mlp_sublayer, layer), hidden_states)
+        return h + ops.gated_mlp(h, **mlp)
+    return h + run(partial(_mlp_sublayer, layer, family), h)
 
 
 def _call(sublayer: Callable[[Tensor], Tensor], hidden_states: Tensor) -> Tensor:
     return sublayer(hidden_states)
 
 
-def _attention_sublayer(layer: Any, hidden_states: Tensor, **kwargs) -> Tensor:
-    return layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)[0]
+def _attention_sublayer(layer: Any, family: Family, hidden_states: Tensor, **kwargs) -> Tensor:
+    before, after = _norms(layer, family)[:2]
+    out = layer.self_attn(hidden_states=before(hidden_states), **kwargs)[0]
+    return _after(layer, family.dropouts[0], after, out)
 
 
-def _mlp_sublayer(layer: Any, hidden_states: Tensor) -> Tensor:
-    return layer.mlp(layer.post_attention_layernorm(hidden_states))
+def _mlp_sublayer(layer: Any, family: Family, hidden_states: Tensor) -> Tensor:
+    before, after = _norms(layer, family)[2:]
+    out = layer.mlp(before(hidden_states))
+    return _after(layer, family.dropouts[1], after, out[0] if isinstance(out, tuple) else out)
+
+
+def _after(layer: Any, dropout: str | None, norm: Any, out: Tensor) -> Tensor:
+    out = out if norm is None else norm(out)
+    return out if dropout is None else getattr(layer, dropout)(out)
+
+
+def _attention_arguments(
+    layer: Any, x: Tensor, family: Family, *, position_embeddings: tuple[Tensor, Tensor], attention_mask=None, **_
+) -> tuple[Tensor, dict[str, Any]]:
+    """x as `ops.attention_block` takes it, packed where the mask says so, and its arguments."""
+    before, after = _norms(layer, family)[:2]
+    packed = sequences(attention_mask) if is_told(attention_mask) else None
+    options: dict[str, Any] = {}
+    if packed is not None:
+        tables = (table.expand(*x.shape[:2], -1).reshape(1, -1, table.shape[-1]) for table in position_embeddings)
+        position_embeddings = (next(tables), next(tables))
+        x = x.reshape(1, -1, x.shape[-1])
+        options = dict(zip(("cu_seqlens", "max_seqlen"), packed, strict=True))
+    arguments = block_arguments(layer.self_attn, position_embeddings, family)
+    return x, arguments | norm_arguments(before, after, x, family) | options
+
+
+def _mlp_arguments(layer: Any, x: Tensor, family: Family) -> dict[str, Any]:
+    before, after = _norms(layer, family)[2:]
+    activation = activation_of(layer.mlp, family)
+    assert activation is not None
+    return mlp_arguments(layer.mlp, family, activation) | norm_arguments(before, after, x, family)
 
 
 def _attention_fits(layer: Any, family: Family) -> bool:
-    """Whether one op may compute the attention and the norm in front of it."""
-    return _norm_fits(layer.input_layernorm, family) and fits_block(layer.self_attn, family)
-
-
-def _mlp_fits(layer: Any, family: Family, activation: str | None) -> bool:
-    """Whether one op may compute the MLP and the norm in front of it."""
+    """Whether one op may compute the attention and its norms."""
+    norms = _norms(layer, family)[:2]
     return (
-        activation is not None
-        and _norm_fits(layer.post_attention_layernorm, family)
-        and type(layer.mlp) is family.mlp
-        and not has_hooks(layer.mlp)
-        and is_plain_mlp(layer.mlp)
+        fits_block(layer.self_attn, family)
+        and all(norm_fits(norm, family) for norm in norms)
+        and _drops_nothing(layer, family.dropouts[0])
     )
 
 
-def _norm_fits(norm: Any, family: Family) -> bool:
-    return type(norm) is family.norm and not has_hooks(norm)
+def _mlp_fits(layer: Any, family: Family) -> bool:
+    """Whether one op may compute the MLP and its norms."""
+    norms = _norms(layer, family)[2:]
+    return (
+        type(layer.mlp) is family.mlp
+        and activation_of(layer.mlp, family) is not None
+        and all(norm_fits(norm, family) for norm in norms)
+        and not has_hooks(layer.mlp)
+        and is_plain_mlp(layer.mlp, family)
+        and _drops_nothing(layer, family.dropouts[1])
+    )
+
+
+def _norms(layer: Any, family: Family) -> list[Any]:
+    return [None if name is None else getattr(layer, name) for name in family.norms]
+
+
+def _drops_nothing(layer: Any, name: str | None) -> bool:
+    if name is None:
+        return True
+    dropout = getattr(layer, name)
+    return not has_hooks(dropout) and (dropout.p == 0 or not dropout.training)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss")
 
 
 @dataclass(frozen=True)
@@ -18,25 +18,43 @@ class Family:
     Their attributes have the names that transformers gives them throughout: q_proj, gate_proj, lm_head and so on.
 
     Args:
-        norm: an RMS norm of `weight` and `variance_epsilon`.
-        attention: projections, with `q_norm` and `k_norm` over the heads if it has them, rotary embedding, attention.
-        mlp: down_proj(act_fn(gate_proj(x)) * up_proj(x)).
-        decoder_layer: h = x + self_attn(input_layernorm(x)), y = h + mlp(post_attention_layernorm(h)).
+        norm: an RMS norm.
+        attention: projections, norms over the heads if it has `q_norm` and `k_norm`, rotary embedding, attention with
+            the module's `sinks` and `attn_logit_softcapping` if it has them.
+        mlp: down(act(gate(x)) * up(x)); None: another kind, which is called as it is.
+        decoder_layer: h = x + norm(self_attn(norm(x))), y = h + norm(mlp(norm(h))), with `norms`, and with the residual
+            dropout of `dropouts`.
         model: embeddings, decoder layers and a norm.
-        causal_lm: `model`, then `lm_head` and ForCausalLMLoss.
+        causal_lm: `model`, then `lm_head`, the configuration's final_logit_softcapping and ForCausalLMLoss.
         eager_attention: what computes attention where the configuration says "eager".
-        norm_offset: what the norm adds to its weight.
+        outputs: what causal_lm returns; None: CausalLMOutputWithPast.
+        norm_offset: what a norm adds to its weight.
+        norm_eps: the attribute of a norm.
+        norms: attributes of a decoder layer: norms before and after attention, before and after the MLP.
+        dropouts: attributes of a decoder layer: dropout after attention and after the MLP.
+        qkv: attributes of attention: three projections, or the one of all three.
+        gate_up: attributes of the MLP: two projections, or the one of both.
+        activation: the attribute of the MLP.
+        half_tables: cos and sin come for half a head.
         sliding_window: the window that an attention module passes on; None: it passes none.
     """
 
     norm: type[nn.Module]
     attention: type[nn.Module]
-    mlp: type[nn.Module]
+    mlp: type[nn.Module] | None
     decoder_layer: type[nn.Module]
     model: type[nn.Module]
     causal_lm: type[nn.Module]
     eager_attention: Callable
+    outputs: type | None = None
     norm_offset: float = 0.0
+    norm_eps: str = "variance_epsilon"
+    norms: tuple[str, str | None, str, str | None] = ("input_layernorm", None, "post_attention_layernorm", None)
+    dropouts: tuple[str | None, str | None] = (None, None)
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    activation: str = "act_fn"
+    half_tables: bool = False
     sliding_window: Callable[[nn.Module], int | None] | None = None
 
 

@@ -4,39 +4,57 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from memkernels import ops
+from memkernels.integrations.family import Family
+from memkernels.integrations.masks import has_cache, tells, without_padding
 from memkernels.integrations.plain import is_plain_linear
 from memkernels.integrations.replacement import Replacement, bind
 from memkernels.ops.linear_cross_entropy.reference import shifted
 
-# LlamaForCausalLM.forward and LlamaModel.forward take the same first five arguments, up to inputs_embeds.
-_COMMON_ARGUMENTS = 5
+# The first arguments of LlamaForCausalLM.forward, LlamaModel.forward and their like.
+_COMMON_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
 
-def plan_loss(model: nn.Module) -> Replacement:
+def plan_loss(model: nn.Module, family: Family) -> Replacement:
     left = why_not(model)
-    return Replacement("head and loss", bind(causal_lm_forward, model) if left is None else None, left)
+    forward = bind(causal_lm_forward, model, family=family) if left is None else None
+    return Replacement("head and loss", forward, left)
 
 
 @can_return_tuple
-def causal_lm_forward(model: Any, *args, **kwargs) -> CausalLMOutputWithPast:
-    """In training with labels: the loss by `ops.linear_cross_entropy`, and no logits.
+def causal_lm_forward(model: Any, *args, family: Family, **kwargs) -> ModelOutput:
+    """In training with labels: the loss by `ops.linear_cross_entropy`, no logits, and no computation of padding.
 
-    Otherwise (evaluation, labels=None, positions chosen by a tensor, a loss function of the user's) transformers' own.
+    Otherwise (evaluation, labels=None, positions chosen by a tensor, a loss function of the user's, the losses of
+    routers) transformers' own.
     """
     labels, logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
-    takes = model.training and isinstance(logits_to_keep, int) and len(args) <= _COMMON_ARGUMENTS
-    if labels is None or not takes or why_not(model) is not None:
+    takes = model.training and isinstance(logits_to_keep, int) and len(args) <= len(_COMMON_ARGUMENTS)
+    if labels is None or not takes or _wants(model, kwargs, "output_router_logits") or why_not(model) is not None:
         return type(model).forward(model, *args, **kwargs)
+    kwargs |= dict(zip(_COMMON_ARGUMENTS, args, strict=False))
+    target = _target(**kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
-    outputs = dict(model.model(*args, **kwargs))
+    if kwargs.get("use_cache") is None and not has_cache(kwargs) and torch.is_grad_enabled():
+        kwargs["use_cache"] = False
+    plain_outputs = not logits_to_keep and not _wants(model, kwargs, "output_hidden_states")
+    if plain_outputs and tells(model.model, family, kwargs):
+        kwargs, target = without_padding(kwargs, target, kwargs.get("ignore_index", -100))
+    outputs = dict(model.model(**kwargs))
     hidden_states = outputs.pop("last_hidden_state")[:, -logits_to_keep:]
-    return CausalLMOutputWithPast(loss=_loss(model.lm_head, hidden_states, labels, **kwargs), **outputs)
+    return (family.outputs or CausalLMOutputWithPast)(loss=_loss(model, hidden_states, target, **kwargs), **outputs)
+
+
+def _wants(model: Any, kwargs: dict, name: str) -> bool:
+    """Whether the call, or else the configuration, asks for an output."""
+    wanted = kwargs.get(name)
+    return bool(getattr(model.config, name, False) if wanted is None else wanted)
 
 
 def why_not(model: Any) -> str | None:
@@ -48,20 +66,24 @@ def why_not(model: Any) -> str | None:
     return None
 
 
+def _target(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = -100, **_) -> Tensor:
+    """ForCausalLMLoss: label t + 1 at position t."""
+    return shifted(labels, ignore_index) if shift_labels is None else shift_labels
+
+
 def _loss(
-    lm_head: nn.Linear,
+    model: Any,
     hidden_states: Tensor,
-    labels: Tensor,
+    target: Tensor,
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs,
+    **_,
 ) -> Tensor:
-    """ForCausalLMLoss: label t + 1 at position t, the mean over labels, or their sum over num_items_in_batch."""
-    target = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+    """ForCausalLMLoss: the mean over labels, or their sum over num_items_in_batch."""
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(hidden_states.device)
+    head, softcap = model.lm_head, getattr(model.config, "final_logit_softcapping", None)
     return ops.linear_cross_entropy(
-        hidden_states.flatten(0, -2), lm_head.weight, target.flatten().to(hidden_states.device), bias=lm_head.bias,
-        ignore_index=ignore_index, num_items=num_items_in_batch,
+        hidden_states.flatten(0, -2), head.weight, target.flatten().to(hidden_states.device), bias=head.bias,
+        ignore_index=ignore_index, num_items=num_items_in_batch, softcap=softcap,
     )  # fmt: skip

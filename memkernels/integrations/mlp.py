@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from memkernels import ops
+from memkernels.integrations.family import Family
 from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.integrations.projections import projected, weights
 from memkernels.integrations.replacement import Replacement, bind
 
 _ACTIVATIONS = {
@@ -22,35 +24,42 @@ _ACTIVATIONS = {
 }
 
 
-def plan_mlp(mlp: nn.Module, recompute: bool) -> Replacement:
-    activation = activation_of(mlp)
+def plan_mlp(mlp: nn.Module, family: Family, recompute: bool) -> Replacement:
+    activation = activation_of(mlp, family)
     if activation is None:
-        return Replacement("MLP", left=f"memkernels has no activation {type(mlp.act_fn).__name__}")
-    return Replacement("MLP", bind(mlp_forward, mlp, activation=activation, recompute=recompute))
+        return Replacement("MLP", left=f"memkernels has no activation {type(_activation(mlp, family)).__name__}")
+    forward = bind(mlp_forward, mlp, family=family, activation=activation, recompute=recompute)
+    return Replacement("MLP", forward)
 
 
-def activation_of(mlp: nn.Module) -> str | None:
+def activation_of(mlp: nn.Module, family: Family) -> str | None:
     """The name in memkernels of an MLP's activation; None where there is none."""
-    return _ACTIVATIONS.get(type(getattr(mlp, "act_fn", None)).__name__)
+    return _ACTIVATIONS.get(type(_activation(mlp, family)).__name__)
 
 
-def mlp_forward(mlp: Any, x: Tensor, *, activation: str, recompute: bool) -> Tensor:
+def mlp_forward(mlp: Any, x: Tensor, *, family: Family, activation: str, recompute: bool) -> Tensor:
     """The projections as modules, whatever they are, and `ops.gated_activation`; plain ones are recomputed if asked."""
-    if recompute and is_plain_mlp(mlp):
-        return ops.gated_mlp(x, **mlp_arguments(mlp, activation))
-    return mlp.down_proj(ops.gated_activation(mlp.gate_proj(x), mlp.up_proj(x), activation))
+    if recompute and is_plain_mlp(mlp, family):
+        return ops.gated_mlp(x, **mlp_arguments(mlp, family, activation))
+    gate, up = projected(mlp, family.gate_up, x, _sizes(mlp))
+    return mlp.down_proj(ops.gated_activation(gate, up, activation))
 
 
-def is_plain_mlp(mlp: Any) -> bool:
+def is_plain_mlp(mlp: Any, family: Family) -> bool:
     """Whether an op may take the projections' tensors."""
-    projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return not has_hooks(mlp.act_fn) and all(is_plain_linear(projection) for projection in projections)
+    projections = (*(getattr(mlp, name) for name in family.gate_up), mlp.down_proj)
+    return not has_hooks(_activation(mlp, family)) and all(is_plain_linear(projection) for projection in projections)
 
 
-def mlp_arguments(mlp: Any, activation: str) -> dict[str, Any]:
+def mlp_arguments(mlp: Any, family: Family, activation: str) -> dict[str, Any]:
     """What `ops.gated_mlp` takes of an MLP of plain projections."""
-    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    return {
-        "w_gate": gate.weight, "w_up": up.weight, "w_down": down.weight,
-        "b_gate": gate.bias, "b_up": up.bias, "b_down": down.bias, "activation": activation,
-    }  # fmt: skip
+    arguments = weights(mlp, family.gate_up, ("gate", "up"), _sizes(mlp))
+    return arguments | weights(mlp, ("down_proj",), ("down",), ()) | {"activation": activation}
+
+
+def _activation(mlp: Any, family: Family) -> Any:
+    return getattr(mlp, family.activation, None)
+
+
+def _sizes(mlp: Any) -> tuple[int, int]:
+    return (mlp.config.intermediate_size,) * 2

@@ -1,4 +1,4 @@
-"""The stack of decoder layers: no cache that nobody asked for."""
+"""The stack of decoder layers: masks told instead of built, and no cache that nobody asked for."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from memkernels.integrations.attention import has_cache
+from memkernels.integrations.family import Family
+from memkernels.integrations.masks import has_cache, tells, told_mask
 from memkernels.integrations.replacement import Replacement, bind
 
-# Of LlamaModel.forward: a sixth positional argument is use_cache, a fourth the cache.
-_BEFORE_CACHE = 3
+# The first arguments of LlamaModel.forward and its like; the next is the cache, the sixth use_cache.
+_FIRST_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def plan_model(model: nn.Module) -> Replacement:
-    return Replacement("model without a cache in training", bind(model_forward, model))
+def plan_model(model: nn.Module, family: Family) -> Replacement:
+    return Replacement("stack of layers", bind(model_forward, model, family=family))
 
 
-def model_forward(model: Any, *args, **kwargs) -> Any:
-    """In training no cache unless the call asks for one, as transformers has it under gradient checkpointing.
+def model_forward(model: Any, *args, family: Family, **kwargs) -> Any:
+    """Causal attention, within windows and packed sequences too, without an (S, S) mask where no token is hidden.
 
-    Its configurations ask for one by default, and attention that fills a cache cannot be computed again.
+    In training no cache unless the call asks for one, as transformers has it under gradient checkpointing: its
+    configurations ask for one by default, and attention that fills a cache cannot be computed again.
     """
-    asked = len(args) > _BEFORE_CACHE or kwargs.get("use_cache") is not None or has_cache(kwargs)
+    if len(args) > len(_FIRST_ARGUMENTS):
+        return type(model).forward(model, *args, **kwargs)
+    kwargs |= dict(zip(_FIRST_ARGUMENTS, args, strict=False))
+    asked = kwargs.get("use_cache") is not None or has_cache(kwargs)
     if model.training and torch.is_grad_enabled() and not asked:
         kwargs["use_cache"] = False
-    return type(model).forward(model, *args, **kwargs)
+    given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    if given is not None and tells(model, family, kwargs):
+        mask = told_mask(kwargs.get("attention_mask"), kwargs.get("position_ids"), given.shape[:2])
+        kwargs["attention_mask"] = kwargs.get("attention_mask") if mask is None else mask
+    return type(model).forward(model, **kwargs)

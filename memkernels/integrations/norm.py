@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from memkernels import ops
 from memkernels.integrations.family import Family
+from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.replacement import Replacement, bind
 
 
 def plan_norm(norm: nn.Module, family: Family) -> Replacement:
-    return Replacement("RMS norm", bind(norm_forward, norm, offset=family.norm_offset))
+    return Replacement("RMS norm", bind(norm_forward, norm, family=family))
 
 
-def norm_forward(norm: Any, hidden_states: Tensor, *, offset: float) -> Tensor:
+def norm_forward(norm: Any, hidden_states: Tensor, *, family: Family) -> Tensor:
     """`ops.rms_norm`, which computes in float32 and rounds once."""
-    y = ops.rms_norm(hidden_states, norm_weight(norm, hidden_states), norm.variance_epsilon, weight_offset=offset)
+    weight, eps = norm_weight(norm, hidden_states), getattr(norm, family.norm_eps)
+    y = ops.rms_norm(hidden_states, weight, eps, weight_offset=family.norm_offset)
     assert isinstance(y, Tensor)
     return y
 
@@ -29,8 +31,14 @@ def norm_weight(norm: Any, x: Tensor) -> Tensor:
     return weight if weight.dtype in (x.dtype, torch.float32) else weight.to(x.dtype)
 
 
-def norm_arguments(norm: Any, x: Tensor, family: Family) -> dict[str, Any]:
-    """What a block op takes of the norm in front of it."""
+def norm_fits(norm: Any, family: Family) -> bool:
+    """Whether a block op may compute the norm of a sublayer's input, or of its output if there is one."""
+    return norm is None or (type(norm) is family.norm and not has_hooks(norm))
+
+
+def norm_arguments(before: Any, after: Any, x: Tensor, family: Family) -> dict[str, Any]:
+    """What a block op takes of the norms before and after it."""
     return {
-        "norm_weight": norm_weight(norm, x), "norm_eps": norm.variance_epsilon, "norm_offset": family.norm_offset
+        "norm_weight": norm_weight(before, x), "norm_eps": getattr(before, family.norm_eps),
+        "norm_offset": family.norm_offset, "post_norm_weight": None if after is None else norm_weight(after, x),
     }  # fmt: skip

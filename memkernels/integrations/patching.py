@@ -16,7 +16,7 @@ from torch import nn
 from memkernels.integrations.family import FAMILIES, Family, family_of
 from memkernels.integrations.mlp import plan_mlp
 from memkernels.integrations.norm import plan_norm
-from memkernels.integrations.plain import has_foreign_forward, slot
+from memkernels.integrations.plain import has_foreign_forward, replaced_slot, slot
 from memkernels.integrations.replacement import Replacement
 
 RECOMPUTE = ("none", "sublayer", "layer")
@@ -52,19 +52,21 @@ class PatchReport:
 
 
 def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -> PatchReport:
-    """Puts memkernels into a Llama, Mistral, Qwen2 or Qwen3 model of transformers, this instance only.
+    """Puts memkernels into a model of transformers, this instance only: families as in `family.FAMILIES`.
 
     Replaced are RMS norms, attention, gated MLPs, head and loss, and with `recompute` the sublayers of a decoder layer,
     each with the norm in front as one op. Parameters, state_dict keys and classes stay as they are; cached generation,
     save_pretrained, copy.deepcopy, pickle and torch.compile work. The model may be anywhere inside `model`. Where a
     weight is not a plain one (an adapter of PEFT, a quantised or distributed weight, hooks), now or later, its module
-    is called and only what surrounds it is replaced. `ops.attention` stands in for "sdpa" where it has a kernel and
-    attention is causal without padding or window; else the model's own attention implementation computes.
+    is called and only what surrounds it is replaced. `ops.attention` stands in for "sdpa" and "eager" where it has a
+    kernel and attention is causal, within windows and packed sequences too, and no (S, S) mask is built; where a mask
+    hides other tokens, or attention weights are asked for, the model's own attention implementation computes.
 
     Training with labels yields loss without logits (`outputs.logits` is None). Logits are there after `model.eval()`,
     with labels or without, and in training without labels. Labels are shifted, ignore_index, num_items_in_batch,
     shift_labels and an integer logits_to_keep are honoured as transformers does; with a logits_to_keep tensor or a loss
-    function of the user's, transformers computes logits and loss. Training fills no cache unless the call asks for one.
+    function of the user's, transformers computes logits and loss. Training fills no cache unless the call asks for one. In
+    training with labels, tokens padded on the right are not computed at all, if none of them has a label.
 
     Patch before `fully_shard`, `torch.compile` and DistributedDataParallel; torch.nn.DataParallel is not supported.
 
@@ -88,7 +90,7 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: expected one of {', '.join(RECOMPUTE)}, got {recompute!r}.")
-    if any(_replaced_slot(module) for module in model.modules()):
+    if any(replaced_slot(module) for module in model.modules()):
         raise ValueError("model: it is patched already; call memkernels.unpatch(model) first.")
     report = PatchReport(type(model).__name__, recompute)
     forwards: list[tuple[nn.Module, partial]] = []
@@ -121,7 +123,7 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         ValueError: nothing in the model is patched.
     """
-    replaced = [(module, _replaced_slot(module)) for module in model.modules()]
+    replaced = [(module, replaced_slot(module)) for module in model.modules()]
     if not any(place for _, place in replaced):
         raise ValueError(f"model: nothing in this {type(model).__name__} is patched.")
     for module, place in replaced:
@@ -145,20 +147,11 @@ def _plan(module: nn.Module, family: Family, recompute: str, loss: bool) -> Repl
     if kind is family.attention:
         return plan_attention(module, family)
     if kind is family.mlp:
-        return plan_mlp(module, recompute != "none")
+        return plan_mlp(module, family, recompute != "none")
     if kind is family.decoder_layer and recompute != "none":
         return plan_layer(module, family, recompute)
     if kind is family.model:
-        return plan_model(module)
+        return plan_model(module, family)
     if kind is family.causal_lm and loss:
-        return plan_loss(module)
-    return None
-
-
-def _replaced_slot(module: nn.Module) -> str | None:
-    """Where a replacement stands, if the module has one."""
-    for place in ("forward", "_old_forward"):
-        current = module.__dict__.get(place)
-        if isinstance(current, partial) and current.func.__module__.startswith("memkernels.integrations."):
-            return place
+        return plan_loss(module, family)
     return None

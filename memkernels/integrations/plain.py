@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -31,6 +33,15 @@ def is_plain_linear(module: nn.Module) -> bool:
 def slot(module: nn.Module) -> str:
     """Where a module's own forward is: a hook of accelerate (device_map) keeps it under another name."""
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def replaced_slot(module: nn.Module) -> str | None:
+    """Where a replacement stands, if `patch` put one on this instance."""
+    for place in ("forward", "_old_forward"):
+        current = module.__dict__.get(place)
+        if isinstance(current, partial) and current.func.__module__.startswith("memkernels.integrations."):
+            return place
+    return None
 
 
 def has_foreign_forward(module: nn.Module) -> bool:

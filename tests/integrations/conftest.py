@@ -21,6 +21,28 @@ OWN = {
     "Llama": {"attention_bias": True, "mlp_bias": True},
     "Mistral": {"sliding_window": 16},
     "Qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "Phi3": {"partial_rotary_factor": 0.5, "sliding_window": 16, "resid_pdrop": 0.0},
+    "Gemma2": {
+        "head_dim": 20,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    },
+    "Gemma3": {
+        "head_dim": 20,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 20,
+        "sliding_window_pattern": 2,
+        "final_logit_softcapping": None,
+    },
+    "GptOss": {
+        "head_dim": 20,
+        "sliding_window": 16,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "experts_implementation": "eager",
+    },
     "Qwen3": {"head_dim": 20, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
 }
 
@@ -34,11 +56,13 @@ def make_model():
 
     def make(family="Llama", dtype=torch.float32, **config):
         torch.manual_seed(0)
-        config = getattr(transformers, f"{family}Config")(**(SIZES | OWN[family] | config))
+        text = "Text" if family == "Gemma3" else ""
+        config = getattr(transformers, f"{family}{text}Config")(**(SIZES | OWN[family] | config))
         model = getattr(transformers, f"{family}ForCausalLM")(config)
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+            if "norm" in name or "bias" in name or "sinks" in name:
+                mean = "norm" in name and not family.startswith("Gemma")  # whose norms add one
+                torch.nn.init.normal_(parameter, mean=float(mean), std=0.3)
         return model.to(dtype).train()
 
     return make

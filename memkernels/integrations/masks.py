@@ -1,0 +1,105 @@
+"""Masks told instead of built: which tokens see each other, as starts of sequences and not as an (S, S) mask.
+
+transformers passes an `attention_mask` of four dimensions on to its attention modules as it is. A told mask is such a
+tensor, of int32: (1, 1, 0, 0) says that each row is one sequence, and (1, 1, longest, B + 1) repeats, as a view, the
+starts of the B sequences that the flattened rows hold, and their end. Attention is causal within each, and windows are
+the attention module's own. Only modules that `patch` replaced are ever given one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkernels._library import has_kernel
+from memkernels.integrations.family import Family
+from memkernels.integrations.plain import has_foreign_forward, has_hooks, replaced_slot
+
+_IMPLEMENTATIONS = ("sdpa", "eager")
+CACHES = ("cache", "past_key_values")  # what transformers calls a cache, and what it called it before
+
+
+def has_cache(kwargs: dict) -> bool:
+    return any(kwargs.get(name) is not None for name in CACHES)
+
+
+def tells(model: Any, family: Family, kwargs: dict) -> bool:
+    """Whether every attention module of this call to a stack of layers would understand a told mask."""
+    embeddings = model.embed_tokens.weight if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    use_cache, output_attentions = (
+        getattr(model.config, name) if kwargs.get(name) is None else kwargs[name]
+        for name in ("use_cache", "output_attentions")
+    )
+    return (
+        model.config._attn_implementation in _IMPLEMENTATIONS
+        and not use_cache
+        and not has_cache(kwargs)
+        and not output_attentions
+        and kwargs.get("is_causal") is not False
+        and has_kernel("attention_fwd", embeddings)
+        and all(_understands(layer, family) for layer in model.layers)
+    )
+
+
+def _understands(layer: Any, family: Family) -> bool:
+    attention = layer.self_attn
+    return (
+        type(attention) is family.attention
+        and replaced_slot(attention) is not None
+        and bool(attention.is_causal)
+        and not has_hooks(attention)
+        and (replaced_slot(layer) is not None or not has_foreign_forward(layer))
+    )
+
+
+def told_mask(attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """The told mask of (rows, length) tokens; None where the mask hides tokens, or what it says is not known yet.
+
+    As transformers reads position_ids: without an attention_mask a sequence begins where they do not rise by one.
+    """
+    if torch.compiler.is_compiling() and (attention_mask is not None or position_ids is not None):
+        return None
+    if attention_mask is not None and (attention_mask.dim() != 2 or not bool(attention_mask.all())):
+        return None
+    device = None if position_ids is None else position_ids.device
+    one_a_row = torch.empty(1, 1, 0, 0, dtype=torch.int32, device=device)
+    if attention_mask is not None or position_ids is None:
+        return one_a_row
+    if position_ids.dim() != 2:
+        return None
+    begins = torch.ones(shape, dtype=torch.bool, device=device)
+    begins[:, 1:] = position_ids.expand(shape).diff() != 1
+    starts = begins.flatten().nonzero().flatten()
+    if starts.shape[0] == shape[0]:
+        return one_a_row
+    starts = torch.cat((starts, starts.new_tensor([begins.numel()]))).int()
+    return starts.expand(1, 1, int(starts.diff().max()), -1)
+
+
+def is_told(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dim() == 4 and mask.dtype == torch.int32
+
+
+def sequences(mask: Tensor) -> tuple[Tensor, int] | None:
+    """Starts and longest of the packed sequences of a told mask; None: each row is one."""
+    return None if mask.shape[3] == 0 else (mask[0, 0, 0], mask.shape[2])
+
+
+def without_padding(kwargs: dict, target: Tensor, ignore_index: int) -> tuple[dict, Tensor]:
+    """The arguments of a stack of layers and its target as one row of packed sequences, told by position_ids.
+
+    As they are where nothing is padded, where it is not on the right, or where a padded position has a target.
+    """
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    others = (kwargs.get(name) is not None for name in ("position_ids", "inputs_embeds"))
+    if mask is None or mask.dim() != 2 or ids is None or any(others) or torch.compiler.is_compiling():
+        return kwargs, target
+    visible = mask.to(ids.device, torch.bool)
+    padded_right = (visible[:, 1:] <= visible[:, :-1]).all() & ~visible.all()
+    if not bool(padded_right & ((target == ignore_index) | visible).all()):
+        return kwargs, target
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    packed = {"input_ids": ids[visible][None], "position_ids": positions[visible][None], "attention_mask": None}
+    return kwargs | packed, target[visible][None]
