@@ -65,8 +65,8 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     Training with labels yields loss without logits (`outputs.logits` is None). Logits are there after `model.eval()`,
     with labels or without, and in training without labels. Labels are shifted, ignore_index, num_items_in_batch,
     shift_labels and an integer logits_to_keep are honoured as transformers does; with a logits_to_keep tensor or a loss
-    function of the user's, transformers computes logits and loss. Training fills no cache unless the call asks for one. In
-    training with labels, tokens padded on the right are not computed at all, if none of them has a label.
+    function of the user's, transformers computes logits and loss. Training fills no cache unless the call asks for one.
+    In training with labels, tokens padded on the right are not computed at all, if none of them has a label.
 
     Patch before `fully_shard`, `torch.compile` and DistributedDataParallel; torch.nn.DataParallel is not supported.
 
