@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss")
+from memkernels.integrations.replacement import Replacement
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,18 @@ class Family:
     sliding_window: Callable[[nn.Module], int | None] | None = None
 
 
-def family_of(module: nn.Module) -> Family | None:
+@dataclass(frozen=True)
+class CustomFamily:
+    """A family built otherwise than Llama.
+
+    Args:
+        plan: plan(module, recompute, loss): what becomes of a module of the family; None: nothing.
+    """
+
+    plan: Callable[[nn.Module, str, bool], Replacement | None]
+
+
+def family_of(module: nn.Module) -> Family | CustomFamily | None:
     """The family whose file in transformers defines the module's class. No other family's code is imported."""
     place = type(module).__module__.split(".")
     if place[:2] != ["transformers", "models"] or place[2] not in FAMILIES:

@@ -21,14 +21,15 @@ from memkernels.ops.linear_cross_entropy.reference import shifted
 _COMMON_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
 
-def plan_loss(model: nn.Module, family: Family) -> Replacement:
+def plan_loss(model: nn.Module, family: Family | None = None) -> Replacement:
+    """`family`: that of a model whose layers understand told masks."""
     left = why_not(model)
     forward = bind(causal_lm_forward, model, family=family) if left is None else None
     return Replacement("head and loss", forward, left)
 
 
 @can_return_tuple
-def causal_lm_forward(model: Any, *args, family: Family, **kwargs) -> ModelOutput:
+def causal_lm_forward(model: Any, *args, family: Family | None, **kwargs) -> ModelOutput:
     """In training with labels: the loss by `ops.linear_cross_entropy`, no logits, and no computation of padding.
 
     Otherwise (evaluation, labels=None, positions chosen by a tensor, a loss function of the user's, the losses of
@@ -38,17 +39,26 @@ def causal_lm_forward(model: Any, *args, family: Family, **kwargs) -> ModelOutpu
     takes = model.training and isinstance(logits_to_keep, int) and len(args) <= len(_COMMON_ARGUMENTS)
     if labels is None or not takes or _wants(model, kwargs, "output_router_logits") or why_not(model) is not None:
         return type(model).forward(model, *args, **kwargs)
-    kwargs |= dict(zip(_COMMON_ARGUMENTS, args, strict=False))
     target = _target(**kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
-    if kwargs.get("use_cache") is None and not has_cache(kwargs) and torch.is_grad_enabled():
-        kwargs["use_cache"] = False
-    plain_outputs = not logits_to_keep and not _wants(model, kwargs, "output_hidden_states")
-    if plain_outputs and tells(model.model, family, kwargs):
-        kwargs, target = without_padding(kwargs, target, kwargs.get("ignore_index", -100))
-    outputs = dict(model.model(**kwargs))
+    if family is not None and not logits_to_keep:
+        args, kwargs, target = _without_padding(model, family, args, kwargs, target)
+    outputs = dict(model.base_model(*args, **kwargs))
     hidden_states = outputs.pop("last_hidden_state")[:, -logits_to_keep:]
-    return (family.outputs or CausalLMOutputWithPast)(loss=_loss(model, hidden_states, target, **kwargs), **outputs)
+    kind = None if family is None else family.outputs
+    return (kind or CausalLMOutputWithPast)(loss=_loss(model, hidden_states, target, **kwargs), **outputs)
+
+
+def _without_padding(
+    model: Any, family: Family, args: tuple, kwargs: dict, target: Tensor
+) -> tuple[tuple, dict, Tensor]:
+    """The arguments of the stack of layers and the target, packed where no padded token matters."""
+    named = kwargs | dict(zip(_COMMON_ARGUMENTS, args, strict=False))
+    if named.get("use_cache") is None and not has_cache(named) and torch.is_grad_enabled():
+        named["use_cache"] = False
+    if _wants(model, named, "output_hidden_states") or not tells(model.base_model, family, named):
+        return args, kwargs, target
+    return (), *without_padding(named, target, named.get("ignore_index", -100))
 
 
 def _wants(model: Any, kwargs: dict, name: str) -> bool:
@@ -61,9 +71,16 @@ def why_not(model: Any) -> str | None:
     """Why the loss cannot be computed without logits; None where it can."""
     if not is_plain_linear(model.lm_head):
         return "lm_head has an adapter, hooks, or a weight of another kind"
-    if model.loss_function is not ForCausalLMLoss:
+    if not _has_default_loss(model):
         return "the model has a loss function of its own"
     return None
+
+
+def _has_default_loss(model: Any) -> bool:
+    """Whether the loss is ForCausalLMLoss. GPT-2's class names none, which transformers logs each time it is asked."""
+    if model.loss_type is None and not hasattr(model, "_loss_function"):
+        return True
+    return model.loss_function is ForCausalLMLoss
 
 
 def _target(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = -100, **_) -> Tensor:

@@ -34,7 +34,12 @@ def plan_mlp(mlp: nn.Module, family: Family, recompute: bool) -> Replacement:
 
 def activation_of(mlp: nn.Module, family: Family) -> str | None:
     """The name in memkernels of an MLP's activation; None where there is none."""
-    return _ACTIVATIONS.get(type(_activation(mlp, family)).__name__)
+    return activation_name(_activation(mlp, family))
+
+
+def activation_name(activation: nn.Module | None) -> str | None:
+    """The name in memkernels of an activation module; None where there is none."""
+    return _ACTIVATIONS.get(type(activation).__name__)
 
 
 def mlp_forward(mlp: Any, x: Tensor, *, family: Family, activation: str, recompute: bool) -> Tensor:

@@ -36,3 +36,16 @@ def model_forward(model: Any, *args, family: Family, **kwargs) -> Any:
         mask = told_mask(kwargs.get("attention_mask"), kwargs.get("position_ids"), given.shape[:2])
         kwargs["attention_mask"] = kwargs.get("attention_mask") if mask is None else mask
     return type(model).forward(model, **kwargs)
+
+
+def plan_cacheless(model: nn.Module, before_cache: int) -> Replacement:
+    """`before_cache` is how many positional arguments of its forward are neither the cache nor use_cache."""
+    return Replacement("stack of layers", bind(cacheless_forward, model, before_cache=before_cache))
+
+
+def cacheless_forward(model: Any, *args, before_cache: int, **kwargs) -> Any:
+    """In training no cache unless the call asks for one."""
+    asked = len(args) > before_cache or kwargs.get("use_cache") is not None or has_cache(kwargs)
+    if model.training and torch.is_grad_enabled() and not asked:
+        kwargs["use_cache"] = False
+    return type(model).forward(model, *args, **kwargs)

@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from memkernels.integrations.family import FAMILIES, Family, family_of
+from memkernels.integrations.family import FAMILIES, CustomFamily, Family, family_of
 from memkernels.integrations.mlp import plan_mlp
 from memkernels.integrations.norm import plan_norm
 from memkernels.integrations.plain import has_foreign_forward, replaced_slot, slot
@@ -133,8 +133,10 @@ def unpatch(model: nn.Module) -> None:
             setattr(module, place, types.MethodType(type(module).forward, module))
 
 
-def _plan(module: nn.Module, family: Family, recompute: str, loss: bool) -> Replacement | None:
+def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss: bool) -> Replacement | None:
     """What becomes of a module; None: nothing, and that needs no reason."""
+    if isinstance(family, CustomFamily):
+        return family.plan(module, recompute, loss)
     # These files import transformers, which is loaded where there is a family.
     from memkernels.integrations.attention import plan_attention
     from memkernels.integrations.decoder_layer import plan_layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +21,10 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """A torch.nn.Linear with a plain weight: no adapter, no quantised or distributed weight, no hooks."""
+def is_plain_linear(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """A torch.nn.Linear (or `kind`) with a plain weight: no adapter, no quantised or distributed weight, no hooks."""
     return (
-        type(module) is nn.Linear
+        type(module) is kind
         and type(module.weight) in (nn.Parameter, torch.Tensor)
         and not has_hooks(module)
         and not has_foreign_forward(module)
@@ -48,3 +49,8 @@ def has_foreign_forward(module: nn.Module) -> bool:
     """Whether someone put another forward on this instance than its class's."""
     current = module.__dict__.get(slot(module))
     return current is not None and getattr(current, "__func__", None) is not type(module).forward
+
+
+def is_off(dropout: nn.Module) -> bool:
+    """Whether a torch.nn.Dropout drops nothing in this call, and nobody looks at it."""
+    return type(dropout) is nn.Dropout and not has_hooks(dropout) and (dropout.p == 0 or not dropout.training)

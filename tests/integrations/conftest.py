@@ -44,6 +44,7 @@ OWN = {
         "experts_implementation": "eager",
     },
     "Qwen3": {"head_dim": 20, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "GPT2": {"n_inner": 104, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 
 
@@ -58,10 +59,11 @@ def make_model():
         torch.manual_seed(0)
         text = "Text" if family == "Gemma3" else ""
         config = getattr(transformers, f"{family}{text}Config")(**(SIZES | OWN[family] | config))
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config)
         for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name or "sinks" in name:
-                mean = "norm" in name and not family.startswith("Gemma")  # whose norms add one
+            is_norm = "norm" in name or ".ln_" in name
+            if is_norm or "bias" in name or "sinks" in name:
+                mean = is_norm and not name.endswith("bias") and not family.startswith("Gemma")  # whose norms add one
                 torch.nn.init.normal_(parameter, mean=float(mean), std=0.3)
         return model.to(dtype).train()
 
