@@ -18,4 +18,6 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(rms_norm_fwd);
   MEMKERNELS_IMPL(rotary_bwd);
   MEMKERNELS_IMPL(rotary_fwd);
+  MEMKERNELS_IMPL(row_dropout);
+  MEMKERNELS_IMPL(row_dropout_add_);
 }

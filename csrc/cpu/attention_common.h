@@ -13,8 +13,8 @@
 #include <new>
 #include <vector>
 
-#include "common/philox.h"
 #include "common/tensors.h"
+#include "cpu/philox_vec.h"
 #include "cpu/tile_matmul.h"
 
 namespace memkernels::cpu {
@@ -24,9 +24,6 @@ constexpr int64_t kVecs = 3;
 constexpr int64_t kQueries = kVecs * kLanes;
 constexpr int64_t kKeys = 48;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-typedef uint32_t UIntVec __attribute__((vector_size(kLanes * 4)));
-typedef uint64_t WideVec __attribute__((vector_size(kLanes * 8)));
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -157,11 +154,7 @@ struct Dropout {
     words[0] += static_cast<uint32_t>(j / 4);
     for (int64_t lane = 0; lane < kLanes; ++lane) words[1][lane] = static_cast<uint32_t>(i + lane);
     words[2] += stream;
-    philox(words, seed, [](uint32_t a, UIntVec b, UIntVec& high, UIntVec& low) {
-      const WideVec product = __builtin_convertvector(b, WideVec) * a;
-      high = __builtin_convertvector(product >> 32, UIntVec);
-      low = __builtin_convertvector(product, UIntVec);
-    });
+    philox(words, seed);
     for (int r = 0; r < 4; ++r) keep[r] = words[r] >= threshold;
   }
 };

@@ -7,10 +7,14 @@ from memkernels.ops.gated_activation.op import gated_activation
 from memkernels.ops.gated_mlp.op import gated_mlp
 from memkernels.ops.layer_norm.op import layer_norm
 from memkernels.ops.linear_cross_entropy.op import linear_cross_entropy
+from memkernels.ops.lora_linear.norm import row_squares
+from memkernels.ops.lora_linear.op import lora_linear
+from memkernels.ops.lora_linear.weight import LoRAWeight
 from memkernels.ops.rms_norm.op import rms_norm
 from memkernels.ops.rotary.op import apply_rotary
 
 __all__ = [
+    "LoRAWeight",
     "apply_rotary",
     "attention",
     "attention_block",
@@ -19,5 +23,7 @@ __all__ = [
     "gated_mlp",
     "layer_norm",
     "linear_cross_entropy",
+    "lora_linear",
     "rms_norm",
+    "row_squares",
 ]

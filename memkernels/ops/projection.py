@@ -46,7 +46,10 @@ def split_by(parts: Sequence[Part | None], flat: Sequence[Any]) -> list[tuple[An
 
 
 class Projection(Protocol):
-    """y = x W^T (+ ...) for x (tokens, in). Backward comes as its two halves, since a block may need dx before x."""
+    """y = x W^T (+ ...) for x (tokens, in), of which a tile may be given: `first_row` is then its place in the whole.
+
+    Backward comes as its two halves, since a block may need dx before x.
+    """
 
     @property
     def description(self) -> Description: ...
@@ -57,15 +60,15 @@ class Projection(Protocol):
     @property
     def out_features(self) -> int: ...
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
         """y, (tokens, out), contiguous and new."""
         ...
 
-    def input_grad(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+    def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
         """dx, (tokens, in), contiguous and new; with `into`, added to it in place."""
         ...
 
-    def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None]) -> None:
+    def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:
         """Adds one tile's gradients to the sums of `tensors`, in their order; None where no gradient is wanted."""
         ...
 
@@ -103,13 +106,13 @@ class DenseProjection:
     def out_features(self) -> int:
         return self.weight.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def input_grad(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+    def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
         return torch.mm(dy, self.weight) if into is None else torch.addmm(into, dy, self.weight, out=into)
 
-    def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None]) -> None:
+    def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:
         weight_sum, bias_sum = sums if self.bias is not None else (sums[0], None)
         if weight_sum is not None:
             weight_sum.add_product(dy, x)

@@ -12,20 +12,20 @@ from memkernels.ops.attention_block import reference
 from memkernels.ops.attention_block.block import Context, Plan
 from memkernels.ops.attention_block.block import attention_block as run
 from memkernels.ops.attention_block.checks import check_layout, check_sequences
-from memkernels.ops.autocast import as_product_dtype, product_dtype
+from memkernels.ops.autocast import product_dtype
 from memkernels.ops.block_norm import make_norm, make_rms_norm
 from memkernels.ops.checks import check_floating
 from memkernels.ops.philox import seed_tensor
-from memkernels.ops.projection import DenseProjection
 from memkernels.ops.rotary.op import check_tables
+from memkernels.ops.weights import Weight, as_product_weights, base_of, projection_of
 
 
 def attention_block(
     x: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    w_o: Tensor,
+    w_q: Weight,
+    w_k: Weight,
+    w_v: Weight,
+    w_o: Weight,
     *,
     num_heads: int,
     b_q: Tensor | None = None,
@@ -65,7 +65,7 @@ def attention_block(
     Args:
         x: (B, S, d), or packed (T, d) or (1, T, d) with cu_seqlens; float32, bfloat16 or float16 (float64 is computed
             by the reference).
-        w_q: (H D, d), x's dtype.
+        w_q: (H D, d), x's dtype. It, w_k, w_v and w_o each a tensor or an `ops.LoRAWeight`.
         w_k: (Hk D, d), x's dtype; Hk divides H.
         w_v: (Hk Dv, d), x's dtype.
         w_o: (d, H Dv), x's dtype.
@@ -105,8 +105,8 @@ def attention_block(
         dropout_p=dropout_p, seed=seed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, deterministic=deterministic,
     )  # fmt: skip
     if has_kernels:
-        return run(x_in, plan, context, tensors).view(*x.shape[:-1], w_o.shape[0])
-    weights = as_product_dtype(x, plan.dtype, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o)
+        return run(x_in, plan, context, tensors).view(*x.shape[:-1], base_of(w_o).shape[0])
+    weights = as_product_weights(x, plan.dtype, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o)
     with torch.autocast(x.device.type, enabled=False):
         return reference.attention_block(
             x if norm_weight is not None else x.to(plan.dtype), **weights, num_heads=num_heads, norm=norm,
@@ -120,10 +120,10 @@ def attention_block(
 
 def plan_attention_block(
     x: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    w_o: Tensor,
+    w_q: Weight,
+    w_k: Weight,
+    w_v: Weight,
+    w_o: Weight,
     *,
     num_heads: int,
     b_q: Tensor | None = None,
@@ -156,8 +156,12 @@ def plan_attention_block(
     """The checked call of `attention_block`: x as (B, S, d), plan, context, tensors, and whether kernels run."""
     check_floating("x", x)
     dtype = product_dtype(x)
+    given = {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}
     head_size = check_layout(
-        x, num_heads, {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}, {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o}
+        x,
+        num_heads,
+        {name: base_of(weight) for name, weight in given.items()},
+        {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
     )
     in_front = make_norm(x, norm, norm_weight, norm_bias, norm_eps, norm_offset)
     batch, length, longest = check_sequences(x, cu_seqlens, max_seqlen)
@@ -168,8 +172,8 @@ def plan_attention_block(
         check_tables(x, (rows, length, head_size), dtype, cos, sin)
     check_scores("x", x, window, softcap, alibi_slopes, sinks, dropout_p)
     check_per_head(batch, num_heads, alibi_slopes, sinks)
-    weights = as_product_dtype(x, dtype, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o)
-    q, k, v, o = (DenseProjection(weights[f"w_{name}"], weights[f"b_{name}"]) for name in "qkvo")
+    weights = as_product_weights(x, dtype, **given, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o)
+    q, k, v, o = (projection_of(weights[f"w_{name}"], weights[f"b_{name}"]) for name in "qkvo")
     q_norm, k_norm, post_norm = (
         make_rms_norm(name, x, size, weight, norm_eps, norm_offset, dtype)
         for name, size, weight in (

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from memkernels.ops.attention.reference import attention
 from memkernels.ops.layer_norm.reference import layer_norm
 from memkernels.ops.rms_norm.reference import rms_norm
 from memkernels.ops.rotary.reference import apply_rotary
+from memkernels.ops.weights import Weight, base_of, linear
 
 
 def attention_block(
     x: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    w_o: Tensor,
+    w_q: Weight,
+    w_k: Weight,
+    w_v: Weight,
+    w_o: Weight,
     *,
     num_heads: int,
     b_q: Tensor | None = None,
@@ -46,11 +46,11 @@ def attention_block(
     """
     n = x
     if norm_weight is not None and norm == "rms":
-        n = cast(Tensor, rms_norm(x, norm_weight, norm_eps, weight_offset=norm_offset)).to(w_q.dtype)
+        n = cast(Tensor, rms_norm(x, norm_weight, norm_eps, weight_offset=norm_offset)).to(base_of(w_q).dtype)
     elif norm_weight is not None:
-        n = cast(Tensor, layer_norm(x, norm_weight, norm_bias, norm_eps)).to(w_q.dtype)
-    q = F.linear(n, w_q, b_q).unflatten(-1, (num_heads, -1))
-    k, v = F.linear(n, w_k, b_k).unflatten(-1, (-1, q.shape[-1])), F.linear(n, w_v, b_v)
+        n = cast(Tensor, layer_norm(x, norm_weight, norm_bias, norm_eps)).to(base_of(w_q).dtype)
+    q = linear(n, w_q, b_q).unflatten(-1, (num_heads, -1))
+    k, v = linear(n, w_k, b_k).unflatten(-1, (-1, q.shape[-1])), linear(n, w_v, b_v)
     v = v.unflatten(-1, (k.shape[-2], -1))
     if q_norm_weight is not None:
         q = cast(Tensor, rms_norm(q, q_norm_weight, norm_eps, weight_offset=norm_offset))
@@ -63,7 +63,7 @@ def attention_block(
     if packed:
         q, k, v = q[0], k[0], v[0]
     out, _ = attention(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **scores)
-    y = F.linear(out.flatten(-2).view(*x.shape[:-1], -1), w_o, b_o)
+    y = linear(out.flatten(-2).view(*x.shape[:-1], -1), w_o, b_o)
     if post_norm_weight is None:
         return y
     return cast(Tensor, rms_norm(y, post_norm_weight, norm_eps, weight_offset=norm_offset))

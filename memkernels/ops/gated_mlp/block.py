@@ -57,7 +57,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layer:
-    """The norms and the three projections, and their computations over rows (tokens, d)."""
+    """The norms and the three projections, and their computations over rows (tokens, d).
+
+    `first` is a tile's first row in the whole.
+    """
 
     plan: Plan
     norm: Norm
@@ -69,46 +72,46 @@ class Layer:
     def forward(self, rows: Tensor) -> Tensor:
         """y, (tokens, d)."""
         if self.plan.num_tiles(rows.shape[0]) <= 1:
-            return self._forward_tile(rows)
+            return self._forward_tile(rows, 0)
         y = rows.new_empty(rows.shape[0], self.down.out_features, dtype=self.plan.dtype)
         for tile in self.plan.tiles(rows.shape[0]):
-            y[tile] = self._forward_tile(rows[tile])
+            y[tile] = self._forward_tile(rows[tile], tile.start)
         return y
 
     def backward(self, dy: Tensor, rows: Tensor, gradients: Gradients) -> Tensor | None:
         """dx, None where it is not wanted; adds the gradients of the tensors to their sums."""
         if self.plan.num_tiles(rows.shape[0]) <= 1:
-            return self._backward_tile(dy, rows, gradients)
+            return self._backward_tile(dy, rows, 0, gradients)
         dx = torch.empty_like(rows) if gradients.x else None
         for tile in self.plan.tiles(rows.shape[0]):
-            dx_tile = self._backward_tile(dy[tile], rows[tile], gradients)
+            dx_tile = self._backward_tile(dy[tile], rows[tile], tile.start, gradients)
             if dx is not None and dx_tile is not None:
                 dx[tile] = dx_tile
         return dx
 
-    def _forward_tile(self, x: Tensor) -> Tensor:
+    def _forward_tile(self, x: Tensor, first: int) -> Tensor:
         n = self.norm.forward(x)[0].to(self.plan.dtype)
-        return self.post_norm.forward(self.down.forward(self._hidden(n)))[0]
+        return self.post_norm.forward(self.down.forward(self._hidden(n, first), first))[0]
 
-    def _backward_tile(self, dy: Tensor, x: Tensor, gradients: Gradients) -> Tensor | None:
+    def _backward_tile(self, dy: Tensor, x: Tensor, first: int, gradients: Gradients) -> Tensor | None:
         n, statistics = self.norm.forward(x)
         n = n.to(self.plan.dtype)
         if not gradients.through_hidden:
-            h = self._hidden(n)
-            self.down.add_gradients(self._through_post_norm(dy, h, gradients), h, gradients.down)
+            h = self._hidden(n, first)
+            self.down.add_gradients(self._through_post_norm(dy, h, first, gradients), h, gradients.down, first)
             return None
-        dy, h, dgate, dup = self._hidden_backward(dy, n, gradients)
-        self.down.add_gradients(dy, h, gradients.down)
+        dy, h, dgate, dup = self._hidden_backward(dy, n, first, gradients)
+        self.down.add_gradients(dy, h, gradients.down, first)
         del h
-        self.up.add_gradients(dup, n, gradients.up)
+        self.up.add_gradients(dup, n, gradients.up, first)
         if self.gate is not None and dgate is not None:
-            self.gate.add_gradients(dgate, n, gradients.gate)
+            self.gate.add_gradients(dgate, n, gradients.gate, first)
         del n
         if not gradients.through_norm:
             return None
-        dn = self.up.input_grad(dup)
+        dn = self.up.input_grad(dup, None, first)
         if self.gate is not None and dgate is not None:
-            dn = self.gate.input_grad(dgate, into=dn)
+            dn = self.gate.input_grad(dgate, dn, first)
         del dgate, dup
         return self.norm.backward(dn, x, statistics, gradients.norm)
 
@@ -121,42 +124,42 @@ class Layer:
         assert isinstance(gate, DenseProjection)
         return gate.weight, up.weight, gate.bias, up.bias
 
-    def _hidden(self, n: Tensor) -> Tensor:
+    def _hidden(self, n: Tensor, first: int) -> Tensor:
         """h = act(gate) * up."""
         if self.plan.fused:
             return torch.ops.memkernels.gated_hidden_fwd(n, *self._dense_hidden(), self.plan.activation)
-        up = self.up.forward(n)
+        up = self.up.forward(n, first)
         if self.gate is None:
             return torch.ops.memkernels.gated_activation_fwd(up, None, self.plan.activation)
-        return torch.ops.memkernels.gated_activation_fwd(self.gate.forward(n), up, self.plan.activation)
+        return torch.ops.memkernels.gated_activation_fwd(self.gate.forward(n, first), up, self.plan.activation)
 
-    def _through_post_norm(self, dy: Tensor, h: Tensor, gradients: Gradients) -> Tensor:
+    def _through_post_norm(self, dy: Tensor, h: Tensor, first: int, gradients: Gradients) -> Tensor:
         """The gradient of the down product, which is recomputed where a norm follows it."""
         if self.post_norm.weight is None:
             return dy
-        y = self.down.forward(h)
+        y = self.down.forward(h, first)
         return self.post_norm.backward(dy, y, self.post_norm.forward(y)[1], gradients.post_norm)
 
     def _hidden_backward(
-        self, dy: Tensor, n: Tensor, gradients: Gradients
+        self, dy: Tensor, n: Tensor, first: int, gradients: Gradients
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """The down product's gradient, h, dgate and dup, with gate and up recomputed; dgate is None if ungated."""
         if self.plan.fused:
             assert isinstance(self.down, DenseProjection)
             if self.post_norm.weight is not None:
-                dy = self._through_post_norm(dy, self._hidden(n), gradients)
+                dy = self._through_post_norm(dy, self._hidden(n, first), first, gradients)
             h, dgate, dup = torch.ops.memkernels.gated_hidden_bwd(
                 dy, self.down.weight, n, *self._dense_hidden(), self.plan.activation
             )
             return dy, h, None if self.gate is None else dgate, dup
-        up = self.up.forward(n)
-        gate = None if self.gate is None else self.gate.forward(n)
+        up = self.up.forward(n, first)
+        gate = None if self.gate is None else self.gate.forward(n, first)
         pair = (up, None) if gate is None else (gate, up)
         if self.post_norm.weight is not None:
             h = torch.ops.memkernels.gated_activation_fwd(*pair, self.plan.activation)
-            dy = self._through_post_norm(dy, h, gradients)
+            dy = self._through_post_norm(dy, h, first, gradients)
             del h
-        dh = self.down.input_grad(dy)
+        dh = self.down.input_grad(dy, None, first)
         torch.ops.memkernels.gated_activation_bwd_(dh, *pair, self.plan.activation)
         return dy, dh, gate, up
 

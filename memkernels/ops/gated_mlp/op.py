@@ -6,22 +6,23 @@ import torch
 from torch import Tensor
 
 from memkernels._library import has_kernel, missing
-from memkernels.ops.autocast import as_product_dtype, product_dtype
+from memkernels.ops.autocast import product_dtype
 from memkernels.ops.block_norm import make_norm, make_rms_norm
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.gated_mlp import hidden, reference  # noqa: F401  hidden defines the fused operators
 from memkernels.ops.gated_mlp.block import Plan, gated_mlp_block, gated_mlp_plan
-from memkernels.ops.projection import DenseProjection
+from memkernels.ops.projection import DenseProjection, Projection
+from memkernels.ops.weights import Weight, as_product_weights, base_of, projection_of
 
 BACKENDS = ("auto", "triton", "matmul")
 
 
 def gated_mlp(
     x: Tensor,
-    w_gate: Tensor | None,
-    w_up: Tensor,
-    w_down: Tensor,
+    w_gate: Weight | None,
+    w_up: Weight,
+    w_down: Weight,
     *,
     activation: str = "silu",
     norm: str = "rms",
@@ -45,7 +46,7 @@ def gated_mlp(
 
     Args:
         x: (..., d); float32, bfloat16 or float16 (float64 is computed by the reference).
-        w_gate: (f, d), x's dtype, or None.
+        w_gate: (f, d), x's dtype, or None. It, w_up and w_down each a tensor or an `ops.LoRAWeight`.
         w_up: (f, d), x's dtype.
         w_down: (d, f), x's dtype.
         activation: silu, gelu (by erf), gelu_tanh, relu or relu_squared.
@@ -61,7 +62,7 @@ def gated_mlp(
         b_gate, b_up: (f,), x's dtype.
         b_down: (d,), x's dtype.
         backend: "matmul": `torch.matmul` and the gated activation. "triton": products with the activation in their
-            epilogue, on GPUs. "auto": triton on GPUs in bfloat16 and float16, else matmul.
+            epilogue, on GPUs, of plain weights. "auto": triton on GPUs in bfloat16 and float16, else matmul.
 
     Returns:
         y, like x (under autocast, of autocast's dtype).
@@ -85,7 +86,7 @@ def gated_mlp(
         x = x.to(plan.dtype)
     if has_kernels:
         return gated_mlp_block(x, plan, tensors)
-    weights = as_product_dtype(
+    weights = as_product_weights(
         x, plan.dtype, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
     )
     with torch.autocast(x.device.type, enabled=False):
@@ -97,9 +98,9 @@ def gated_mlp(
 
 def plan_gated_mlp(
     x: Tensor,
-    w_gate: Tensor | None,
-    w_up: Tensor,
-    w_down: Tensor,
+    w_gate: Weight | None,
+    w_up: Weight,
+    w_down: Weight,
     *,
     activation: str = "silu",
     norm: str = "rms",
@@ -116,30 +117,34 @@ def plan_gated_mlp(
 ) -> tuple[Plan, tuple[Tensor, ...], bool]:
     """The checked call of `gated_mlp`: its plan, its tensors, and whether every kernel it takes is there."""
     check_activation(activation)
-    _check_tensors(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    _check_tensors(x, base_of(w_gate), base_of(w_up), base_of(w_down), b_gate, b_up, b_down)
     in_front = make_norm(x, norm, norm_weight, norm_bias, norm_eps, norm_offset)
     if tile_tokens is not None and tile_tokens < 1:
         raise ValueError(f"tile_tokens: expected a positive number or None, got {tile_tokens}.")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
     dtype = product_dtype(x)
-    weights = as_product_dtype(
+    weights = as_product_weights(
         x, dtype, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
     )
-    gate = None if w_gate is None else DenseProjection(weights["w_gate"], weights["b_gate"])
-    up, down = (DenseProjection(weights[f"w_{name}"], weights[f"b_{name}"]) for name in ("up", "down"))
-    post_norm = make_rms_norm("post_norm_weight", x, w_down.shape[0], post_norm_weight, norm_eps, norm_offset, dtype)
+    gate = None if w_gate is None else projection_of(weights["w_gate"], weights["b_gate"])
+    up, down = (projection_of(weights[f"w_{name}"], weights[f"b_{name}"]) for name in ("up", "down"))
+    post_norm = make_rms_norm(
+        "post_norm_weight", x, base_of(w_down).shape[0], post_norm_weight, norm_eps, norm_offset, dtype
+    )
     plan, tensors = gated_mlp_plan(
         x, in_front, gate, up, down, post_norm, activation=activation, tile_tokens=tile_tokens,
-        fused=_is_fused(backend, x.device.type, dtype), dtype=dtype,
+        fused=_is_fused(backend, x.device.type, dtype, (gate, up, down)), dtype=dtype,
     )  # fmt: skip
     has_kernels = has_kernel("gated_activation_fwd", x) and in_front.has_kernel(x) and post_norm.has_kernel(x)
     return plan, tensors, has_kernels
 
 
-def _is_fused(backend: str, device_type: str, dtype: torch.dtype) -> bool:
+def _is_fused(backend: str, device_type: str, dtype: torch.dtype, projections: tuple[Projection | None, ...]) -> bool:
     """Whether the hidden layer goes through `gated_hidden_fwd` and `gated_hidden_bwd`."""
     reason = missing("gated_hidden_fwd", device_type)
+    if not all(projection is None or isinstance(projection, DenseProjection) for projection in projections):
+        reason = reason or "its kernels take plain weights only."
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend: 'triton' cannot run here: {reason}")
     return backend == "triton" or (backend == "auto" and reason is None and dtype != torch.float32)

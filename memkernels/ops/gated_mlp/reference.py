@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from memkernels.ops.gated_activation.reference import gated_activation
 from memkernels.ops.layer_norm.reference import layer_norm
 from memkernels.ops.rms_norm.reference import rms_norm
+from memkernels.ops.weights import Weight, base_of, linear
 
 
 def gated_mlp(
     x: Tensor,
-    w_gate: Tensor | None,
-    w_up: Tensor,
-    w_down: Tensor,
+    w_gate: Weight | None,
+    w_up: Weight,
+    w_down: Weight,
     *,
     activation: str = "silu",
     norm: str = "rms",
@@ -32,15 +32,15 @@ def gated_mlp(
     """y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down, or its norm, with n = x or its norm."""
     n = x
     if norm_weight is not None and norm == "rms":
-        n = cast(Tensor, rms_norm(x, norm_weight, norm_eps, weight_offset=norm_offset)).to(w_up.dtype)
+        n = cast(Tensor, rms_norm(x, norm_weight, norm_eps, weight_offset=norm_offset)).to(base_of(w_up).dtype)
     elif norm_weight is not None:
-        n = cast(Tensor, layer_norm(x, norm_weight, norm_bias, norm_eps)).to(w_up.dtype)
-    up = F.linear(n, w_up, b_up)
+        n = cast(Tensor, layer_norm(x, norm_weight, norm_bias, norm_eps)).to(base_of(w_up).dtype)
+    up = linear(n, w_up, b_up)
     if w_gate is None:
         hidden = gated_activation(up, None, activation)
     else:
-        hidden = gated_activation(F.linear(n, w_gate, b_gate), up, activation)
-    y = F.linear(hidden, w_down, b_down)
+        hidden = gated_activation(linear(n, w_gate, b_gate), up, activation)
+    y = linear(hidden, w_down, b_down)
     if post_norm_weight is None:
         return y
     return cast(Tensor, rms_norm(y, post_norm_weight, norm_eps, weight_offset=norm_offset))

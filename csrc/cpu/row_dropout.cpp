@@ -1,0 +1,111 @@
+// Dropout over the rows of a matrix by a mask that is made anew from the seed wherever it is needed:
+//   out = m * x / (1 - p)        y += m * term / (1 - p)
+// m keeps the element at (row, column) if its random word reaches the threshold: word (column % 64) / 16 of Philox at
+// the counter (column / 64 * 16 + column % 16, row, 0, 0), so that a vector of counters gives whole vectors of the row.
+#include <algorithm>
+#include <cmath>
+
+#include "common/kernel_table.h"
+#include "common/tensors.h"
+#include "cpu/philox_vec.h"
+
+namespace memkernels::cpu {
+namespace {
+
+constexpr int64_t kColumns = 64, kRun = 16;  // columns that a run of counters serves, and the counters of it
+constexpr int64_t kElementsPerTask = 16384;
+
+struct Mask {
+  uint64_t seed;
+  uint32_t threshold;
+  float scale;
+
+  Mask(int64_t seed_, double p)
+      : seed(static_cast<uint64_t>(seed_)),
+        threshold(static_cast<uint32_t>(std::min(4294967295.0, std::floor(std::ldexp(p, 32))))),
+        scale(static_cast<float>(1.0 / (1.0 - p))) {}
+
+  // Calls body(offset, keep) for the vectors of a row of `size` columns, the last of them perhaps incomplete.
+  template <typename Body>
+  void for_each(int64_t row, int64_t size, Body&& body) const {
+    UIntVec lanes;
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<uint32_t>(lane);
+    for (int64_t first = 0; first < size; first += kColumns) {
+      for (int64_t part = 0; part < kRun; part += kLanes) {
+        UIntVec words[4] = {};
+        words[0] = lanes + static_cast<uint32_t>(first / kColumns * kRun + part);
+        words[1] += static_cast<uint32_t>(row);
+        philox(words, seed);
+        for (int64_t word = 0; word < 4; ++word) {
+          const int64_t offset = first + word * kRun + part;
+          if (offset < size) body(offset, static_cast<IntVec>(words[word] >= threshold));
+        }
+      }
+    }
+  }
+};
+
+inline Vec kept(Vec v, IntVec keep) {
+  return bits_as<Vec>(bits_as<IntVec>(v) & keep);
+}
+
+template <typename T>
+Vec load_upto(const T* p, int64_t count) {
+  return count >= kLanes ? load(p) : load_partial(p, count);
+}
+template <typename T>
+void store_upto(T* p, Vec v, int64_t count) {
+  count >= kLanes ? store(p, v) : store_partial(p, v, count);
+}
+
+template <typename Body>
+void for_each_row(int64_t rows, int64_t size, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, size));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) body(row);
+  });
+}
+
+Tensor row_dropout(const Tensor& x_in, const Tensor& seed, double p, int64_t first_row, ScalarType dtype) {
+  const Tensor x = as_contiguous(x_in);
+  Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
+  const int64_t rows = x.size(0), size = x.size(1);
+  const Mask mask(*seed.const_data_ptr<int64_t>(), p);
+  dispatch_floating(x.scalar_type(), dtype, [&]<typename T, typename W>() {
+    const T* from = x.const_data_ptr<T>();
+    W* to = out.mutable_data_ptr<W>();
+    for_each_row(rows, size, [=](int64_t row) {
+      const T* x_row = from + row * size;
+      W* out_row = to + row * size;
+      mask.for_each(first_row + row, size, [=](int64_t i, IntVec keep) {
+        store_upto(out_row + i, kept(load_upto(x_row + i, size - i) * mask.scale, keep), size - i);
+      });
+    });
+  });
+  return out;
+}
+
+void row_dropout_add_(Tensor y, const Tensor& term_in, const Tensor& seed, double p, int64_t first_row) {
+  const Tensor term = as_contiguous(term_in);
+  STD_TORCH_CHECK(y.stride(1) == 1 || y.size(1) <= 1, "row_dropout_add_: y must have contiguous rows");
+  const int64_t rows = y.size(0), size = y.size(1), y_stride = y.stride(0);
+  const Mask mask(*seed.const_data_ptr<int64_t>(), p);
+  dispatch_floating(y.scalar_type(), term.scalar_type(), [&]<typename T, typename W>() {
+    const W* from = term.const_data_ptr<W>();
+    T* to = y.mutable_data_ptr<T>();
+    for_each_row(rows, size, [=](int64_t row) {
+      const W* term_row = from + row * size;
+      T* y_row = to + row * y_stride;
+      mask.for_each(first_row + row, size, [=](int64_t i, IntVec keep) {
+        const Vec added = kept(load_upto(term_row + i, size - i) * mask.scale, keep);
+        store_upto(y_row + i, load_upto(static_cast<const T*>(y_row) + i, size - i) + added, size - i);
+      });
+    });
+  });
+}
+
+MEMKERNELS_CPU_KERNEL(row_dropout);
+MEMKERNELS_CPU_KERNEL(row_dropout_add_);
+
+}  // namespace
+}  // namespace memkernels::cpu

@@ -1,0 +1,62 @@
+"""The operators of a linear layer with a low-rank adapter.
+
+x: (T, K); dy: (T, N); weight: (N, K); lora_a: (r, K); lora_b: (N, r), both of x's dtype or float32, and s and p (T, r)
+of theirs. m is the dropout mask of `dropout.py` over 1 - p, or 1 without a seed; first_row is the number of x's first
+row in the whole.
+"""
+
+from __future__ import annotations
+
+from memkernels._library import define, implement_with_python
+from memkernels.ops.lora_linear import products
+
+_MASK = "Tensor? seed, float dropout_p, int first_row"
+
+
+def _down_fake(x, lora_a, seed, dropout_p, first_row):
+    return lora_a.new_empty(x.shape[0], lora_a.shape[0])
+
+
+def _up_fake(x, weight, *rest):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _up_grad_fake(dy, s, lora_b, scaling, p_needed):
+    p = lora_b.new_empty((dy.shape[0], lora_b.shape[1]) if p_needed else 0)
+    return p, lora_b.new_empty(lora_b.shape if s is not None else 0)
+
+
+def _input_grad_fake(dy, weight, *rest):
+    return dy.new_empty(dy.shape[0], weight.shape[1])
+
+
+def _input_add_fake(*args):
+    return None
+
+
+def _down_grad_fake(p, x, seed, dropout_p, first_row):
+    return p.new_empty(p.shape[1], x.shape[1])
+
+
+# s = (m * x) lora_a^T
+define(f"lora_down(Tensor x, Tensor lora_a, {_MASK}) -> Tensor", _down_fake)
+# y = (x weight^T + scaling s lora_b^T) * out_scale + bias, with out_scale (N,) float32
+define(
+    "lora_up(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor lora_b, float scaling, Tensor? out_scale)"
+    " -> Tensor",
+    _up_fake,
+)
+# p = scaling dy lora_b and lora_b's gradient scaling dy^T s from one read of dy; empty where not wanted
+define(
+    "lora_up_grad(Tensor dy, Tensor? s, Tensor lora_b, float scaling, bool p_needed) -> (Tensor p, Tensor dlora_b)",
+    _up_grad_fake,
+)
+# dx = dy weight + m * (p lora_a)
+define(f"lora_input_grad(Tensor dy, Tensor weight, Tensor p, Tensor lora_a, {_MASK}) -> Tensor", _input_grad_fake)
+# dx += m * (p lora_a)
+define(f"lora_input_add_(Tensor(a!) dx, Tensor p, Tensor lora_a, {_MASK}) -> ()", _input_add_fake)
+# lora_a's gradient p^T (m * x)
+define(f"lora_down_grad(Tensor p, Tensor x, {_MASK}) -> Tensor", _down_grad_fake)
+
+for _name in ("lora_down", "lora_up", "lora_up_grad", "lora_input_grad", "lora_input_add_", "lora_down_grad"):
+    implement_with_python(_name, getattr(products, _name))

@@ -1,0 +1,192 @@
+"""The projection of a weight with a low-rank adapter, for `ops.lora_linear` and every block op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memkernels.ops.gradient_sum import GradientSum
+from memkernels.ops.lora_linear import operators  # noqa: F401  defines the operators
+from memkernels.ops.lora_linear.dropout import row_dropout, row_dropout_add_
+
+_TILE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """What is static of an adapted weight."""
+
+    scaling: float
+    dropout_p: float
+    has_bias: bool
+    has_out_scale: bool
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """Which fields of `Tensors` there are."""
+        return True, True, True, self.has_bias, self.has_out_scale, self.dropout_p > 0
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(self.present)
+
+    def named(self, values: Sequence) -> Tensors:
+        """Values of the tensors, one each, by the tensors' names."""
+        given = iter(values)
+        return Tensors(*(next(given) if present else None for present in self.present))
+
+    def bind(self, tensors: Sequence[Tensor]) -> LoRAProjection:
+        return LoRAProjection(self, self.named(tensors))
+
+
+class Tensors(NamedTuple):
+    """The tensors of an adapted weight, or a value for each. `out_scale` is DoRA's magnitude over the rows' norms."""
+
+    weight: Any
+    lora_a: Any
+    lora_b: Any
+    bias: Any
+    out_scale: Any
+    seed: Any
+
+
+class LoRAProjection:
+    """y = x W^T + scaling s B^T + bias with s = (m * x) A^T, m the dropout mask over its keep probability.
+
+    With DoRA's scale g, y = x W^T + bias + (g - 1) * ((m * x) W^T) + g * scaling s B^T: without dropout
+    g * (x W^T + scaling s B^T) + bias.
+
+    Backward with p = scaling (g * dy) B: dA = p^T (m * x), dB = scaling (g * dy)^T s, dx = (g * dy) W + m * (p A).
+    `first_row` is the number of a tile's first row, from which the mask is made. Where both halves of backward are
+    called each makes p, and s is made again from x: each a product by r columns.
+    """
+
+    def __init__(self, description: LoRA, of: Tensors):
+        self.description = description
+        self.of = of
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in self.of if tensor is not None)
+
+    @property
+    def out_features(self) -> int:
+        return self.of.weight.shape[0]
+
+    def down(self, x: Tensor, first_row: int = 0) -> Tensor:
+        """s, (tokens, r)."""
+        return torch.ops.memkernels.lora_down(x, self.of.lora_a, *self._mask(first_row))
+
+    def up(self, x: Tensor, s: Tensor, first_row: int = 0) -> Tensor:
+        """y, given s."""
+        of = self.of
+        if not self._scales_dropped:
+            return self._up(x, s, of.bias, of.out_scale)
+        dropped = self._dropped(x, first_row)
+        y = self._up(dropped, s, of.bias, of.out_scale)
+        return torch.addmm(y, x - dropped, of.weight.t(), out=y)
+
+    def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
+        return self.up(x, self.down(x, first_row), first_row)
+
+    def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
+        p, _ = self._up_grad(dy, None, True)
+        return self._input_grad(dy, p, into, first_row)
+
+    def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:
+        wanted = self.description.named(sums)
+        s = self.down(x, first_row) if wanted.lora_b is not None or wanted.out_scale is not None else None
+        self._add_gradients(dy, x, s, sums, first_row, p_needed=False)
+
+    def backward(
+        self, dy: Tensor, x: Tensor | None, s: Tensor | None, sums: Sequence[GradientSum | None], input_grad: bool
+    ) -> Tensor | None:
+        """Both halves at once, of a whole x, with forward's s: from one p. dx, or None where it is not wanted."""
+        p = self._add_gradients(dy, x, s, sums, 0, p_needed=input_grad)
+        return self._input_grad(dy, p, None, 0) if input_grad else None
+
+    @property
+    def _scales_dropped(self) -> bool:
+        return self.of.out_scale is not None and self.of.seed is not None
+
+    def _mask(self, first_row: int) -> tuple[Tensor | None, float, int]:
+        return self.of.seed, self.description.dropout_p, first_row
+
+    def _dropped(self, x: Tensor, first_row: int) -> Tensor:
+        return row_dropout(x, *self._mask(first_row), x.dtype)
+
+    def _up(self, x: Tensor, s: Tensor, bias: Tensor | None, out_scale: Tensor | None) -> Tensor:
+        return torch.ops.memkernels.lora_up(
+            x, self.of.weight, bias, s, self.of.lora_b, self.description.scaling, out_scale
+        )
+
+    def _up_grad(self, dy: Tensor, s: Tensor | None, p_needed: bool) -> tuple[Tensor, Tensor]:
+        """p, and B's gradient. g goes to what is of B's size and dtype: dy may be narrower."""
+        b, g = self.of.lora_b, self.of.out_scale
+        b = b if g is None else (g[:, None] * b).to(b.dtype)
+        p, db = torch.ops.memkernels.lora_up_grad(dy, s, b, self.description.scaling, p_needed)
+        return p, db if g is None or s is None else (g[:, None] * db).to(db.dtype)
+
+    def _scaled(self, dy: Tensor, less: float = 0.0) -> Tensor:
+        """(g - less) * dy, in dy's dtype."""
+        g = self.of.out_scale
+        return dy if g is None else torch.mul(dy, g - less, out=torch.empty_like(dy))
+
+    def _add_gradients(
+        self,
+        dy: Tensor,
+        x: Any,
+        s: Tensor | None,
+        sums: Sequence[GradientSum | None],
+        first_row: int,
+        *,
+        p_needed: bool,
+    ) -> Tensor:
+        """Adds the gradients of the tensors; p, empty unless it is needed for them or outside."""
+        wanted = self.description.named(sums)
+        if wanted.bias is not None:
+            wanted.bias.add(dy.sum(0))
+        if wanted.out_scale is not None:
+            wanted.out_scale.add(self._out_scale_grad(dy, x, s, first_row))
+        p_needed = p_needed or wanted.lora_a is not None
+        p = dy.new_empty(0)
+        if p_needed or wanted.lora_b is not None:
+            p, db = self._up_grad(dy, None if wanted.lora_b is None else s, p_needed)
+            if wanted.lora_b is not None:
+                wanted.lora_b.add(db)
+        if wanted.lora_a is not None:
+            wanted.lora_a.add(torch.ops.memkernels.lora_down_grad(p, x, *self._mask(first_row)))
+        if wanted.weight is not None and self._scales_dropped:
+            dropped = self._dropped(x, first_row)
+            wanted.weight.add(torch.mm(self._scaled(dy).t(), dropped).addmm_(dy.t(), x - dropped))
+        elif wanted.weight is not None:
+            wanted.weight.add_product(self._scaled(dy), x)
+        return p
+
+    def _input_grad(self, dy: Tensor, p: Tensor, into: Tensor | None, first_row: int) -> Tensor:
+        of, mask = self.of, self._mask(first_row)
+        if not self._scales_dropped:
+            scaled = self._scaled(dy)
+            if into is None:
+                return torch.ops.memkernels.lora_input_grad(scaled, of.weight, p, of.lora_a, *mask)
+            torch.addmm(into, scaled, of.weight, out=into)
+            torch.ops.memkernels.lora_input_add_(into, p, of.lora_a, *mask)
+            return into
+        dx = torch.mm(dy, of.weight) if into is None else torch.addmm(into, dy, of.weight, out=into)
+        # What came through the dropped-out input beyond what x W^T has of it.
+        through = torch.ops.memkernels.lora_input_grad(self._scaled(dy, 1.0), of.weight, p, of.lora_a, None, 0.0, 0)
+        row_dropout_add_(dx, through, of.seed, self.description.dropout_p, first_row)
+        return dx
+
+    def _out_scale_grad(self, dy: Tensor, x: Any, s: Any, first_row: int) -> Tensor:
+        """The sum over tokens of dy * ((m * x) W^T + scaling s B^T), which is recomputed tile by tile."""
+        total = torch.zeros_like(self.of.out_scale)
+        for first in range(0, x.shape[0], _TILE_TOKENS):
+            tile = slice(first, first + _TILE_TOKENS)
+            x_tile = self._dropped(x[tile], first_row + first)
+            total.add_((self._up(x_tile, s[tile], None, None) * dy[tile]).sum(0, dtype=total.dtype))
+        return total

@@ -1,0 +1,105 @@
+"""A weight with a low-rank adapter, as the block ops take it in the place of a plain one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from memkernels.ops.autocast import as_product_dtype
+from memkernels.ops.checks import check_floating, check_same_device, check_shape
+from memkernels.ops.lora_linear import reference
+from memkernels.ops.lora_linear.norm import adapted_row_norms
+from memkernels.ops.lora_linear.projection import LoRA, LoRAProjection, Tensors
+from memkernels.ops.philox import seed_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAWeight:
+    """W + scaling B A, with dropout in front of A, or DoRA's: magnitude * (W + scaling B A) / its rows' norms.
+
+    The block ops, `ops.gated_mlp`, `ops.attention_block` and `ops.decoder_layer`, take it wherever they take a weight.
+    Hu et al. 2021, arXiv 2106.09685; rsLoRA by `scaling`; DoRA: Liu et al. 2024, arXiv 2402.09353, with the norm a
+    constant for backward.
+
+    Args:
+        weight: W, (N, K).
+        lora_a: A, (r, K), of weight's dtype or float32; any r from 1 up.
+        lora_b: B, (N, r), of A's dtype.
+        scaling: s.
+        dropout_p: probability with which an element of A's input is dropped, in [0, 1).
+        seed: of the dropout mask, an integer or a 0-dim int64 tensor; None: drawn from torch's generator at each use.
+            An element's mask is a function of the seed, its row and its column.
+        magnitude: (N,), of weight's dtype or float32; None: LoRA.
+        row_squares: (N,), |w|^2 of each row w of W, from `ops.row_squares`, if W is frozen; with magnitude only. None:
+            computed at each use.
+
+    Raises:
+        TypeError: a dtype other than those above.
+        ValueError: a shape, device or probability that does not fit.
+    """
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+    seed: int | Tensor | None = None
+    magnitude: Tensor | None = None
+    row_squares: Tensor | None = None
+
+    def __post_init__(self):
+        weight, lora_a, lora_b = self.weight, self.lora_a, self.lora_b
+        for name in ("weight", "lora_a", "lora_b"):
+            check_floating(name, getattr(self, name))
+        if weight.dim() != 2:
+            raise ValueError(f"weight: expected shape (N, K), got {tuple(weight.shape)}.")
+        if lora_a.dim() != 2 or lora_a.shape[0] == 0 or lora_a.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"lora_a: expected shape (r, {weight.shape[1]}), r > 0, that of weight's rows,"
+                f" got {tuple(lora_a.shape)}."
+            )
+        check_shape("lora_b", lora_b, (weight.shape[0], lora_a.shape[0]), "weight's rows and lora_a's")
+        if lora_b.dtype != lora_a.dtype:
+            raise TypeError(f"lora_b: expected {lora_a.dtype}, as lora_a, got {lora_b.dtype}.")
+        if not 0.0 <= self.dropout_p < 1.0:
+            raise ValueError(f"dropout_p: expected a number in [0, 1), got {self.dropout_p}.")
+        for name in ("magnitude", "row_squares"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                check_floating(name, tensor)
+                check_shape(name, tensor, (weight.shape[0],), "weight's rows")
+        if self.row_squares is not None and self.magnitude is None:
+            raise ValueError("row_squares: expected None without magnitude, got a tensor.")
+        check_same_device(
+            "weight", weight, lora_a=lora_a, lora_b=lora_b, magnitude=self.magnitude, row_squares=self.row_squares
+        )
+
+    def as_product_dtype(self, name: str, x: Tensor, dtype: torch.dtype) -> LoRAWeight:
+        """With its tensors cast under autocast, else checked to be of x's dtype or, the adapter's, float32."""
+        weight = as_product_dtype(x, dtype, **{name: self.weight})[name]
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return replace(self, weight=weight, lora_a=self.lora_a.to(dtype), lora_b=self.lora_b.to(dtype))
+        for part in ("lora_a", "magnitude"):
+            tensor = getattr(self, part)
+            if tensor is not None and tensor.dtype not in (dtype, torch.float32):
+                raise TypeError(f"{part} of {name}: expected {dtype}, as x, or float32, got {tensor.dtype}.")
+        return self
+
+    def projection(self, bias: Tensor | None) -> LoRAProjection:
+        out_scale = None
+        if self.magnitude is not None:
+            norms = adapted_row_norms(self.weight, self.lora_a, self.lora_b, self.scaling, self.row_squares)
+            out_scale = self.magnitude / norms
+        seed = seed_tensor(self.seed, self.weight.device) if self.dropout_p > 0 else None
+        description = LoRA(float(self.scaling), float(self.dropout_p), bias is not None, out_scale is not None)
+        return LoRAProjection(description, Tensors(self.weight, self.lora_a, self.lora_b, bias, out_scale, seed))
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The reference."""
+        seed = seed_tensor(self.seed, self.weight.device) if self.dropout_p > 0 else None
+        return reference.lora_linear(
+            x, self.weight, self.lora_a, self.lora_b, scaling=self.scaling, bias=bias, dropout_p=self.dropout_p,
+            seed=seed, magnitude=self.magnitude,
+        )  # fmt: skip

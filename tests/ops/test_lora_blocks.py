@@ -1,0 +1,198 @@
+"""Adapted weights through the block ops: against their references in float64, tiled or not, and PEFT's layers."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memkernels import ops
+from memkernels.ops.attention_block import reference as attention_reference
+from memkernels.ops.decoder_layer import reference as layer_reference
+from memkernels.ops.gated_mlp import reference as mlp_reference
+from memkernels.testing import check_op, random_tensor, saved_bytes
+
+D, F_SIZE, HEADS, SIZE, RANK = 24, 40, 4, 8, 3
+OUT_IN = {"w_gate": (F_SIZE, D), "w_up": (F_SIZE, D), "w_down": (D, F_SIZE), "w_q": (HEADS * SIZE, D),
+          "w_k": (2 * SIZE, D), "w_v": (2 * SIZE, D), "w_o": (D, HEADS * SIZE)}  # fmt: skip
+MLP, ATTENTION = ("w_gate", "w_up", "w_down"), ("w_q", "w_k", "w_v", "w_o")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_inputs(shape, names, dtype, *, magnitude=False, adapter=None, plain=()):
+    """x, a norm's weight, and of each weight the base, frozen, with adapter and bias; those in `plain` have no adapter."""
+    adapter = adapter or dtype
+    inputs = {"x": random_tensor(*shape, D, dtype=dtype), "norm_weight": random_tensor(D, dtype=dtype, seed=1)}
+    for index, name in enumerate(names):
+        out, size = OUT_IN[name]
+        parts = {"": (out, size)}
+        parts |= {} if name in plain else {".a": (RANK, size), ".b": (out, RANK)}
+        parts |= {".magnitude": (out,)} if magnitude and name not in plain else {}
+        for part, of in parts.items():
+            narrow = adapter if part in (".a", ".b") else dtype
+            inputs[name + part] = random_tensor(
+                *of, dtype=narrow, seed=10 * index + len(part) + 2, scale=of[-1] ** -0.5
+            )
+        inputs[name].requires_grad_(name in plain)
+        inputs[f"b{name[1:]}"] = random_tensor(out, dtype=dtype, seed=10 * index + 9)
+    return inputs
+
+
+def assembled(tensors, dropout_p):
+    """The arguments of a block: adapted weights in the place of weights."""
+    arguments = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    for index, name in enumerate(sorted(OUT_IN)):
+        if f"{name}.a" in tensors:
+            arguments[name] = ops.LoRAWeight(
+                tensors[name], tensors[f"{name}.a"], tensors[f"{name}.b"], 0.7, dropout_p, 100 + index,
+                tensors.get(f"{name}.magnitude"),
+            )  # fmt: skip
+    return arguments
+
+
+def over_flat(function, dropout_p=0.0, **options):
+    return lambda **tensors: function(**assembled(tensors, dropout_p), **options)
+
+
+def layer(function, dropout_p, **mlp_options):
+    """A decoder layer over flat arguments, with one norm weight for both norms."""
+
+    def call(x, norm_weight, **tensors):
+        given = assembled(tensors, dropout_p)
+        of = lambda names: (
+            {n: given[n] for name in names for n in (name, f"b{name[1:]}")} | {"norm_weight": norm_weight}
+        )  # noqa: E731
+        return function(x, of(ATTENTION) | {"num_heads": HEADS, "causal": True}, of(MLP) | mlp_options)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile_tokens", [None, 8])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+def test_gated_mlp(dtype, tile_tokens, dropout_p, magnitude):
+    check_op(
+        over_flat(ops.gated_mlp, dropout_p, tile_tokens=tile_tokens),
+        over_flat(mlp_reference.gated_mlp, dropout_p),
+        make_inputs((3, 7), MLP, dtype, magnitude=magnitude),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+def test_attention_block(dtype, dropout_p, magnitude):
+    options = {"num_heads": HEADS}
+    check_op(
+        over_flat(ops.attention_block, dropout_p, causal=True, **options),
+        over_flat(attention_reference.attention_block, dropout_p, window=(-1, 0), **options),
+        make_inputs((2, 11), ATTENTION, dtype, magnitude=magnitude),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile_tokens", [None, 8])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+def test_decoder_layer(dtype, tile_tokens, dropout_p, magnitude):
+    def reference(x, attention, mlp):
+        return layer_reference.decoder_layer(
+            x, {name: value for name, value in attention.items() if name != "causal"} | {"window": (-1, 0)}, mlp
+        )
+
+    check_op(
+        layer(ops.decoder_layer, dropout_p, tile_tokens=tile_tokens),
+        layer(reference, dropout_p),
+        make_inputs((2, 11), ATTENTION + MLP, dtype, magnitude=magnitude),
+    )
+
+
+@pytest.mark.parametrize("plain", [names for n in (1, 2) for names in itertools.combinations(MLP, n)], ids=str)
+def test_plain_and_adapted_weights_side_by_side(plain):
+    check_op(
+        over_flat(ops.gated_mlp, 0.3, tile_tokens=8),
+        over_flat(mlp_reference.gated_mlp, 0.3),
+        make_inputs((21,), MLP, torch.bfloat16, plain=plain, adapter=torch.float32),
+    )
+
+
+def test_an_adapter_is_the_merged_weight():
+    inputs = make_inputs((2, 11), ATTENTION + MLP, torch.float64)
+    merged = {
+        name: (tensor + 0.7 * inputs[f"{name}.b"] @ inputs[f"{name}.a"]) if f"{name}.a" in inputs else tensor
+        for name, tensor in inputs.items()
+        if "." not in name
+    }
+    narrow = {name: tensor.detach().float().requires_grad_(tensor.requires_grad) for name, tensor in inputs.items()}
+    exact, ours = layer(layer_reference_causal, 0.0)(**merged), layer(ops.decoder_layer, 0.0)(**narrow)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+    names = [name for name in inputs if "." in name]
+    expected = torch.autograd.grad(exact.square().sum(), [inputs[name] for name in names])
+    actual = torch.autograd.grad(ours.square().sum(), [narrow[name] for name in names])
+    for name, a, e in zip(names, actual, expected, strict=True):
+        assert (a.double() - e).norm() < 1e-5 * e.norm(), name
+
+
+def layer_reference_causal(x, attention, mlp):
+    attention = {name: value for name, value in attention.items() if name != "causal"} | {"window": (-1, 0)}
+    return layer_reference.decoder_layer(x, attention, mlp)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_the_block_saves_its_input_and_seeds(dropout_p):
+    inputs = make_inputs((64,), MLP, torch.bfloat16)
+    seeds = 3 * 8 if dropout_p else 0
+    saved = saved_bytes(lambda: over_flat(ops.gated_mlp, dropout_p)(**inputs), exclude=tuple(inputs.values()))
+    assert saved == seeds
+
+
+def test_autocast_casts_adapters_as_linear_does():
+    inputs = make_inputs((33,), MLP, torch.float32)
+
+    def layers(x, norm_weight, **tensors):
+        def linear(x, name):
+            base = F.linear(x, tensors[name], tensors[f"b{name[1:]}"])
+            return base + 0.7 * F.linear(F.linear(x, tensors[f"{name}.a"]), tensors[f"{name}.b"])
+
+        n = F.rms_norm(x, x.shape[-1:], norm_weight, 1e-6)
+        return linear(F.silu(linear(n, "w_gate")) * linear(n, "w_up"), "w_down")
+
+    wanted = [name for name, tensor in inputs.items() if tensor.requires_grad]
+
+    def run(function, dtype):
+        copies = {name: t.detach().to(dtype).requires_grad_(t.requires_grad) for name, t in inputs.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = function(**copies)
+        return [y, *torch.autograd.grad(y, [copies[name] for name in wanted], torch.ones_like(y))]
+
+    ours, plain = run(over_flat(ops.gated_mlp, tile_tokens=16), torch.float32), run(layers, torch.float32)
+    exact = run(over_flat(mlp_reference.gated_mlp), torch.float64)
+    for name, a, p, e in zip(("y", *wanted), ours, plain, exact, strict=True):
+        assert a.dtype == p.dtype, name
+        ours_error, plain_error = ((value.double() - e).abs().mean() for value in (a, p))
+        assert ours_error <= 2 * plain_error, name
+
+
+def test_compiles_whole_and_equals_eager():
+    inputs = make_inputs((2, 11), ATTENTION + MLP, torch.float32, magnitude=True)
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    step = layer(ops.decoder_layer, 0.3)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        y = function(**inputs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_bad_input_is_named():
+    inputs = make_inputs((9,), MLP, torch.float32)
+    given = assembled(inputs, 0.0)
+    with pytest.raises(ValueError, match="w_up: expected shape"):
+        ops.gated_mlp(**given | {"x": torch.zeros(3, D + 1), "norm_weight": torch.ones(D + 1)})
+    wrong = ops.LoRAWeight(given["w_up"].weight.half(), torch.zeros(RANK, D), torch.zeros(F_SIZE, RANK))
+    with pytest.raises(TypeError, match="w_up: expected torch.float32"):
+        ops.gated_mlp(**given | {"w_up": wrong})
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run here"):
+        ops.gated_mlp(**given, backend="triton")
