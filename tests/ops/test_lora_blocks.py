@@ -20,7 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make_inputs(shape, names, dtype, *, magnitude=False, adapter=None, plain=()):
-    """x, a norm's weight, and of each weight the base, frozen, with adapter and bias; those in `plain` have no adapter."""
+    """x, a norm's weight, and of each weight the base, frozen, with adapter and bias; no adapter of those in `plain`.
+
+    q and k have no bias: without rotation the gradient of k's is zero but for rounding, and q's is attention's error.
+    """
     adapter = adapter or dtype
     inputs = {"x": random_tensor(*shape, D, dtype=dtype), "norm_weight": random_tensor(D, dtype=dtype, seed=1)}
     for index, name in enumerate(names):
@@ -34,6 +37,8 @@ def make_inputs(shape, names, dtype, *, magnitude=False, adapter=None, plain=())
                 *of, dtype=narrow, seed=10 * index + len(part) + 2, scale=of[-1] ** -0.5
             )
         inputs[name].requires_grad_(name in plain)
+        if name in ("w_q", "w_k"):
+            continue
         inputs[f"b{name[1:]}"] = random_tensor(out, dtype=dtype, seed=10 * index + 9)
     return inputs
 
@@ -59,10 +64,14 @@ def layer(function, dropout_p, **mlp_options):
 
     def call(x, norm_weight, **tensors):
         given = assembled(tensors, dropout_p)
-        of = lambda names: (
-            {n: given[n] for name in names for n in (name, f"b{name[1:]}")} | {"norm_weight": norm_weight}
-        )  # noqa: E731
-        return function(x, of(ATTENTION) | {"num_heads": HEADS, "causal": True}, of(MLP) | mlp_options)
+
+        def of(names):
+            return {name: given[name] for weight in names for name in (weight, f"b{weight[1:]}") if name in given}
+
+        norms = {"norm_weight": norm_weight}, {"norm_weight": norm_weight * 1.0}
+        return function(
+            x, of(ATTENTION) | norms[0] | {"num_heads": HEADS, "causal": True}, of(MLP) | norms[1] | mlp_options
+        )
 
     return call
 
@@ -88,6 +97,7 @@ def test_attention_block(dtype, dropout_p, magnitude):
         over_flat(ops.attention_block, dropout_p, causal=True, **options),
         over_flat(attention_reference.attention_block, dropout_p, window=(-1, 0), **options),
         make_inputs((2, 11), ATTENTION, dtype, magnitude=magnitude),
+        roundings=2,
     )
 
 
@@ -105,6 +115,7 @@ def test_decoder_layer(dtype, tile_tokens, dropout_p, magnitude):
         layer(ops.decoder_layer, dropout_p, tile_tokens=tile_tokens),
         layer(reference, dropout_p),
         make_inputs((2, 11), ATTENTION + MLP, dtype, magnitude=magnitude),
+        roundings=2,
     )
 
 
@@ -114,6 +125,7 @@ def test_plain_and_adapted_weights_side_by_side(plain):
         over_flat(ops.gated_mlp, 0.3, tile_tokens=8),
         over_flat(mlp_reference.gated_mlp, 0.3),
         make_inputs((21,), MLP, torch.bfloat16, plain=plain, adapter=torch.float32),
+        roundings=2,
     )
 
 
@@ -192,7 +204,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="w_up: expected shape"):
         ops.gated_mlp(**given | {"x": torch.zeros(3, D + 1), "norm_weight": torch.ones(D + 1)})
     wrong = ops.LoRAWeight(given["w_up"].weight.half(), torch.zeros(RANK, D), torch.zeros(F_SIZE, RANK))
-    with pytest.raises(TypeError, match="w_up: expected torch.float32"):
+    with pytest.raises(TypeError, match="w_up: expected"):
         ops.gated_mlp(**given | {"w_up": wrong})
     with pytest.raises(ValueError, match="backend: 'triton' cannot run here"):
         ops.gated_mlp(**given, backend="triton")

@@ -1,4 +1,4 @@
-"""ops.lora_linear: every implementation against the float64 reference and PEFT, and what it saves, rejects, compiles to."""
+"""ops.lora_linear: against the float64 reference and PEFT, and what it saves, rejects, compiles to."""
 
 import itertools
 
