@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The budgets of registers that tests/aot checks hold for this compiler.
+TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -23,7 +25,7 @@ $(VENV)/.ready: pyproject.toml
 	@command -v "$${CXX:-g++}" >/dev/null \
 	  || { echo "memkernels: a C++ compiler is missing; install g++ 11 or newer, or name one with CXX."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "$(TORCH)" "$(TRITON)"
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja pybind11
 	MEMKERNELS_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[hf,plot,test,dev]"
 	touch $@

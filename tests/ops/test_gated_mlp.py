@@ -104,7 +104,8 @@ def test_a_norm_of_the_output(implementation, backend, dtype, gated):
     with implementation.active() as device:
         inputs = make_inputs(9, 12, 20, dtype, device, gated=gated)
         inputs["post_norm_weight"] = random_tensor(12, dtype=dtype, device=device, seed=9)
-        check(inputs, tile_tokens=4, backend=backend)
+        # The down product is computed anew and its norm's gradient rounded before the product with h: one rounding more.
+        check(inputs, tile_tokens=4, backend=backend, roundings=2.0)
 
 
 @pytest.mark.parametrize("trained", ["x", "w_down", "post_norm_weight", "norm_weight"])
@@ -114,7 +115,7 @@ def test_one_gradient_through_a_norm_of_the_output(trained):
     }
     for name, tensor in inputs.items():
         tensor.requires_grad_(name == trained)
-    check(inputs, tile_tokens=4)
+    check(inputs, tile_tokens=4, roundings=2.0)
 
 
 @pytest.mark.parametrize("frozen", ["norm_weight", "norm_bias"])
