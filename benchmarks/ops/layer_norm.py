@@ -39,9 +39,10 @@ def work(case: Case, mode: str) -> Work:
 
 
 def cases() -> Iterator[Case]:
-    for residual, dtype in itertools.product([False, True], [torch.float32, torch.bfloat16]):
-        name = f"T4096-d1024{'-residual' if residual else ''}"
-        yield Case(name, dtype, {"tokens": 4096, "width": 1024, "residual": residual})
+    shapes = [(4096, 1024), (2048, 4096)]
+    for (tokens, width), residual, dtype in itertools.product(shapes, [False, True], [torch.float32, torch.bfloat16]):
+        name = f"T{tokens}-d{width}{'-residual' if residual else ''}"
+        yield Case(name, dtype, {"tokens": tokens, "width": width, "residual": residual})
 
 
 benchmark = Benchmark(

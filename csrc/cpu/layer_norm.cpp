@@ -14,6 +14,8 @@ namespace memkernels::cpu {
 namespace {
 
 constexpr int64_t kRowsPerTask = 8;
+// So few rows that they are still in cache, so many that the sums are seldom read and written.
+constexpr int64_t kRowsPerGroup = 4;
 
 struct Moments {
   float mean, variance;
@@ -25,18 +27,11 @@ Moments moments(const T* h, int64_t size) {
   const float count = static_cast<float>(size);
   const auto [total] = sum_each_vec<1>(size, [&](auto at, auto, Vec* sums) { sums[0] += at(h); });
   const float mean = total / count;
-  const auto whole = size / kLanes * kLanes;
-  // Lanes beyond the row's end would count as -mean: the last, incomplete vector is summed apart.
-  auto [deviation, squares] = sum_each_vec<2>(whole, [&](auto at, auto, Vec* sums) {
-    const Vec v = at(h) - mean;
+  const auto [deviation, squares] = sum_each_vec<2>(size, [&](auto at, auto, Vec* sums) {
+    const Vec v = at(h, mean) - mean;
     sums[0] += v;
     sums[1] += v * v;
   });
-  for (int64_t i = whole; i < size; ++i) {
-    const float v = static_cast<float>(h[i]) - mean;
-    deviation += v;
-    squares += v * v;
-  }
   const float correction = deviation / count;
   return {mean + correction, squares / count - correction * correction};
 }
@@ -72,19 +67,15 @@ void forward(const T* x, const T* residual, const W* weight, const W* bias, T* y
   });
 }
 
-// One row's dh, its parts of dweight and dbias added to the sums where they are wanted.
-template <bool parameter_grads, typename T, typename W>
+// One row's dh.
+template <typename T, typename W>
 void backward_row(const T* dy, const T* dresidual_out, const T* h, const W* weight, float mean, float scale, T* dx,
-                  float* dweight, float* dbias, int64_t size) {
+                  int64_t size) {
   // In lanes beyond the row's end dy is 0, and with it each term.
-  const auto [grads, products] = sum_each_vec<2>(size, [&](auto at, auto to, Vec* sums) {
-    const Vec grad = at(dy), normed = (at(h) - mean) * scale, weighted = grad * at(weight);
+  const auto [grads, products] = sum_each_vec<2>(size, [&](auto at, auto, Vec* sums) {
+    const Vec weighted = at(dy) * at(weight);
     sums[0] += weighted;
-    sums[1] += weighted * normed;
-    if constexpr (parameter_grads) {
-      to(dweight, at(static_cast<const float*>(dweight)) + grad * normed);
-      to(dbias, at(static_cast<const float*>(dbias)) + grad);
-    }
+    sums[1] += weighted * ((at(h) - mean) * scale);
   });
   const float grad_mean = grads / static_cast<float>(size);
   const float shrink = scale * products / static_cast<float>(size);
@@ -92,6 +83,22 @@ void backward_row(const T* dy, const T* dresidual_out, const T* h, const W* weig
     Vec grad = scale * (at(dy) * at(weight) - grad_mean - (at(h) - mean) * shrink);
     if (dresidual_out != nullptr) grad += at(dresidual_out);
     to(dx, grad);
+  });
+}
+
+// Adds what `rows` rows give to the sums of dweight and dbias.
+template <typename T>
+void add_parameter_grads(const T* dy, const T* h, const float* means, const float* rstd, float* dweight, float* dbias,
+                         int64_t rows, int64_t size) {
+  for_each_vec(size, [&](auto at, auto to) {
+    Vec weight_sum = at(static_cast<const float*>(dweight)), bias_sum = at(static_cast<const float*>(dbias));
+    for (int64_t row = 0; row < rows; ++row) {
+      const Vec grad = at(dy + row * size);
+      weight_sum += grad * ((at(h + row * size) - means[row]) * rstd[row]);
+      bias_sum += grad;
+    }
+    to(dweight, weight_sum);
+    to(dbias, bias_sum);
   });
 }
 
@@ -130,12 +137,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_in, const std
     const auto *means = mean.const_data_ptr<float>(), *scales = rstd.const_data_ptr<float>();
     T* dx_data = dx.mutable_data_ptr<T>();
     sums.for_each_block([&](int64_t begin, int64_t end, float* block) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t first = row * size;
-        const T* dresidual = residual_data == nullptr ? nullptr : residual_data + first;
-        const auto one_row = parameter_grads ? backward_row<true, T, W> : backward_row<false, T, W>;
-        one_row(dy_data + first, dresidual, h_data + first, weight_data, means[row], scales[row], dx_data + first,
-                block, block + size, size);
+      for (int64_t group = begin; group < end; group += kRowsPerGroup) {
+        const int64_t count = std::min(kRowsPerGroup, end - group);
+        for (int64_t row = group; row < group + count; ++row) {
+          const int64_t first = row * size;
+          backward_row(dy_data + first, residual_data == nullptr ? nullptr : residual_data + first, h_data + first,
+                       weight_data, means[row], scales[row], dx_data + first, size);
+        }
+        if (!parameter_grads) continue;
+        const int64_t first = group * size;
+        add_parameter_grads(dy_data + first, h_data + first, means + group, scales + group, block, block + size, count,
+                            size);
       }
     });
     if (weight_grad) sums.write(dweight.mutable_data_ptr<W>(), 0, size);

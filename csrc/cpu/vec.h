@@ -154,28 +154,50 @@ inline void store(Half* p, Vec v) {
 // The same for the last `count` < kLanes elements of a row; the lanes beyond hold `fill`.
 template <typename T>
 inline Vec load_partial(const T* p, int64_t count, float fill = 0.0f) {
-  T lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = i < count ? p[i] : static_cast<T>(fill);
-  return load(lanes);
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_mask_loadu_ps(broadcast(fill), mask, p);
+  } else {
+    const __m256i elements = _mm256_maskz_loadu_epi16(mask, p);
+    return _mm512_mask_mov_ps(broadcast(fill), mask, load(reinterpret_cast<const T*>(&elements)));
+  }
+#else
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, count * sizeof(T));
+  Vec v = load(lanes);
+  for (int64_t i = count; i < kLanes; ++i) v[i] = fill;
+  return v;
+#endif
 }
 
 template <typename T>
 inline void store_partial(T* p, Vec v, int64_t count) {
   T lanes[kLanes];
   store(lanes, v);
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, mask, v);
+  } else {
+    _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+  }
+#else
   std::memcpy(p, lanes, count * sizeof(T));
+#endif
 }
 
-// Calls body(offset, load, store) for each vector of a row of n elements, the incomplete one last. `load` and `store`
-// take a row's base pointer, so that one body serves whole and incomplete vectors.
+// Calls body(load, store) for each vector of a row of n elements, the incomplete one last. `load` and `store` take a
+// row's base pointer, so that one body serves whole and incomplete vectors; load's second argument is what the lanes
+// beyond the row's end hold, by default 0.
 template <typename Body>
 inline void for_each_vec(int64_t n, Body&& body) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    body([i](const auto* row) { return load(row + i); }, [i](auto* row, Vec v) { store(row + i, v); });
+    body([i](const auto* row, float = 0.0f) { return load(row + i); }, [i](auto* row, Vec v) { store(row + i, v); });
   }
   if (i < n) {
-    body([i, n](const auto* row) { return load_partial(row + i, n - i); },
+    body([i, n](const auto* row, float fill = 0.0f) { return load_partial(row + i, n - i, fill); },
          [i, n](auto* row, Vec v) { store_partial(row + i, v, n - i); });
   }
 }
@@ -191,11 +213,13 @@ inline std::array<float, N> sum_each_vec(int64_t n, Body&& body) {
 #pragma GCC unroll 4
     for (int64_t j = 0; j < kInFlight; ++j) {
       const int64_t at = i + j * kLanes;
-      body([at](const auto* row) { return load(row + at); }, [at](auto* row, Vec v) { store(row + at, v); }, sums[j]);
+      body([at](const auto* row, float = 0.0f) { return load(row + at); },
+           [at](auto* row, Vec v) { store(row + at, v); }, sums[j]);
     }
   }
   for_each_vec(n - i, [&](auto at, auto to) {
-    body([&](const auto* row) { return at(row + i); }, [&](auto* row, Vec v) { to(row + i, v); }, sums[0]);
+    body([&](const auto* row, float fill = 0.0f) { return at(row + i, fill); },
+         [&](auto* row, Vec v) { to(row + i, v); }, sums[0]);
   });
   std::array<float, N> totals;
   for (int k = 0; k < N; ++k) totals[k] = sum((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
