@@ -104,7 +104,7 @@ def test_a_norm_of_the_output(implementation, backend, dtype, gated):
     with implementation.active() as device:
         inputs = make_inputs(9, 12, 20, dtype, device, gated=gated)
         inputs["post_norm_weight"] = random_tensor(12, dtype=dtype, device=device, seed=9)
-        # The down product is computed anew and its norm's gradient rounded before the product with h: one rounding more.
+        # The down product is computed anew, and its norm's gradient is rounded before the product with h.
         check(inputs, tile_tokens=4, backend=backend, roundings=2.0)
 
 
