@@ -10,7 +10,7 @@ from torch import nn
 
 from memkernels.integrations.replacement import Replacement
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss", "gpt2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss", "gpt2", "bert")
 
 
 @dataclass(frozen=True)
