@@ -69,8 +69,8 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     In training with labels, tokens padded on the right are not computed at all, if none of them has a label.
 
     BERT's encoder computes the visible tokens of a padded batch alone; hidden positions of last_hidden_state are zero,
-    in evaluation too, unless a label, the pooler, a hook or an output of each layer reads them, or torch.compile traces.
-    Its layers keep 4 d with "sublayer" and 3 d with "layer"; the masked-language head and its loss stay transformers'.
+    in evaluation too, unless a label, the pooler, a hook or an output of each layer reads them, or torch.compile runs.
+    Its layers keep 4 d with "sublayer" and 3 d with "layer"; the masked-language head and loss stay transformers'.
 
     Patch before `fully_shard`, `torch.compile` and DistributedDataParallel; torch.nn.DataParallel is not supported.
 
