@@ -1,9 +1,10 @@
-"""A training step (forward and backward) of a Llama: plain transformers, with gradient checkpointing, and patched."""
+"""Forward and backward of a Llama: transformers as it is, under torch.compile, with gradient checkpointing, patched."""
 
 from __future__ import annotations
 
 import torch
 
+from memkernels import patch
 from memkernels.bench import Benchmark, Case, Step, Work
 
 
@@ -23,13 +24,14 @@ def setup(case: Case, provider: str) -> Step:
     )
     model = LlamaForCausalLM(config).to(case.device, case.dtype).train()
     tokens = torch.randint(sizes["vocabulary"], (1, sizes["tokens"]), device=case.device)
+    parameters = tuple(model.parameters())
     if provider == "checkpoint":
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif provider == "compile":
+        model = torch.compile(model)
     elif provider.startswith("memkernels"):
-        from memkernels import patch
-
         patch(model, recompute=provider.removeprefix("memkernels-"))
-    return Step(lambda: model(input_ids=tokens, labels=tokens).loss, parameters=tuple(model.parameters()))
+    return Step(lambda: model(input_ids=tokens, labels=tokens).loss, parameters=parameters)
 
 
 def work(case: Case, mode: str) -> Work:
@@ -57,7 +59,7 @@ LLAMA = {
 benchmark = Benchmark(
     op="llama",
     cases=(Case("d1024-f2816-L6-V32000-T2048", torch.bfloat16, LLAMA),),
-    providers=("eager", "checkpoint", "memkernels-sublayer", "memkernels-layer"),
+    providers=("eager", "compile", "checkpoint", "memkernels-sublayer", "memkernels-layer"),
     setup=setup,
     work=work,
     modes=("full",),
