@@ -34,7 +34,7 @@ def attention_forward(
 
     So it is where the implementation is "sdpa" and transformers gives no mask, which says that the mask is causal and
     nothing more. Otherwise the model's attention implementation computes; generation from a cache, without gradient, is
-    left to transformers.
+    left to transformers, whose releases give their caches different arguments.
     """
     caches = {name: kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None}
     if caches and not torch.is_grad_enabled():

@@ -46,6 +46,8 @@ def mlp_forward(mlp: Any, x: Tensor, *, family: Family, activation: str, recompu
     """The projections as modules, whatever they are, and `ops.gated_activation`; plain ones are recomputed if asked."""
     if recompute and is_plain_mlp(mlp, family):
         return ops.gated_mlp(x, **mlp_arguments(mlp, family, activation))
+    if has_hooks(_activation(mlp, family)):
+        return type(mlp).forward(mlp, x)
     gate, up = projected(mlp, family.gate_up, x, _sizes(mlp))
     return mlp.down_proj(ops.gated_activation(gate, up, activation))
 

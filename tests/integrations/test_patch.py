@@ -89,8 +89,8 @@ def test_logits_where_they_are_asked_for(make_model, make_batch):
     torch.testing.assert_close(model.eval()(**batch).logits, expected.logits)
     torch.testing.assert_close(model(**batch).loss, expected.loss)
     model.train()
-    assert model(**batch).logits is None and model(**batch).cache is None
-    assert model(**batch, use_cache=True).cache is not None
+    assert list(model(**batch)) == ["loss"]  # neither logits nor cache
+    assert {"cache", "past_key_values"} & model(**batch, use_cache=True).keys()
     assert model(input_ids=ids).logits.shape == (2, 37, 101)
     kept = model(input_ids=ids, labels=labels[:, :2], logits_to_keep=torch.tensor([3, 4]))
     assert kept.logits.shape == (2, 2, 101)
@@ -180,19 +180,32 @@ def test_save_pretrained(make_model, make_batch, tmp_path):
     torch.testing.assert_close(again(**batch).loss, model(**batch).loss)
 
 
-def test_hooks_fire(make_model, make_batch):
+@pytest.mark.parametrize("first", ["hook", "patch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.input_layernorm",
+        "model.layers.0.self_attn",
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.0.post_attention_layernorm",
+        "model.layers.0.mlp",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.act_fn",
+        "lm_head",
+    ],
+)
+def test_a_hook_fires(make_model, make_batch, name, first):
     model, batch = make_model(), make_batch()
     expected = gradients(model, batch)
     fired = []
-    first, second = model.model.layers
-    first.mlp.up_proj.register_forward_hook(lambda *_: fired.append("up_proj"))
-    report = memkernels.patch(model)
-    assert list(report.left) == ["model.layers.0"] and "hook" in report.left["model.layers.0"]
-    second.post_attention_layernorm.register_forward_hook(lambda *_: fired.append("norm"))
-    second.mlp.register_full_backward_hook(lambda *_: fired.append("mlp"))
-    model.lm_head.register_forward_hook(lambda *_: fired.append("lm_head"))
+    if first == "patch":
+        memkernels.patch(model)
+    model.get_submodule(name).register_forward_hook(lambda *_: fired.append(name))
+    if first == "hook":
+        layer = "" if name == "lm_head" else "model.layers.0"
+        assert list(memkernels.patch(model).left) == [layer]
     torch.testing.assert_close(gradients(model, batch), expected)
-    assert sorted(fired) == ["lm_head", "mlp", "norm", "up_proj"]
+    assert fired == [name]
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["attention", "all"])

@@ -11,6 +11,7 @@ from memkernels.integrations.family import family_of
 from memkernels.ops.rms_norm import reference
 from memkernels.testing import assert_within_factor_two
 
+CACHES = ("cache", "past_key_values")  # transformers' names of it, now and before
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3", "GptOss", "GPT2")
 
 
@@ -182,7 +183,8 @@ def test_a_cache_filled_with_gradient(make_model, make_batch):
     expected = model(input_ids=ids).logits
     memkernels.patch(model)
     first = model(input_ids=ids[:, :30], use_cache=True)
-    rest = model(input_ids=ids[:, 30:], cache=first.cache, use_cache=True)
+    cache = {name: first[name] for name in CACHES if name in first}
+    rest = model(input_ids=ids[:, 30:], **cache, use_cache=True)
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), expected, rtol=1e-4, atol=1e-4)
 
 
