@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,19 @@ from torch import nn
 
 from memkernels.integrations.replacement import Replacement
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss", "gpt2", "bert")
+# By their packages in transformers, the oldest release that they were tested with: older ones compute otherwise.
+FAMILIES = {
+    "llama": (5, 0),
+    "mistral": (5, 0),
+    "qwen2": (5, 0),
+    "qwen3": (5, 0),
+    "phi3": (5, 0),
+    "gemma2": (5, 24),
+    "gemma3": (5, 0),
+    "gpt_oss": (5, 0),
+    "gpt2": (5, 24),
+    "bert": (5, 24),
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +85,18 @@ class CustomFamily:
 
 
 def family_of(module: nn.Module) -> Family | CustomFamily | None:
-    """The family whose file in transformers defines the module's class. No other family's code is imported."""
+    """The family whose file in transformers defines the module's class. No other family's code is imported.
+
+    Raises:
+        ValueError: it is one of a release older than those tested.
+    """
     place = type(module).__module__.split(".")
     if place[:2] != ["transformers", "models"] or place[2] not in FAMILIES:
         return None
+    version, (major, minor) = sys.modules["transformers"].__version__, FAMILIES[place[2]]
+    if tuple(int(part) for part in version.split(".")[:2]) < (major, minor):
+        raise ValueError(
+            f"model: {place[2]} needs transformers {major}.{minor} or newer, found {version}: "
+            "pip install --upgrade transformers"
+        )
     return importlib.import_module(f"memkernels.integrations.{place[2]}").FAMILY

@@ -88,7 +88,8 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: an unknown recompute; a model that is patched already, or holds nothing to replace. It is unchanged.
+        ValueError: an unknown recompute; a model that is patched already, holds nothing to replace, or is of a release
+            of transformers too old for its family. It is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")

@@ -324,3 +324,14 @@ def test_nothing_is_half_patched_when_planning_fails(make_model, monkeypatch):
     with pytest.raises(RuntimeError, match="the last norm"):
         memkernels.patch(model)
     assert planned and own_forwards(model) == []
+
+
+def test_a_release_of_transformers_too_old_for_the_family_is_refused(make_model, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    model = make_model("Gemma2")
+    monkeypatch.setattr(transformers, "__version__", "5.9.1")
+    with pytest.raises(ValueError, match=r"model: gemma2 needs transformers 5\.24 or newer, found 5\.9\.1"):
+        memkernels.patch(model)
+    assert own_forwards(model) == []
+    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
+    memkernels.patch(model)
