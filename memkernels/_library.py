@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-MAX_GPU_ROW = 16384
 CPU_ISAS = ("baseline", "avx2", "avx512")
 
 _FOLDER = Path(__file__).parent
@@ -121,8 +120,3 @@ def missing(operator: str, device_type: str) -> str | None:
 def has_kernel(operator: str, x: torch.Tensor) -> bool:
     """Whether `operator` runs on the device and dtype of x; otherwise the op's reference computes."""
     return x.dtype in FLOATING and missing(operator, x.device.type) is None
-
-
-def has_row_kernel(operator: str, x: torch.Tensor) -> bool:
-    """The same for operators whose GPU kernels hold a whole row of x in registers."""
-    return has_kernel(operator, x) and (x.device.type == "cpu" or x.shape[-1] <= MAX_GPU_ROW)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memkernels._library import has_row_kernel
+from memkernels._library import has_kernel
 from memkernels.ops.checks import check_floating, check_parameter, check_same_device, check_shape
 from memkernels.ops.gradient_sum import GradientSum
 
@@ -81,7 +81,7 @@ class Norm:
     def has_kernel(self, x: Tensor) -> bool:
         """Whether the operators run for x; otherwise the block's reference computes."""
         operator = {"rms": "rms_norm_fwd", "layer": "layer_norm_fwd"}.get(self.description.kind)
-        return operator is None or has_row_kernel(operator, x)
+        return operator is None or has_kernel(operator, x)
 
 
 def make_norm(

@@ -28,6 +28,11 @@ def row_tile(size: int) -> RowTile:
     return RowTile(block_m, block_n, num_warps=min(16, max(4, block_n // 512)))
 
 
+def holds_row(size: int) -> bool:
+    """Whether a program has registers for a row: where it is no multiple of 16, Triton spreads it less evenly."""
+    return size <= (8192 if size % 16 == 0 else 4096)
+
+
 def num_programs(x: Tensor, rows: int, rows_per_program: int) -> int:
     """Two programs a multiprocessor, or fewer where rows run out; a fixed few under the interpreter."""
     limit = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3

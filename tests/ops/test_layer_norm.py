@@ -37,6 +37,16 @@ def test_matches_reference(implementation, shape, dtype, bias, residual):
 
 
 @on_every_implementation
+@pytest.mark.parametrize(("bias", "residual"), [(True, False), (False, True)], ids=["bias", "residual"])
+@pytest.mark.parametrize(("size", "dtype"), [(8208, torch.bfloat16), (4099, torch.float32)], ids=str)
+def test_wide_rows(implementation, size, dtype, bias, residual):
+    """Rows that no program of a GPU holds: read in blocks of columns, their gradients by shares of the rows."""
+    with implementation.active() as device:
+        inputs = make_inputs((21, size), dtype, device, bias=bias, residual=residual)
+        check_op(ops.layer_norm, reference.layer_norm, inputs, eps=1e-5)
+
+
+@on_every_implementation
 def test_strided_input_and_gradient(implementation):
     with implementation.active() as device:
         inputs = make_inputs((9, 33), torch.bfloat16, device, residual=True)
@@ -52,7 +62,7 @@ def test_float32_parameters_under_bfloat16_activations(implementation):
 
 
 @on_every_implementation
-@pytest.mark.parametrize("size", [60, 100, 1024])
+@pytest.mark.parametrize("size", [60, 100, 1024, 4099])
 def test_a_large_mean_costs_no_precision(implementation, size):
     with implementation.active() as device:
         inputs = make_inputs((32, size), torch.float32, device)

@@ -68,6 +68,16 @@ def test_zero_rows_and_zero_columns(implementation):
 
 
 @on_every_implementation
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("size", "dtype"), [(8208, torch.bfloat16), (4099, torch.float32)], ids=str)
+def test_wide_rows(implementation, size, dtype, residual):
+    """Rows that no program of a GPU holds: read in blocks of columns, their gradients by shares of the rows."""
+    with implementation.active() as device:
+        inputs = make_inputs((21, size), dtype, device, residual=residual)
+        check_op(ops.rms_norm, reference.rms_norm, inputs, eps=1e-5, weight_offset=1.0)
+
+
+@on_every_implementation
 @settings(max_examples=15, deadline=None)
 @given(rows=st.integers(1, 40), size=st.integers(1, 70), data=st.sampled_from(DTYPES))
 def test_any_shape(implementation, rows, size, data):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkernels._library import define, has_row_kernel, implement_with_triton
+from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.checks import check_floating, check_like, check_parameter
 from memkernels.ops.layer_norm import reference
 
@@ -94,7 +94,7 @@ def layer_norm(
         check_like("bias", bias, "weight", weight)
     if residual is not None:
         check_like("residual", residual, "x", x)
-    if not has_row_kernel("layer_norm_fwd", x):
+    if not has_kernel("layer_norm_fwd", x):
         return reference.layer_norm(x, weight, bias, eps, residual=residual)
     y, residual_out = _LayerNorm.apply(x, residual, weight, bias, float(eps))
     return y if residual is None else (y, residual_out)

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memkernels.ops.launch import num_programs, row_tile
+from memkernels.ops.launch import holds_row, num_programs, row_tile
+from memkernels.ops.wide_norm_triton import wide_norm_bwd, wide_norm_fwd
 
 
 @triton.jit
@@ -116,6 +117,8 @@ def layer_norm_fwd(
     x, weight = x.contiguous(), weight.contiguous()
     residual, bias = (tensor if tensor is None else tensor.contiguous() for tensor in (residual, bias))
     size, rows = x.shape[-1], x.shape[:-1].numel()
+    if not holds_row(size):
+        return wide_norm_fwd(x, residual, weight, bias, eps, 0.0, centred=True)
     y = torch.empty_like(x)
     residual_out = x.new_empty(0) if residual is None else torch.empty_like(x)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -141,6 +144,8 @@ def layer_norm_bwd(
     dy, h, weight = dy.contiguous(), h.contiguous(), weight.contiguous()
     dresidual_out = dresidual_out if dresidual_out is None else dresidual_out.contiguous()
     size, rows = h.shape[-1], h.shape[:-1].numel()
+    if not holds_row(size):
+        return wide_norm_bwd(dy, dresidual_out, h, weight, mean, rstd, 0.0, weight_grad, bias_grad)
     dx = torch.empty_like(h)
     tile = row_tile(size)
     programs = num_programs(h, rows, tile.BLOCK_M)

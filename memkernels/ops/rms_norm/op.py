@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkernels._library import define, has_row_kernel, implement_with_triton
+from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.checks import check_floating, check_like, check_parameter
 from memkernels.ops.rms_norm import reference
 
@@ -84,7 +84,7 @@ def rms_norm(
     check_parameter("weight", weight, x, (x.shape[-1],), "the last dimension of x")
     if residual is not None:
         check_like("residual", residual, "x", x)
-    if not has_row_kernel("rms_norm_fwd", x):
+    if not has_kernel("rms_norm_fwd", x):
         return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
     y, residual_out = _RMSNorm.apply(x, residual, weight, float(eps), float(weight_offset))
     return y if residual is None else (y, residual_out)

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memkernels.ops.launch import num_programs, row_tile
+from memkernels.ops.launch import holds_row, num_programs, row_tile
+from memkernels.ops.wide_norm_triton import wide_norm_bwd, wide_norm_fwd
 
 
 @triton.jit
@@ -96,6 +97,9 @@ def rms_norm_fwd(
     x, weight = x.contiguous(), weight.contiguous()
     residual = residual if residual is None else residual.contiguous()
     size, rows = x.shape[-1], x.shape[:-1].numel()
+    if not holds_row(size):
+        y, residual_out, _, rstd = wide_norm_fwd(x, residual, weight, None, eps, weight_offset, centred=False)
+        return y, residual_out, rstd
     y = torch.empty_like(x)
     residual_out = x.new_empty(0) if residual is None else torch.empty_like(x)
     rstd = x.new_empty(rows, dtype=torch.float32)
@@ -120,6 +124,8 @@ def rms_norm_bwd(
     dy, h, weight = dy.contiguous(), h.contiguous(), weight.contiguous()
     dresidual_out = dresidual_out if dresidual_out is None else dresidual_out.contiguous()
     size, rows = h.shape[-1], h.shape[:-1].numel()
+    if not holds_row(size):
+        return wide_norm_bwd(dy, dresidual_out, h, weight, None, rstd, weight_offset, weight_grad, False)[:2]
     dx = torch.empty_like(h)
     tile = row_tile(size)
     programs = num_programs(h, rows, tile.BLOCK_M)
