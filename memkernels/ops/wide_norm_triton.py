@@ -206,13 +206,13 @@ def wide_norm_fwd(
     weight_offset: float,
     *,
     centred: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """y, residual_out (empty without residual), mean (None where it is not centred) and rstd; inputs contiguous."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, residual_out (empty without residual), mean (empty where it is not centred) and rstd; inputs contiguous."""
     size, rows = x.shape[-1], x.shape[:-1].numel()
     y = torch.empty_like(x)
     residual_out = x.new_empty(0) if residual is None else torch.empty_like(x)
     rstd = x.new_empty(rows, dtype=torch.float32)
-    mean = torch.empty_like(rstd) if centred else None
+    mean = rstd.new_empty(rows if centred else 0)
     if rows:
         _wide_norm_fwd_kernel[(triton.cdiv(rows, ROW_TILE["BLOCK_M"]),)](
             x, residual, weight, bias, y, residual_out, mean, rstd, rows, size, eps, weight_offset,
