@@ -48,6 +48,9 @@ def check(inputs, *, strided_grads=False, max_seqlen=None, **options):
         lambda **k: reference.attention_block(**k, **options),
         inputs,
         strided_grads=strided_grads,
+        # Over many draws the error is 1.0 to 1.4 times plain PyTorch's in root mean square; the largest of a few dozen
+        # elements, after a chain of six ops, is off by a rounding more now and then.
+        roundings=2.0,
     )
 
 
@@ -70,9 +73,10 @@ def test_matches_reference(implementation, dtype):
     ("parts", "options"),
     [
         ({"norm": False}, {}),
-        ({"norm_bias": True, "bias": True}, {"norm": "layer", "causal": True}),
+        # Rotated, since a bias of k that is not turned has no gradient but noise.
+        ({"norm_bias": True, "bias": True, "rotary": 12}, {"norm": "layer", "causal": True}),
         ({"head_norms": True, "rotary": 12}, {"causal": True, "norm_offset": 1.0}),
-        ({"post_norm": True, "bias": True}, {"causal": True, "norm_offset": 1.0}),
+        ({"post_norm": True, "bias": True, "rotary": 12}, {"causal": True, "norm_offset": 1.0}),
         ({"rotary": 8}, {"interleaved": True, "window": (5, 3)}),
         ({"sinks": True, "v_size": 10}, {"causal": True, "window": (6, -1), "softcap": 5.0}),
         ({"kv_heads": 1}, {"dropout_p": 0.3, "seed": 5, "scale": 0.5}),
