@@ -48,9 +48,9 @@ def check(inputs, *, strided_grads=False, max_seqlen=None, **options):
         lambda **k: reference.attention_block(**k, **options),
         inputs,
         strided_grads=strided_grads,
-        # Over many draws the error is 1.0 to 1.4 times plain PyTorch's in root mean square; the largest of a few dozen
-        # elements, after a chain of six ops, is off by a rounding more now and then.
-        roundings=2.0,
+        # Over 40 draws the error was 1.0 to 1.4 times plain PyTorch's in root mean square, and that of the largest of a few
+        # dozen elements up to 3.6 times: a chain of ops, each held to one rounding by its own test, is granted four.
+        roundings=4.0,
     )
 
 
