@@ -51,9 +51,10 @@ def check(inputs, *, tile_tokens=None, max_seqlen=None, strided_grads=False, mlp
         layer(reference.decoder_layer, mlp_options, **options),
         inputs,
         strided_grads=strided_grads,
-        # Over 40 draws the error was 1.0 to 1.4 times plain PyTorch's in root mean square, and that of the largest of a few
-        # dozen elements up to 3.6 times: a chain of ops, each held to one rounding by its own test, is granted four.
-        roundings=4.0,
+        # Over 40 draws the error was 1.0 to 1.4 times plain PyTorch's in root mean square, but up to 4.3 times in the
+        # largest of two dozen elements: in float32, sums over tokens whose terms, of order ten, cancel.
+        roundings=2.0,
+        atol=1e-5,
     )
 
 
