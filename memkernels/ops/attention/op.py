@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkernels._library import define, has_kernel
+from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.attention import reference
 from memkernels.ops.attention.checks import check_arguments
 from memkernels.ops.philox import seed_tensor
@@ -32,6 +32,15 @@ define(
     " bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     _bwd_fake,
 )
+implement_with_triton("memkernels.ops.attention.triton", "attention_fwd", "attention_bwd")
+
+
+MAX_GPU_HEAD = 256
+
+
+def has_attention_kernel(x: Tensor, *head_sizes: int) -> bool:
+    """Whether the operators run on x's device and dtype with these head sizes; otherwise the reference computes."""
+    return has_kernel("attention_fwd", x) and (x.device.type == "cpu" or max(head_sizes) <= MAX_GPU_HEAD)
 
 
 class _Attention(torch.autograd.Function):
@@ -123,7 +132,7 @@ def attention(
     )
     seed = seed_tensor(seed, q.device) if dropout_p > 0 else None
     left, right = seen_window(window, causal)
-    if has_kernel("attention_fwd", q):
+    if has_attention_kernel(q, q.shape[-1], v.shape[-1]):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         options = (*lengths, float(scale), left, right, float(softcap), float(dropout_p))
         masks = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed)

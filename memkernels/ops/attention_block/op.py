@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memkernels._library import has_kernel
 from memkernels.ops.attention.checks import check_per_head, check_scores
-from memkernels.ops.attention.op import seen_window
+from memkernels.ops.attention.op import has_attention_kernel, seen_window
 from memkernels.ops.attention_block import reference
 from memkernels.ops.attention_block.block import Context, Plan
 from memkernels.ops.attention_block.block import attention_block as run
@@ -194,7 +194,7 @@ def plan_attention_block(
     context = Context(cos, sin, cu_seqlens, alibi_slopes, seed, sinks)
     tensors = tuple(tensor for part in (in_front, q_norm, k_norm, q, k, v, o, post_norm) for tensor in part.tensors)
     has_kernels = (
-        has_kernel("attention_fwd", x)
+        has_attention_kernel(x, head_size, base_of(w_v).shape[0] // (base_of(w_k).shape[0] // head_size))
         and has_kernel("rotary_fwd", x)
         and in_front.has_kernel(x)
         and post_norm.has_kernel(x)

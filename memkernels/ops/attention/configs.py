@@ -1,0 +1,127 @@
+"""Tiles of attention's Triton kernels, by GPU architecture, options, head size and pass.
+
+Each fits its architecture's shared memory and, but for float32's, compiles without a spilled register. They are not
+tuned: no speed has been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from memkernels.ops.gated_mlp.tiles import architecture
+
+
+class Tile(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys. A program keeps the one and streams the other."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class Config(NamedTuple):
+    """A tile for each kernel; whether what is streamed goes through TMA; how float32 operands are multiplied."""
+
+    forward: Tile
+    dkdv: Tile
+    dq: Tile
+    TMA: bool = False
+    PRECISION: str = "ieee"
+
+
+def _config(forward: tuple, dkdv: tuple, dq: tuple, **options) -> Config:
+    return Config(Tile(*forward), Tile(*dkdv), Tile(*dq), **options)
+
+
+# {architecture: {largest head size: (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dkdv and dq}}
+PLAIN = {
+    "sm_80": {
+        64: _config((128, 64, 4, 3), (32, 128, 8, 3), (128, 64, 8, 3)),
+        128: _config((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+        256: _config((64, 64, 8, 2), (32, 32, 4, 2), (64, 64, 8, 2)),
+    },
+    "sm_86": {
+        64: _config((128, 64, 4, 3), (32, 128, 8, 3), (128, 64, 8, 3)),
+        128: _config((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+        256: _config((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    },
+    "sm_90": {
+        64: _config((128, 128, 8, 2), (64, 128, 8, 2), (128, 64, 8, 3), TMA=True),
+        128: _config((128, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2), TMA=True),
+        256: _config((128, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), TMA=True),
+    },
+    "sm_100": {
+        64: _config((128, 128, 8, 2), (64, 128, 8, 2), (128, 64, 8, 3), TMA=True),
+        128: _config((128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 8, 2), TMA=True),
+        256: _config((128, 32, 8, 2), (32, 64, 8, 2), (128, 32, 8, 2), TMA=True),
+    },
+    "sm_120": {
+        64: _config((128, 64, 8, 3), (32, 128, 8, 3), (128, 32, 8, 3), TMA=True),
+        128: _config((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), TMA=True),
+        256: _config((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), TMA=True),
+    },
+    "gfx942": {
+        64: _config((128, 64, 4, 1), (32, 128, 4, 1), (128, 32, 4, 1)),
+        128: _config((128, 32, 8, 2), (32, 64, 4, 1), (128, 32, 4, 1)),
+        256: _config((64, 32, 8, 1), (16, 64, 8, 1), (64, 16, 8, 1)),
+    },
+}
+# With softcap, ALiBi or dropout, which need registers of their own.
+RICH = {
+    "sm_80": {
+        64: _config((128, 64, 8, 3), (16, 64, 4, 3), (128, 32, 8, 3)),
+        128: _config((128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+        256: _config((64, 64, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2)),
+    },
+    "sm_86": {
+        64: _config((128, 64, 8, 3), (16, 64, 4, 3), (128, 32, 8, 3)),
+        128: _config((128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+        256: _config((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2)),
+    },
+    "sm_90": {
+        64: _config((128, 64, 8, 3), (32, 128, 8, 3), (128, 64, 8, 2), TMA=True),
+        128: _config((128, 64, 8, 2), (32, 64, 8, 2), (128, 32, 8, 2), TMA=True),
+        256: _config((64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2), TMA=True),
+    },
+    "sm_100": {
+        64: _config((128, 64, 8, 3), (32, 128, 8, 3), (128, 64, 8, 3), TMA=True),
+        128: _config((128, 64, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2), TMA=True),
+        256: _config((64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), TMA=True),
+    },
+    "sm_120": {
+        64: _config((128, 64, 8, 3), (16, 64, 4, 3), (128, 32, 8, 3), TMA=True),
+        128: _config((128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2), TMA=True),
+        256: _config((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), TMA=True),
+    },
+    "gfx942": {
+        64: _config((128, 32, 4, 1), (16, 64, 4, 1), (64, 16, 4, 1)),
+        128: _config((128, 32, 8, 2), (16, 64, 4, 1), (64, 16, 4, 1)),
+        256: _config((64, 16, 8, 1), (16, 32, 8, 1), (64, 16, 8, 1)),
+    },
+}
+# float32 on every architecture, with every option.
+FLOAT32 = {
+    64: _config((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    128: _config((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    256: _config((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
+# Several tiles each way at the sizes that tests use.
+INTERPRETER = _config((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1), TMA=True)
+
+
+def select_config(block_size: int, rich: bool, dtype: torch.dtype, device: torch.device) -> Config:
+    """The configuration for a launch whose head sizes are held in blocks of up to `block_size`.
+
+    rich: with softcap, ALiBi or dropout.
+    """
+    if device.type != "cuda":
+        return INTERPRETER
+    block_size = max(block_size, 64)
+    if dtype == torch.float32:
+        # torch's own setting decides whether float32 products may round their operands; AMD's need not.
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
+        return FLOAT32[block_size]._replace(PRECISION="tf32" if tf32 else "ieee")
+    return (RICH if rich else PLAIN)[architecture(device)][block_size]
