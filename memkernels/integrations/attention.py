@@ -11,8 +11,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from memkernels import ops
 from memkernels._library import has_kernel
 from memkernels.integrations.family import Family
+from memkernels.integrations.linears import is_linear
 from memkernels.integrations.masks import CACHES, has_cache, is_told, sequences
-from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.projections import projected, weights
 from memkernels.integrations.replacement import Replacement, bind
 
@@ -117,7 +118,7 @@ def fits_block(attention: Any, family: Family) -> bool:
     return (
         type(attention) is family.attention
         and not has_hooks(attention)
-        and all(is_plain_linear(projection) for projection in projections)
+        and all(is_linear(projection) for projection in projections)
         and all(type(norm) is family.norm and not has_hooks(norm) for norm in _head_norms(attention))
     )
 

@@ -10,7 +10,9 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 from memkernels import ops
 from memkernels._library import has_kernel
 from memkernels.integrations.bert_packing import Packed
-from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.integrations.linears import is_linear
+from memkernels.integrations.plain import has_hooks
+from memkernels.integrations.projections import weights
 
 
 def attention_forward(
@@ -56,7 +58,7 @@ def fits_block(attention: Any) -> bool:
     return (
         type(of) is BertSelfAttention
         and not any(has_hooks(module) for module in (attention, of, of.dropout, output))
-        and all(is_plain_linear(projection) for projection in (of.query, of.key, of.value, output.dense))
+        and all(is_linear(projection) for projection in (of.query, of.key, of.value, output.dense))
     )
 
 
@@ -67,8 +69,7 @@ def block_arguments(attention: Any, packed: Packed | None) -> dict[str, Any]:
         "num_heads": of.num_attention_heads, "scale": of.scaling,
         "dropout_p": of.dropout.p if of.training else 0.0,
     }  # fmt: skip
-    for name, projection in zip("qkvo", (of.query, of.key, of.value, attention.output.dense), strict=True):
-        arguments |= {f"w_{name}": projection.weight, f"b_{name}": projection.bias}
+    arguments |= weights(of, ("query", "key", "value"), "qkv", ()) | weights(attention.output, ("dense",), "o", ())
     if packed is not None:
         arguments |= {"cu_seqlens": packed.cu_seqlens, "max_seqlen": packed.max_seqlen}
     return arguments

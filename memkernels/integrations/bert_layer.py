@@ -16,8 +16,10 @@ from memkernels import ops
 from memkernels.integrations.bert_attention import block_arguments, fits_block, takes_attention
 from memkernels.integrations.checkpointing import run_layer
 from memkernels.integrations.layer_norm import is_plain_layer_norm, layer_norm_arguments
+from memkernels.integrations.linears import is_linear
 from memkernels.integrations.mlp import activation_name
-from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.integrations.plain import has_hooks
+from memkernels.integrations.projections import weights
 from memkernels.integrations.replacement import Replacement, bind
 
 
@@ -25,7 +27,7 @@ def plan_layer(layer: Any, recompute: str) -> Replacement:
     activation = activation_name(layer.intermediate.intermediate_act_fn)
     fits = {"attention": fits_block(layer.attention), "MLP": _mlp_fits(layer, activation)}
     others = " and ".join(name for name, fit in fits.items() if not fit)
-    left = f"{others} with an adapter, a hook, another kind of weight or activation" if others else None
+    left = f"{others} with a hook, or an adapter, weight or activation that no op takes" if others else None
     forward = bind(layer_forward, layer, activation=activation, whole=recompute == "layer")
     return Replacement("encoder layer", forward, left)
 
@@ -94,14 +96,11 @@ def _mlp_fits(layer: Any, activation: str | None) -> bool:
     return (
         activation is not None
         and not any(has_hooks(module) for module in (into, into.intermediate_act_fn, output))
-        and is_plain_linear(into.dense)
-        and is_plain_linear(output.dense)
+        and is_linear(into.dense)
+        and is_linear(output.dense)
     )
 
 
 def _mlp_arguments(layer: Any, activation: str) -> dict[str, Any]:
-    up, down = layer.intermediate.dense, layer.output.dense
-    return {
-        "w_gate": None, "w_up": up.weight, "w_down": down.weight, "b_up": up.bias, "b_down": down.bias,
-        "activation": activation,
-    }  # fmt: skip
+    arguments = weights(layer.intermediate, ("dense",), ("up",), ()) | weights(layer.output, ("dense",), ("down",), ())
+    return arguments | {"w_gate": None, "activation": activation}

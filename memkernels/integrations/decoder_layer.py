@@ -14,7 +14,7 @@ from memkernels import ops
 from memkernels.integrations.attention import block_arguments, fits_block, takes_block
 from memkernels.integrations.family import Family
 from memkernels.integrations.masks import CACHES, has_cache, is_told, sequences
-from memkernels.integrations.mlp import activation_of, is_plain_mlp, mlp_arguments
+from memkernels.integrations.mlp import activation_of, is_linear_mlp, mlp_arguments
 from memkernels.integrations.norm import norm_arguments, norm_fits
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.replacement import Replacement, bind
@@ -23,7 +23,7 @@ from memkernels.integrations.replacement import Replacement, bind
 def plan_layer(layer: Any, family: Family, recompute: str) -> Replacement:
     fits = {"attention": _attention_fits(layer, family), "MLP": family.mlp is None or _mlp_fits(layer, family)}
     others = " and ".join(name for name, fit in fits.items() if not fit)
-    left = f"{others} with an adapter, a hook, another kind of weight or activation" if others else None
+    left = f"{others} with a hook, or an adapter, weight or activation that no op takes" if others else None
     return Replacement("decoder layer", bind(layer_forward, layer, family=family, whole=recompute == "layer"), left)
 
 
@@ -124,7 +124,7 @@ def _mlp_fits(layer: Any, family: Family) -> bool:
         and activation_of(layer.mlp, family) is not None
         and all(norm_fits(norm, family) for norm in norms)
         and not has_hooks(layer.mlp)
-        and is_plain_mlp(layer.mlp, family)
+        and is_linear_mlp(layer.mlp, family)
         and _drops_nothing(layer, family.dropouts[1])
     )
 

@@ -85,12 +85,14 @@ class CustomFamily:
 
 
 def family_of(module: nn.Module) -> Family | CustomFamily | None:
-    """The family whose file in transformers defines the module's class. No other family's code is imported.
+    """The family whose file in transformers or PEFT defines the module's class. No other family's code is imported.
 
     Raises:
         ValueError: it is one of a release older than those tested.
     """
     place = type(module).__module__.split(".")
+    if place[:2] == ["peft", "tuners"]:
+        return importlib.import_module("memkernels.integrations.peft").FAMILY
     if place[:2] != ["transformers", "models"] or place[2] not in FAMILIES:
         return None
     version, (major, minor) = sys.modules["transformers"].__version__, FAMILIES[place[2]]

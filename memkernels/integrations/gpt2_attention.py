@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-from transformers.pytorch_utils import Conv1D
 
 from memkernels import ops
 from memkernels._library import has_kernel
-from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.integrations.linears import is_linear
+from memkernels.integrations.plain import has_hooks
+from memkernels.integrations.projections import weights
 from memkernels.integrations.replacement import Replacement, bind
 
 
@@ -48,7 +49,7 @@ def fits_block(attention: Any) -> bool:
         type(attention) is GPT2Attention
         and not has_hooks(attention)
         and not has_hooks(attention.attn_dropout)
-        and all(is_plain_linear(projection, Conv1D) for projection in (attention.c_attn, attention.c_proj))
+        and all(is_linear(projection) for projection in (attention.c_attn, attention.c_proj))
     )
 
 
@@ -57,10 +58,6 @@ def block_arguments(attention: Any) -> dict[str, Any]:
     arguments = {
         "num_heads": attention.num_heads, "causal": True, "scale": attention.scaling,
         "dropout_p": attention.attn_dropout.p if attention.training else 0.0,
-        "w_o": attention.c_proj.weight.t(), "b_o": attention.c_proj.bias,
     }  # fmt: skip
-    weights = attention.c_attn.weight.t().split(attention.split_size)
-    biases = attention.c_attn.bias.split(attention.split_size)
-    for name, weight, bias in zip("qkv", weights, biases, strict=True):
-        arguments |= {f"w_{name}": weight, f"b_{name}": bias}
-    return arguments
+    arguments |= weights(attention, ("c_attn",), "qkv", (attention.split_size,) * 3)
+    return arguments | weights(attention, ("c_proj",), "o", ())

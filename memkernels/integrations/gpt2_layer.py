@@ -23,7 +23,7 @@ def plan_layer(block: Any, recompute: str) -> Replacement:
     activation = activation_name(block.mlp.act)
     fits = {"attention": _attention_fits(block), "MLP": _mlp_fits(block, activation)}
     others = " and ".join(name for name, fit in fits.items() if not fit)
-    left = f"{others} with an adapter, a hook, another kind of weight or activation" if others else None
+    left = f"{others} with a hook, or an adapter, weight or activation that no op takes" if others else None
     whole = recompute == "layer"
     if whole and left is None and (block.attn.resid_dropout.p or block.mlp.dropout.p):
         left = "dropout of the residual: its sublayers are ops, the layer is none"

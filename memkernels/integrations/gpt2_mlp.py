@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
-from transformers.pytorch_utils import Conv1D
 
 from memkernels import ops
+from memkernels.integrations.linears import is_linear
 from memkernels.integrations.mlp import activation_name
-from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.integrations.plain import has_hooks
+from memkernels.integrations.projections import weights
 from memkernels.integrations.replacement import Replacement, bind
 
 
@@ -22,25 +23,23 @@ def plan_mlp(mlp: Any, recompute: bool) -> Replacement:
 
 
 def mlp_forward(mlp: Any, hidden_states: Tensor, *, activation: str, recompute: bool) -> Tensor:
-    """The projections as modules and `ops.gated_activation`, ungated; plain ones are recomputed if asked."""
-    if recompute and is_plain_mlp(mlp):
+    """The projections as modules and `ops.gated_activation`, ungated; recomputed if asked and linear."""
+    if recompute and is_linear_mlp(mlp):
         return mlp.dropout(ops.gated_mlp(hidden_states, **mlp_arguments(mlp, activation)))
     return mlp.dropout(mlp.c_proj(ops.gated_activation(mlp.c_fc(hidden_states), None, activation)))
 
 
 def fits_block(mlp: Any) -> bool:
     """Whether an op may compute the MLP but its dropout, and the norm in front."""
-    return type(mlp) is GPT2MLP and not has_hooks(mlp) and is_plain_mlp(mlp)
+    return type(mlp) is GPT2MLP and not has_hooks(mlp) and is_linear_mlp(mlp)
 
 
-def is_plain_mlp(mlp: Any) -> bool:
+def is_linear_mlp(mlp: Any) -> bool:
     """Whether an op may take the projections' tensors."""
-    return not has_hooks(mlp.act) and all(is_plain_linear(projection, Conv1D) for projection in (mlp.c_fc, mlp.c_proj))
+    return not has_hooks(mlp.act) and all(is_linear(projection) for projection in (mlp.c_fc, mlp.c_proj))
 
 
 def mlp_arguments(mlp: Any, activation: str) -> dict[str, Any]:
-    """What `ops.gated_mlp` takes of an MLP of plain projections."""
-    return {
-        "w_gate": None, "w_up": mlp.c_fc.weight.t(), "w_down": mlp.c_proj.weight.t(),
-        "b_up": mlp.c_fc.bias, "b_down": mlp.c_proj.bias, "activation": activation,
-    }  # fmt: skip
+    """What `ops.gated_mlp` takes of an MLP of linear projections."""
+    arguments = weights(mlp, ("c_fc",), ("up",), ()) | weights(mlp, ("c_proj",), ("down",), ())
+    return arguments | {"w_gate": None, "activation": activation}

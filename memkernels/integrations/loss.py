@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from memkernels import ops
 from memkernels.integrations.family import Family
 from memkernels.integrations.masks import has_cache, tells, without_padding
+from memkernels.integrations.peft_lora import saved_module
 from memkernels.integrations.plain import is_plain_linear
 from memkernels.integrations.replacement import Replacement, bind
 from memkernels.ops.linear_cross_entropy.reference import shifted
@@ -69,7 +70,7 @@ def _wants(model: Any, kwargs: dict, name: str) -> bool:
 
 def why_not(model: Any) -> str | None:
     """Why the loss cannot be computed without logits; None where it can."""
-    if not is_plain_linear(model.lm_head):
+    if not is_plain_linear(saved_module(model.lm_head)):
         return "lm_head has an adapter, hooks, or a weight of another kind"
     if not _has_default_loss(model):
         return "the model has a loss function of its own"
@@ -99,7 +100,7 @@ def _loss(
     """ForCausalLMLoss: the mean over labels, or their sum over num_items_in_batch."""
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(hidden_states.device)
-    head, softcap = model.lm_head, getattr(model.config, "final_logit_softcapping", None)
+    head, softcap = saved_module(model.lm_head), getattr(model.config, "final_logit_softcapping", None)
     return ops.linear_cross_entropy(
         hidden_states.flatten(0, -2), head.weight, target.flatten().to(hidden_states.device), bias=head.bias,
         ignore_index=ignore_index, num_items=num_items_in_batch, softcap=softcap,

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from memkernels import ops
 from memkernels.integrations.family import Family
-from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.integrations.linears import is_linear
+from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.projections import projected, weights
 from memkernels.integrations.replacement import Replacement, bind
 
@@ -43,8 +44,8 @@ def activation_name(activation: nn.Module | None) -> str | None:
 
 
 def mlp_forward(mlp: Any, x: Tensor, *, family: Family, activation: str, recompute: bool) -> Tensor:
-    """The projections as modules, whatever they are, and `ops.gated_activation`; plain ones are recomputed if asked."""
-    if recompute and is_plain_mlp(mlp, family):
+    """The projections as modules, whatever they are, and `ops.gated_activation`; recomputed if asked and linear."""
+    if recompute and is_linear_mlp(mlp, family):
         return ops.gated_mlp(x, **mlp_arguments(mlp, family, activation))
     if has_hooks(_activation(mlp, family)):
         return type(mlp).forward(mlp, x)
@@ -52,14 +53,14 @@ def mlp_forward(mlp: Any, x: Tensor, *, family: Family, activation: str, recompu
     return mlp.down_proj(ops.gated_activation(gate, up, activation))
 
 
-def is_plain_mlp(mlp: Any, family: Family) -> bool:
+def is_linear_mlp(mlp: Any, family: Family) -> bool:
     """Whether an op may take the projections' tensors."""
     projections = (*(getattr(mlp, name) for name in family.gate_up), mlp.down_proj)
-    return not has_hooks(_activation(mlp, family)) and all(is_plain_linear(projection) for projection in projections)
+    return not has_hooks(_activation(mlp, family)) and all(is_linear(projection) for projection in projections)
 
 
 def mlp_arguments(mlp: Any, family: Family, activation: str) -> dict[str, Any]:
-    """What `ops.gated_mlp` takes of an MLP of plain projections."""
+    """What `ops.gated_mlp` takes of an MLP of linear projections."""
     arguments = weights(mlp, family.gate_up, ("gate", "up"), _sizes(mlp))
     return arguments | weights(mlp, ("down_proj",), ("down",), ()) | {"activation": activation}
 

@@ -14,7 +14,6 @@ from functools import partial
 from torch import nn
 
 from memkernels.integrations.family import FAMILIES, CustomFamily, Family, family_of
-from memkernels.integrations.mlp import plan_mlp
 from memkernels.integrations.norm import plan_norm
 from memkernels.integrations.plain import has_foreign_forward, replaced_slot, slot
 from memkernels.integrations.replacement import Replacement
@@ -57,10 +56,15 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     Replaced are RMS norms, attention, gated MLPs, head and loss, and with `recompute` the sublayers of a decoder layer,
     each with the norm in front as one op. Parameters, state_dict keys and classes stay as they are; cached generation,
     save_pretrained, copy.deepcopy, pickle and torch.compile work. The model may be anywhere inside `model`. Where a
-    weight is not a plain one (an adapter of PEFT, a quantised or distributed weight, hooks), now or later, its module
-    is called and only what surrounds it is replaced. `ops.attention` stands in for "sdpa" and "eager" where it has a
+    weight is not a plain one (a quantised or distributed weight, hooks), now or later, its module is called and only
+    what surrounds it is replaced. `ops.attention` stands in for "sdpa" and "eager" where it has a
     kernel and attention is causal, within windows and packed sequences too, and no (S, S) mask is built; where a mask
     hides other tokens, or attention weights are asked for, the model's own attention implementation computes.
+
+    LoRA adapters of PEFT (rsLoRA, DoRA, dropout, any of which is active, merged or disabled) are computed with their
+    base by `ops.lora_linear`, in any model, and within the ops above at every recompute level, whether PEFT wrapped the
+    model before or after `patch`. Left to PEFT are calls with adapter_names, several active adapters at once, and its
+    other kinds of adapter.
 
     Training with labels yields loss without logits (`outputs.logits` is None). Logits are there after `model.eval()`,
     with labels or without, and in training without labels. Labels are shifted, ignore_index, num_items_in_batch,
@@ -115,7 +119,7 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
         reasons = "".join(f" {name}: {why}." for name, why in report.left.items())
         raise ValueError(
             f"model: found nothing to replace in {type(model).__name__}; memkernels replaces parts of transformers' "
-            f"{', '.join(FAMILIES)} models.{reasons}"
+            f"{', '.join(FAMILIES)} models, and PEFT's LoRA layers.{reasons}"
         )
     for module, forward in forwards:
         setattr(module, slot(module), forward)
@@ -146,6 +150,7 @@ def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss
     from memkernels.integrations.attention import plan_attention
     from memkernels.integrations.decoder_layer import plan_layer
     from memkernels.integrations.loss import plan_loss
+    from memkernels.integrations.mlp import plan_mlp
     from memkernels.integrations.model import plan_model
 
     kind = type(module)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from memkernels.integrations.linears import parts, weight_and_bias
+
 
 def projected(module: Any, names: Sequence[str], x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """What the modules `names` make of x; where one module makes all, its output in parts of `sizes`."""
@@ -16,14 +18,11 @@ def projected(module: Any, names: Sequence[str], x: Tensor, sizes: Sequence[int]
 
 
 def weights(module: Any, names: Sequence[str], roles: Sequence[str], sizes: Sequence[int]) -> dict[str, Any]:
-    """Weights w_<role> and biases b_<role> of the plain linear modules `names`, or of the parts of one."""
+    """Weights w_<role> and biases b_<role> of the linear modules `names`, or of the parts of one."""
     if len(names) == len(roles):
-        modules = [getattr(module, name) for name in names]
-        pairs = [(linear.weight, linear.bias) for linear in modules]
+        pairs = [weight_and_bias(getattr(module, name)) for name in names]
     else:
-        linear = getattr(module, names[0])
-        biases = (None,) * len(roles) if linear.bias is None else linear.bias.split(sizes)
-        pairs = list(zip(linear.weight.split(sizes), biases, strict=True))
+        pairs = parts(getattr(module, names[0]), sizes)
     arguments: dict[str, Any] = {}
     for role, (weight, bias) in zip(roles, pairs, strict=True):
         arguments |= {f"w_{role}": weight, f"b_{role}": bias}

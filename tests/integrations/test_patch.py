@@ -208,35 +208,6 @@ def test_a_hook_fires(make_model, make_batch, name, first):
     assert fired == [name]
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["attention", "all"])
-@pytest.mark.parametrize("first", ["peft", "patch"])
-@pytest.mark.parametrize("recompute", ["sublayer", "layer"])
-def test_peft(make_model, make_batch, targets, first, recompute):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install memkernels[hf]")
-    batch = make_batch("right")
-
-    def adapted(model):
-        config = peft.LoraConfig(target_modules=targets, r=4, init_lora_weights=False, modules_to_save=["lm_head"])
-        torch.manual_seed(0)
-        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-
-    expected = gradients(adapted(make_model()), batch)
-    model = make_model()
-    if first == "patch":
-        memkernels.patch(model, recompute=recompute)
-        model = adapted(model)
-    else:
-        model = adapted(model)
-        report = memkernels.patch(model, recompute=recompute)
-        layers = [f"base_model.model.model.layers.{i}" for i in (0, 1)]
-        assert report.left.keys() == {"base_model.model", *layers}
-        assert ("MLP" in report.left[layers[0]]) == (targets == "all-linear")
-        assert report.replaced["base_model.model.model.layers.0.mlp"] == "MLP"
-    torch.testing.assert_close(gradients(model, batch), expected)
-    memkernels.unpatch(model)
-    assert own_forwards(model.base_model.model.model) == []
-
-
 @pytest.mark.parametrize("order", ["dispatch first", "patch first"])
 def test_execution_hooks_of_accelerate(make_model, make_batch, order):
     hooks = pytest.importorskip("accelerate.hooks")

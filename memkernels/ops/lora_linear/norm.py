@@ -26,17 +26,17 @@ def adapted_row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: f
     )
 
 
-def _wide_tiles(weight: Tensor):
-    """(slice, rows in float32 or wider) of a weight, a tile at a time."""
+def row_tiles(weight: Tensor):
+    """(slice, those rows in float32 or wider, a copy) of a weight, a tile at a time."""
     rows = max(1, _TILE_ELEMENTS // max(1, weight.shape[1]))
     for first in range(0, weight.shape[0], rows):
         tile = slice(first, first + rows)
-        yield tile, weight[tile].to(torch.promote_types(weight.dtype, torch.float32))
+        yield tile, weight[tile].to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
 def _row_squares(weight: Tensor) -> Tensor:
     squares = _fake(weight)
-    for tile, w in _wide_tiles(weight):
+    for tile, w in row_tiles(weight):
         squares[tile] = torch.linalg.vecdot(w, w)
     return squares
 
@@ -48,7 +48,7 @@ def _adapted_row_norms(
         total = _row_squares(weight) if squares is None else squares.clone()
         a, b = lora_a.to(total.dtype), lora_b.to(total.dtype)
         total.add_(torch.linalg.vecdot(b @ (a @ a.t()), b), alpha=scaling**2)
-        for tile, w in _wide_tiles(weight):
+        for tile, w in row_tiles(weight):
             total[tile].add_(torch.linalg.vecdot(w @ a.t(), b[tile]), alpha=2 * scaling)
     return total.clamp_(min=0.0).sqrt_()
 

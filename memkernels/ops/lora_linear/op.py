@@ -88,6 +88,12 @@ def lora_linear(
     time. Every sum has a fixed order: the same inputs give the same gradients.
     """
     adapted = LoRAWeight(weight, lora_a, lora_b, scaling, dropout_p, seed, magnitude, row_squares)
+    return adapted_linear(x, adapted, bias)
+
+
+def adapted_linear(x: Tensor, adapted: LoRAWeight, bias: Tensor | None) -> Tensor:
+    """`lora_linear` of an adapted weight."""
+    weight = adapted.weight
     check_floating("x", x)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected shape (..., {weight.shape[1]}), that of weight's rows, got {tuple(x.shape)}.")

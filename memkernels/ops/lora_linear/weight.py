@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,6 +87,16 @@ class LoRAWeight:
             if tensor is not None and tensor.dtype not in (dtype, torch.float32):
                 raise TypeError(f"{part} of {name}: expected {dtype}, as x, or float32, got {tensor.dtype}.")
         return self
+
+    def split(self, sizes: Sequence[int]) -> list[LoRAWeight]:
+        """The weights of `sizes` outputs each that lie in this one, over one input and its one dropout mask."""
+        seed = seed_tensor(self.seed, self.weight.device) if self.dropout_p > 0 else None
+        by_row = (self.weight, self.lora_b, self.magnitude, self.row_squares)
+        rows = zip(*([None] * len(sizes) if of is None else of.split(list(sizes)) for of in by_row), strict=True)
+        return [
+            replace(self, weight=weight, lora_b=b, magnitude=magnitude, row_squares=squares, seed=seed)
+            for weight, b, magnitude, squares in rows
+        ]
 
     def projection(self, bias: Tensor | None) -> LoRAProjection:
         out_scale = None

@@ -1,0 +1,36 @@
+"""PEFT: its LoRA layers by `ops.lora_linear`; as the weights of a block op they are never called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from memkernels.integrations.family import CustomFamily
+from memkernels.integrations.linears import weight_and_bias, why_not
+from memkernels.integrations.peft_lora import is_lora
+from memkernels.integrations.replacement import Replacement, bind
+from memkernels.ops.lora_linear.op import adapted_linear
+from memkernels.ops.lora_linear.weight import LoRAWeight
+
+
+def plan(module: Any, recompute: str, loss: bool) -> Replacement | None:
+    kind = type(module)
+    if is_lora(module):
+        return Replacement("LoRA adapter", bind(lora_forward, module), why_not(module))
+    if kind.__name__ == "LoraModel":
+        return Replacement("adapters", left="calls with adapter_names, whose adapters PEFT applies sample by sample")
+    if hasattr(module, "adapter_layer_names"):
+        return Replacement("adapter", left=f"memkernels fuses no adapter of {kind.__module__}.{kind.__name__}")
+    return None
+
+
+def lora_forward(layer: Any, x: Tensor, *args, **kwargs) -> Tensor:
+    """`ops.lora_linear` where it computes what the call asks for, else PEFT's."""
+    if args or kwargs or why_not(layer) is not None:  # adapter_names, for one
+        return type(layer).forward(layer, x, *args, **kwargs)
+    weight, bias = weight_and_bias(layer)
+    return adapted_linear(x, weight, bias) if isinstance(weight, LoRAWeight) else layer.base_layer(x)
+
+
+FAMILY = CustomFamily(plan)

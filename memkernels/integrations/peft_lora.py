@@ -1,0 +1,79 @@
+"""What is active in a LoRA layer of PEFT, and what an op takes of it.
+
+PEFT switches, merges and disables adapters at any time, so a layer's state is read at each call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.ops.lora_linear.weight import LoRAWeight
+from memkernels.ops.weights import Weight
+
+
+def is_lora(module: Any) -> bool:
+    """Whether it is PEFT's LoRA layer around a linear module that is not quantised."""
+    kind = type(module)
+    return kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"
+
+
+def why_not(layer: Any) -> str | None:
+    """Why a LoRA layer's adapter in this call is none that `adapted` takes; None where it is."""
+    if layer.disable_adapters and layer.merged:
+        return "a merged adapter that PEFT has yet to take out"
+    names = _active(layer)
+    if len(names) > 1:
+        return "several active adapters"
+    return None if not names else _why_not(layer, names[0])
+
+
+def adapted(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Weight, Tensor | None]:
+    """The weight (out, in) and bias of a LoRA layer's base with the adapter that is active, if one is."""
+    names = _active(layer)
+    if not names:
+        return weight, bias
+    (name,) = names
+    a, b, dropout, scaling = (of[name] for of in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.scaling))
+    dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None
+    if b.bias is not None:
+        bias = (scaling * b.bias + (0.0 if bias is None else bias)).to(weight.dtype)
+    return LoRAWeight(weight, a.weight, b.weight, scaling, dropout_p, magnitude=magnitude), bias
+
+
+def saved_module(module: Any) -> Any:
+    """The module that computes in this call where PEFT trains a copy of one (modules_to_save); else `module` itself."""
+    kind = type(module)
+    if kind.__name__ != "ModulesToSaveWrapper" or kind.__module__ != "peft.utils.other" or has_hooks(module):
+        return module
+    if module.disable_adapters or not module.active_adapters:
+        return module.original_module
+    copies, (name, *_) = module.modules_to_save, module.active_adapters
+    return copies[name] if name in copies else module  # noqa: SIM401  a ModuleDict has no get
+
+
+def _active(layer: Any) -> list[str]:
+    """The adapters that a call of the layer applies."""
+    if layer.disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _why_not(layer: Any, name: str) -> str | None:
+    base, a, b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    variant = layer.lora_variant.get(name)
+    if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+        return f"an adapter of the kind {type(variant).__name__}"
+    parts = [a, b, dropout] + ([] if variant is None else [layer.lora_magnitude_vector[name]])
+    if any(map(has_hooks, parts)) or not is_plain_linear(a) or not is_plain_linear(b):
+        return "an adapter with hooks or another kind of weight"
+    if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
+        return "an adapter with dropout of another kind"
+    dtypes = {base.weight.dtype, torch.float32}
+    if b.weight.dtype != a.weight.dtype or any(part.weight.dtype not in dtypes for part in (a, *parts[3:])):
+        return "an adapter in a dtype that is neither its base's nor float32"
+    return None
