@@ -79,8 +79,8 @@ def exact_step(model, batch):
 def assert_same_step(actual, exact, plain, dtype=torch.float32):
     """By the factor-two rule; the loss, one number, may besides be off by what the rule grants a mean.
 
-    DoRA's magnitudes are granted three roundings through a whole model: over 8 draws in bfloat16 ours and PEFT's largest
-    errors have a median ratio of 0.97, and the worst of 112 magnitudes needed 2.7.
+    DoRA's magnitudes are granted three roundings through a whole model: over 8 draws in bfloat16 ours and PEFT's
+    largest errors have a median ratio of 0.97, and the worst of 112 magnitudes needed 2.7.
     """
     assert actual.keys() == plain.keys()
     for name, value in actual.items():
