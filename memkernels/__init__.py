@@ -1,11 +1,15 @@
 """Kernels for training models in less memory: Triton, CUDA C++ and native CPU code under drop-in PyTorch layers.
 
-`memkernels.ops` holds the functions, `memkernels.nn` the layers; `patch` puts them into a model of transformers.
+`memkernels.ops` holds the functions, `memkernels.nn` the layers; `patch` puts them into a model of transformers, and
+`lora` adapters into any.
 Importing memkernels loads neither Triton nor transformers.
 """
 
 from memkernels import nn, ops
+from memkernels.adapters import load_adapter, lora, merge_adapter, save_adapter, unmerge_adapter
 from memkernels.integrations import patch, unpatch
 
-__all__ = ["nn", "ops", "patch", "unpatch"]
+__all__ = [
+    "load_adapter", "lora", "merge_adapter", "nn", "ops", "patch", "save_adapter", "unmerge_adapter", "unpatch",
+]  # fmt: skip
 __version__ = "0.1.0"

@@ -2,9 +2,19 @@
 
 from memkernels.nn.attention import Attention
 from memkernels.nn.decoder_layer import DecoderLayer
+from memkernels.nn.lora_linear import LoRALinear
 from memkernels.nn.loss import LinearCrossEntropy
 from memkernels.nn.mlp import GatedMLP
 from memkernels.nn.norm import LayerNorm, RMSNorm
 from memkernels.nn.rotary import RotaryEmbedding
 
-__all__ = ["Attention", "DecoderLayer", "GatedMLP", "LayerNorm", "LinearCrossEntropy", "RMSNorm", "RotaryEmbedding"]
+__all__ = [
+    "Attention",
+    "DecoderLayer",
+    "GatedMLP",
+    "LayerNorm",
+    "LinearCrossEntropy",
+    "LoRALinear",
+    "RMSNorm",
+    "RotaryEmbedding",
+]

@@ -1,0 +1,8 @@
+"""Low-rank adapters for models that PEFT does not wrap, in PEFT's file format."""
+
+from memkernels.adapters.inject import lora
+from memkernels.adapters.load import load_adapter
+from memkernels.adapters.merging import merge_adapter, unmerge_adapter
+from memkernels.adapters.save import save_adapter
+
+__all__ = ["load_adapter", "lora", "merge_adapter", "save_adapter", "unmerge_adapter"]

@@ -1,0 +1,58 @@
+"""The linear layers of a model, and those of them that carry an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from memkernels.nn.lora_linear import LoRALinear, is_adaptable
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """By name, the layers that carry an adapter.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: there is none.
+    """
+    check_module(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError(f"model: found no LoRALinear in {type(model).__name__}; memkernels.lora puts them into one.")
+    return layers
+
+
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """By name, the layers that may carry one, and do not."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoRALinear))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and is_adaptable(module) and not name.startswith(inside)
+    }
+
+
+def matches(name: str, targets: Iterable[str]) -> bool:
+    """PEFT's rule: a target is a module's name, or the end of it after a dot."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def replace_layers(model: nn.Module, adapted: Mapping[nn.Module, LoRALinear]) -> None:
+    """Puts each adapted layer wherever the layer is that it adapts, and freezes every other parameter."""
+    for parent in list(model.modules()):
+        if not isinstance(parent, LoRALinear):
+            for name, child in list(parent._modules.items()):
+                if child is not None and child in adapted:
+                    setattr(parent, name, adapted[child])
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            for parameter in module.adapter.values():
+                parameter.requires_grad_(True)
+
+
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")

@@ -1,0 +1,85 @@
+"""`save_adapter`: the adapters of a model as PEFT's two files."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from memkernels.adapters.config import FILE, AdapterConfig
+from memkernels.adapters.layers import adapted_layers, linear_layers, matches
+from memkernels.adapters.tensors import WEIGHTS, key_of
+from memkernels.nn.lora_linear import LoRALinear
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, which PEFT reads: `peft.PeftModel.from_pretrained`.
+
+    Each file is written beside its place and moved there, so that it is the old one or the new one and never a part.
+
+    Args:
+        model: has adapters, by `memkernels.lora` or `load_adapter`.
+        directory: where to; made if there is none.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: it has no adapter, or adapters that one configuration of PEFT's cannot tell. Nothing is written.
+    """
+    from safetensors.torch import save_file
+
+    layers = adapted_layers(model)
+    config = _config(layers)
+    conv = any(type(layer.base_layer) is not nn.Linear for layer in layers.values())
+    text = config.to_json(_targets(model, layers), fan_in_fan_out=conv, base_model=_name(model))
+    tensors = {
+        key_of(name, kind): parameter.detach().contiguous()
+        for name, layer in layers.items()
+        for kind, parameter in layer.adapter.items()
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    _write(directory / FILE, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _config(layers: dict[str, LoRALinear]) -> AdapterConfig:
+    """One configuration of every layer, with patterns where rank or alpha are not the first one's."""
+    (first_name, first), *_ = layers.items()
+    for name, layer in layers.items():
+        for option in ("dropout_p", "use_dora", "use_rslora"):
+            if getattr(layer, option) != getattr(first, option):
+                raise ValueError(f"{name}: {option}: expected that of {first_name}, as PEFT's configuration has one.")
+    return AdapterConfig(
+        first.r, first.alpha, first.dropout_p, first.use_dora, first.use_rslora,
+        {re.escape(name): layer.r for name, layer in layers.items() if layer.r != first.r},
+        {re.escape(name): layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
+    )  # fmt: skip
+
+
+def _targets(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
+    """The layers' names; a regular expression of them where PEFT would find others that end in one."""
+    names = sorted(layers)
+    others = linear_layers(model)
+    return "|".join(map(re.escape, names)) if any(matches(other, names) for other in others) else names
+
+
+def _name(model: nn.Module) -> str | None:
+    return getattr(model, "name_or_path", None) or None
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

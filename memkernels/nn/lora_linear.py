@@ -1,0 +1,197 @@
+"""A linear layer with a low-rank adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkernels.ops.checks import check_floating
+from memkernels.ops.lora_linear.norm import adapted_row_norms, row_squares, row_tiles
+from memkernels.ops.lora_linear.op import adapted_linear
+from memkernels.ops.lora_linear.weight import LoRAWeight
+
+
+class Magnitude(torch.nn.Module):
+    """DoRA's magnitude of each row, (N,), under the key that PEFT gives it."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+
+class LoRALinear(torch.nn.Module):
+    """`ops.lora_linear` around a linear layer, under the state_dict keys of PEFT's LoRA layers.
+
+    They are base_layer.weight, base_layer.bias, lora_A.<adapter_name>.weight (r, K), lora_B.<adapter_name>.weight
+    (N, r) and, with DoRA, lora_magnitude_vector.<adapter_name>.weight (N,). A is drawn as torch.nn.Linear draws its
+    weight, B is zero and the magnitude is the norm of W's rows, so that at first y is the base layer's. In training the
+    dropout mask is drawn from torch's generator as a seed. The base layer is frozen.
+
+    Args:
+        base_layer: torch.nn.Linear, or transformers' Conv1D, whose weight is (K, N).
+        r: rank, from 1 up.
+        alpha: scaling is alpha / r.
+        dropout: probability with which an element of A's input is dropped in training, in [0, 1).
+        use_dora: weight-decomposed adapter (Liu et al. 2024, arXiv 2402.09353).
+        use_rslora: scaling is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+        adapter_name: in the state_dict.
+        dtype: the adapter's; None: float32, or float64 if W's is.
+
+    Raises:
+        TypeError: base_layer is no linear layer, or its weight not of a floating dtype.
+        ValueError: r or dropout is out of its range.
+    """
+
+    def __init__(
+        self,
+        base_layer: Any,
+        r: int = 16,
+        *,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        use_dora: bool = False,
+        use_rslora: bool = False,
+        adapter_name: str = "default",
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not is_adaptable(base_layer):
+            raise TypeError(f"base_layer: expected a torch.nn.Linear or a Conv1D, got {type(base_layer).__name__}.")
+        check_floating("base_layer.weight", base_layer.weight)
+        check_adapter(r, dropout)
+        self.base_layer = base_layer.requires_grad_(False)
+        self.r, self.alpha, self.dropout_p, self.use_rslora = r, alpha, dropout, use_rslora
+        self.adapter_name = adapter_name
+        self.merged = False
+        self._merged_scale: Tensor | None = None
+        self._row_squares: tuple[tuple, Tensor] | None = None
+        dtype = dtype or torch.promote_types(self.weight.dtype, torch.float32)
+        options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}
+        out_features, in_features = self.weight.shape
+        self.lora_A = torch.nn.ModuleDict({adapter_name: torch.nn.Linear(in_features, r, **options)})
+        self.lora_B = torch.nn.ModuleDict({adapter_name: torch.nn.Linear(r, out_features, **options)})
+        torch.nn.init.zeros_(self.lora_B[adapter_name].weight)  # type: ignore[arg-type]
+        self.lora_magnitude_vector = torch.nn.ModuleDict()
+        if use_dora:
+            self.lora_magnitude_vector[adapter_name] = Magnitude(row_squares(self.weight).sqrt().to(dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """W, (N, K)."""
+        weight = self.base_layer.weight
+        return weight.t() if _is_conv1d(self.base_layer) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def adapter(self) -> dict[str, torch.nn.Parameter]:
+        """The adapter's parameters: lora_A, lora_B and, with DoRA, lora_magnitude_vector."""
+        kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
+        modules = {kind: getattr(self, kind) for kind in kinds}
+        return {kind: of[self.adapter_name].weight for kind, of in modules.items() if self.adapter_name in of}
+
+    @property
+    def use_dora(self) -> bool:
+        return len(self.lora_magnitude_vector) > 0
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def adapted(self) -> LoRAWeight:
+        """The weight with its adapter, as the block ops take it."""
+        a, b, magnitude = (self.adapter.get(of) for of in ("lora_A", "lora_B", "lora_magnitude_vector"))
+        assert a is not None and b is not None
+        dropout_p = self.dropout_p if self.training else 0.0
+        squares = None if magnitude is None else self._known_row_squares()
+        return LoRAWeight(self.weight, a, b, self.scaling, dropout_p, magnitude=magnitude, row_squares=squares)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y, (..., N), for x (..., K)."""
+        return self.base_layer(x) if self.merged else adapted_linear(x, self.adapted(), self.bias)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W becomes that with the adapter, rounded to its dtype, a tile of rows at a time; A and B stay as they are.
+
+        Raises:
+            ValueError: it is merged already, or an adapter that is not finite. W is unchanged.
+        """
+        scale = self.merged_scale()
+        for tile, rows in row_tiles(self.weight):
+            rows = rows.addmm_(*self._factors(tile, rows.dtype), alpha=self.scaling)
+            self.weight[tile].copy_(rows if scale is None else rows.mul_(scale[tile, None]))
+        self.merged, self._merged_scale = True, scale
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the adapter out of W again: to W's rounding, since `merge` rounded.
+
+        Raises:
+            ValueError: it is not merged.
+        """
+        if not self.merged:
+            raise ValueError("LoRALinear: it is not merged.")
+        scale = self._merged_scale
+        for tile, rows in row_tiles(self.weight):
+            rows = rows if scale is None else rows.div_(scale[tile, None])
+            self.weight[tile].copy_(rows.addmm_(*self._factors(tile, rows.dtype), alpha=-self.scaling))
+        self.merged, self._merged_scale = False, None
+
+    @torch.no_grad()
+    def merged_scale(self) -> Tensor | None:
+        """DoRA's magnitude over the rows' norms, or None; checks that the adapter may be merged."""
+        if self.merged:
+            raise ValueError("LoRALinear: it is merged already.")
+        for name, parameter in self.adapter.items():
+            if not bool(parameter.isfinite().all()):
+                raise ValueError(f"{name}: expected finite numbers to merge, got others.")
+        magnitude = self.adapter.get("lora_magnitude_vector")
+        if magnitude is None:
+            return None
+        scale = magnitude / adapted_row_norms(
+            self.weight, self.adapter["lora_A"], self.adapter["lora_B"], self.scaling, self._known_row_squares()
+        )
+        if not bool((scale.isfinite() & (scale != 0)).all()):
+            raise ValueError("lora_magnitude_vector: expected rows and magnitudes other than zero to merge.")
+        return scale
+
+    def _factors(self, tile: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.adapter["lora_B"][tile].to(dtype), self.adapter["lora_A"].to(dtype)
+
+    def _known_row_squares(self) -> Tensor | None:
+        """Squared norms of W's rows, computed again when W is another tensor or was written; None if W is trained."""
+        weight = self.base_layer.weight
+        if weight.requires_grad or torch.compiler.is_compiling():
+            return None
+        key = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
+        if self._row_squares is None or self._row_squares[0] != key:
+            self._row_squares = key, row_squares(self.weight)
+        return self._row_squares[1]
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.r}, alpha={self.alpha}, dropout={self.dropout_p}, use_dora={self.use_dora}, "
+            f"use_rslora={self.use_rslora}, merged={self.merged}"
+        )
+
+
+def is_adaptable(module: Any) -> bool:
+    """Whether it is a linear layer that LoRALinear takes."""
+    return type(module) is torch.nn.Linear or _is_conv1d(module)
+
+
+def check_adapter(r: int, dropout: float) -> None:
+    if r < 1:
+        raise ValueError(f"r: expected a positive number, got {r}.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}.")
+
+
+def _is_conv1d(module: Any) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
