@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkernels._library import define, has_kernel, implement_with_triton
+from memkernels._library import define, implement_with_triton
 from memkernels.ops.attention import reference
+from memkernels.ops.attention.backends import Call, operators, select_implementation
 from memkernels.ops.attention.checks import check_arguments
 from memkernels.ops.philox import seed_tensor
 
@@ -35,20 +36,14 @@ define(
 implement_with_triton("memkernels.ops.attention.triton", "attention_fwd", "attention_bwd")
 
 
-MAX_GPU_HEAD = 256
-
-
-def has_attention_kernel(x: Tensor, *head_sizes: int) -> bool:
-    """Whether the operators run on x's device and dtype with these head sizes; otherwise the reference computes."""
-    return has_kernel("attention_fwd", x) and (x.device.type == "cpu" or max(head_sizes) <= MAX_GPU_HEAD)
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, deterministic):
+    def forward(
+        ctx, q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, deterministic, implementation
+    ):
         masks = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed)
-        out, lse = torch.ops.memkernels.attention_fwd(q, k, v, *masks, *options)
-        ctx.options, ctx.deterministic = options, deterministic
+        out, lse = operators(implementation)[0](q, k, v, *masks, *options)
+        ctx.options, ctx.deterministic, ctx.implementation = options, deterministic, implementation
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, *masks)
         return out, lse
@@ -57,13 +52,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, *masks = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 10
+            return (None,) * 11
         dout = torch.zeros_like(out) if dout is None else dout
-        gradients = torch.ops.memkernels.attention_bwd(
-            dout, dlse, q, k, v, out, lse, *masks, *ctx.options, ctx.deterministic
-        )
+        backward = operators(ctx.implementation)[1]
+        gradients = backward(dout, dlse, q, k, v, out, lse, *masks, *ctx.options, ctx.deterministic)
         needed = ctx.needs_input_grad[:4]
-        return *(grad if need else None for grad, need in zip(gradients, needed, strict=True)), *(None,) * 6
+        return *(grad if need else None for grad, need in zip(gradients, needed, strict=True)), *(None,) * 7
 
 
 def seen_window(window: tuple[int, int], causal: bool) -> tuple[int, int]:
@@ -90,6 +84,7 @@ def attention(
     max_seqlen_k: int | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention that never holds the score matrix.
 
@@ -114,16 +109,21 @@ def attention(
         seed: of dropout; drawn from torch's generator by default.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starts of the packed sequences and their end.
         max_seqlen_q, max_seqlen_k: their longest; given, they save a synchronisation on a GPU.
-        deterministic: the same gradients bit for bit on every run. On CPU they always are.
+        deterministic: the same gradients bit for bit on every run. Those of this package's kernels always are; on a
+            GPU it keeps "auto" from torch's operators, which sum dq by atomics.
         return_lse: returns (out, lse), lse = log sum exp of the scores, (B, H, Sq) or (H, Tq), float32, differentiable;
             -inf for a query that sees nothing.
+        backend: "cpu" and "triton" are this package's kernels; "aten" are torch's own operators, flash attention and
+            cuDNN's, which have few of the options; "reference" is plain PyTorch and holds the scores. "auto" takes
+            "aten" on an NVIDIA GPU where it has what the call needs, else the kernels, else the reference.
 
     Returns:
         out, (B, Sq, H, Dv) or (Tq, H, Dv), like q.
 
     Raises:
         TypeError: a dtype other than those above, or dtypes that differ.
-        ValueError: shapes, devices, windows, sequence starts or a dropout_p that do not fit.
+        ValueError: shapes, devices, windows, sequence starts or a dropout_p that do not fit, or a backend that lacks
+            what the call needs.
 
     Saved for backward: q, k, v, out and lse, 4 bytes a query and head.
     """
@@ -132,11 +132,19 @@ def attention(
     )
     seed = seed_tensor(seed, q.device) if dropout_p > 0 else None
     left, right = seen_window(window, causal)
-    if has_attention_kernel(q, q.shape[-1], v.shape[-1]):
+    call = Call(
+        q.device, q.dtype, (q.shape[-1], v.shape[-1]), lengths, packed=cu_seqlens_q is not None,
+        same_lengths=lengths[0] == lengths[1] if cu_seqlens_q is None else cu_seqlens_q is cu_seqlens_k,
+        grouped=q.shape[-2] != k.shape[-2], empty=not all(tensor.numel() for tensor in (q, k, v)), window=(left, right),
+        softcap=softcap > 0, alibi_slopes=alibi_slopes is not None, sinks=sinks is not None, dropout=dropout_p > 0,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(), lse=return_lse,
+    )  # fmt: skip
+    implementation = select_implementation(backend, call)
+    if implementation != "reference":
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         options = (*lengths, float(scale), left, right, float(softcap), float(dropout_p))
         masks = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed)
-        out, lse = _Attention.apply(q, k, v, sinks, *masks, options, deterministic)
+        out, lse = _Attention.apply(q, k, v, sinks, *masks, options, deterministic, implementation)
     else:
         out, lse = reference.attention(
             q, k, v, scale=scale, window=(left, right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memkernels.ops.attention.backends import operators
 from memkernels.ops.block_norm import Norm, NormDescription
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
 from memkernels.ops.projection import Description, Projection, split_by
@@ -17,7 +18,11 @@ from memkernels.ops.projection import Description, Projection, split_by
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static of one call; `scores` is (scale, window_left, window_right, softcap, dropout_p)."""
+    """What is static of one call.
+
+    `scores` is (scale, window_left, window_right, softcap, dropout_p); `attention` is what computes attention, as
+    `select_implementation` names it.
+    """
 
     norm: NormDescription
     q_norm: NormDescription
@@ -33,6 +38,7 @@ class Plan:
     scores: tuple[float, int, int, float, float]
     deterministic: bool
     dtype: torch.dtype
+    attention: str
 
     @property
     def parts(self) -> tuple[NormDescription | Description, ...]:
@@ -100,7 +106,8 @@ class Layer:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y (B S, d), and what backward needs: out (B, S, H, Dv) and lse; a packed batch's have no B."""
         heads = self._heads(x)
-        out, lse = torch.ops.memkernels.attention_fwd(*self._attended(heads), *self._masks(), *self._options())
+        attention_fwd, _ = operators(self.plan.attention)
+        out, lse = attention_fwd(*self._attended(heads), *self._masks(), *self._options())
         del heads
         return self.project(out), out, lse
 
@@ -119,7 +126,8 @@ class Layer:
             return None
         dout = self.o.input_grad(dy).view(out.shape)
         heads = self._heads(x)
-        dq, dk, dv, dsinks = torch.ops.memkernels.attention_bwd(
+        _, attention_bwd = operators(self.plan.attention)
+        dq, dk, dv, dsinks = attention_bwd(
             dout, None, *self._attended(heads), out, lse, *self._masks(), *self._options(), self.plan.deterministic
         )
         del dout

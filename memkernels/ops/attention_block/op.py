@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from memkernels._library import has_kernel
+from memkernels.ops.attention.backends import Call, select_implementation
 from memkernels.ops.attention.checks import check_per_head, check_scores
-from memkernels.ops.attention.op import has_attention_kernel, seen_window
+from memkernels.ops.attention.op import seen_window
 from memkernels.ops.attention_block import reference
 from memkernels.ops.attention_block.block import Context, Plan
 from memkernels.ops.attention_block.block import attention_block as run
@@ -183,20 +184,25 @@ def plan_attention_block(
         )
     )
     x = x.to(dtype) if norm_weight is None else x
+    num_kv_heads = base_of(w_k).shape[0] // head_size
+    seen = seen_window(window, causal)
+    call = Call(
+        x.device, dtype, (head_size, base_of(w_v).shape[0] // num_kv_heads), (longest, longest), same_lengths=True,
+        packed=cu_seqlens is not None, grouped=num_kv_heads != num_heads, empty=x.numel() == 0, window=seen,
+        softcap=softcap > 0, alibi_slopes=alibi_slopes is not None, sinks=sinks is not None, dropout=dropout_p > 0,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(), lse=False,
+    )  # fmt: skip
+    attention = select_implementation("auto", call)
     plan = Plan(
         in_front.description, q_norm.description, k_norm.description, q.description, k.description, v.description,
         o.description, post_norm.description, num_heads=num_heads, interleaved=bool(interleaved), max_seqlen=longest,
-        scores=(float(head_size**-0.5 if scale is None else scale), *seen_window(window, causal), float(softcap),
-                float(dropout_p)),
-        deterministic=deterministic, dtype=dtype,
+        scores=(float(head_size**-0.5 if scale is None else scale), *seen, float(softcap), float(dropout_p)),
+        deterministic=deterministic, dtype=dtype, attention=attention,
     )  # fmt: skip
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     context = Context(cos, sin, cu_seqlens, alibi_slopes, seed, sinks)
     tensors = tuple(tensor for part in (in_front, q_norm, k_norm, q, k, v, o, post_norm) for tensor in part.tensors)
     has_kernels = (
-        has_attention_kernel(x, head_size, base_of(w_v).shape[0] // (base_of(w_k).shape[0] // head_size))
-        and has_kernel("rotary_fwd", x)
-        and in_front.has_kernel(x)
-        and post_norm.has_kernel(x)
+        attention != "reference" and has_kernel("rotary_fwd", x) and in_front.has_kernel(x) and post_norm.has_kernel(x)
     )
     return x[None] if x.dim() == 2 else x, plan, context, tensors, has_kernels
