@@ -39,9 +39,8 @@ def attention_forward(
     """
     caches = {name: kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None}
     if caches and not torch.is_grad_enabled():
-        return type(attention).forward(
-            attention, hidden_states, position_embeddings, attention_mask, **caches, **kwargs
-        )
+        kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+        return type(attention).forward(attention, hidden_states, **caches, **kwargs)
     heads = (*hidden_states.shape[:-1], -1, attention.head_dim)
     states = projected(attention, family.qkv, hidden_states, _sizes(attention))
     query, key, value = (state.view(heads) for state in states)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from memkernels.integrations.replacement import Replacement
 
@@ -23,6 +23,9 @@ FAMILIES = {
     "gpt_oss": (5, 0),
     "gpt2": (5, 24),
     "bert": (5, 24),
+    "qwen2_vl": (5, 24),
+    "qwen2_5_vl": (5, 24),
+    "qwen3_vl": (5, 24),
 }
 
 
@@ -40,7 +43,8 @@ class Family:
         decoder_layer: h = x + norm(self_attn(norm(x))), y = h + norm(mlp(norm(h))), with `norms`, and with the residual
             dropout of `dropouts`.
         model: embeddings, decoder layers and a norm.
-        causal_lm: `model`, then `lm_head`, the configuration's final_logit_softcapping and ForCausalLMLoss.
+        causal_lm: `model`, or what has it as `language_model`, then `lm_head`, the configuration's
+            final_logit_softcapping and ForCausalLMLoss.
         eager_attention: what computes attention where the configuration says "eager".
         outputs: what causal_lm returns; None: CausalLMOutputWithPast.
         norm_offset: what a norm adds to its weight.
@@ -52,6 +56,10 @@ class Family:
         activation: the attribute of the MLP.
         half_tables: cos and sin come for half a head.
         sliding_window: the window that an attention module passes on; None: it passes none.
+        positions: positions(model, arguments): the position_ids, of any shape (..., B, S), that the base model gives a
+            call with these arguments and neither a cache nor position_ids; None: tokens are counted.
+        sequence_positions: of the position_ids of a call to `model`, if any, those (B, S) that tell packed sequences,
+            if any; None: they do as they are.
     """
 
     norm: type[nn.Module]
@@ -71,6 +79,8 @@ class Family:
     activation: str = "act_fn"
     half_tables: bool = False
     sliding_window: Callable[[nn.Module], int | None] | None = None
+    positions: Callable[[nn.Module, dict], Tensor] | None = None
+    sequence_positions: Callable[[Tensor | None], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)

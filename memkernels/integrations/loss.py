@@ -57,9 +57,10 @@ def _without_padding(
     named = kwargs | dict(zip(_COMMON_ARGUMENTS, args, strict=False))
     if named.get("use_cache") is None and not has_cache(named) and torch.is_grad_enabled():
         named["use_cache"] = False
-    if _wants(model, named, "output_hidden_states") or not tells(model.base_model, family, named):
+    stack = getattr(model.base_model, "language_model", model.base_model)
+    if _wants(model, named, "output_hidden_states") or not tells(stack, family, named):
         return args, kwargs, target
-    return (), *without_padding(named, target, named.get("ignore_index", -100))
+    return (), *without_padding(model.base_model, family, named, target, named.get("ignore_index", -100))
 
 
 def _wants(model: Any, kwargs: dict, name: str) -> bool:

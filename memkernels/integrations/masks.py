@@ -87,8 +87,8 @@ def sequences(mask: Tensor) -> tuple[Tensor, int] | None:
     return None if mask.shape[3] == 0 else (mask[0, 0, 0], mask.shape[2])
 
 
-def without_padding(kwargs: dict, target: Tensor, ignore_index: int) -> tuple[dict, Tensor]:
-    """The arguments of a stack of layers and its target as one row of packed sequences, told by position_ids.
+def without_padding(model: Any, family: Family, kwargs: dict, target: Tensor, ignore_index: int) -> tuple[dict, Tensor]:
+    """The arguments of a base model and its target as one row of packed sequences, told by position_ids.
 
     As they are where nothing is padded, where it is not on the right, or where a padded position has a target.
     """
@@ -100,6 +100,8 @@ def without_padding(kwargs: dict, target: Tensor, ignore_index: int) -> tuple[di
     padded_right = (visible[:, 1:] <= visible[:, :-1]).all() & ~visible.all()
     if not bool(padded_right & ((target == ignore_index) | visible).all()):
         return kwargs, target
-    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    packed = {"input_ids": ids[visible][None], "position_ids": positions[visible][None], "attention_mask": None}
+    counted = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    positions = counted if family.positions is None else family.positions(model, kwargs)
+    positions = positions[..., visible].unsqueeze(-2)
+    packed = {"input_ids": ids[visible][None], "position_ids": positions, "attention_mask": None}
     return kwargs | packed, target[visible][None]

@@ -33,7 +33,10 @@ def model_forward(model: Any, *args, family: Family, **kwargs) -> Any:
         kwargs["use_cache"] = False
     given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     if given is not None and tells(model, family, kwargs):
-        mask = told_mask(kwargs.get("attention_mask"), kwargs.get("position_ids"), given.shape[:2])
+        positions = kwargs.get("position_ids")
+        if family.sequence_positions is not None:
+            positions = family.sequence_positions(positions)
+        mask = told_mask(kwargs.get("attention_mask"), positions, given.shape[:2])
         kwargs["attention_mask"] = kwargs.get("attention_mask") if mask is None else mask
     return type(model).forward(model, **kwargs)
 

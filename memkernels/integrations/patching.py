@@ -72,6 +72,8 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     function of the user's, transformers computes logits and loss. Training fills no cache unless the call asks for one.
     In training with labels, tokens padded on the right are not computed at all, if none of them has a label.
 
+    Of Qwen2-VL, Qwen2.5-VL and Qwen3-VL the text tower is replaced as other models are, whatever their images.
+
     BERT's encoder computes the visible tokens of a padded batch alone; hidden positions of last_hidden_state are zero,
     in evaluation too, unless a label, the pooler, a hook or an output of each layer reads them, or torch.compile runs.
     Its layers keep 4 d with "sublayer" and 3 d with "layer"; the masked-language head and loss stay transformers'.

@@ -1,0 +1,191 @@
+"""Patched Qwen-VL models compute what the unpatched ones do, with images: loss, every gradient, generation."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import memkernels
+from memkernels.ops.rms_norm import reference
+from memkernels.testing import assert_within_factor_two
+
+TEXT = {
+    "hidden_size": 48, "intermediate_size": 104, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+VISION = {"depth": 3, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2}
+TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+# What a family has beside these, of the text and of the vision tower. Windows are shorter than what they see.
+OWN = {
+    "Qwen2VL": (
+        WINDOW | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]}},
+        {"hidden_size": 48, "embed_dim": 40, "mlp_ratio": 2},
+    ),
+    "Qwen2_5_VL": (
+        WINDOW | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]}},
+        {"hidden_size": 40, "intermediate_size": 72, "out_hidden_size": 48, "window_size": 16,
+         "fullatt_block_indexes": [1]},
+    ),
+    "Qwen3VL": (
+        {"head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 3, 3]}},
+        {"hidden_size": 40, "intermediate_size": 72, "out_hidden_size": 48, "num_position_embeddings": 16,
+         "deepstack_visual_indexes": [0, 2]},
+    ),
+}  # fmt: skip
+FAMILIES = tuple(OWN)
+RECOMPUTE = ("none", "sublayer", "layer")
+
+
+def make(family, dtype=torch.float32, **config):
+    """A model in training mode, the same on every call; `config` is its text tower's."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install memkernels[hf]"
+    )
+    torch.manual_seed(0)
+    text, vision = OWN[family]
+    config = getattr(transformers, f"{family}Config")(
+        text_config=TEXT | text | config, vision_config=VISION | vision, **TOKENS
+    )
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    for name, parameter in model.named_parameters():
+        is_norm = "norm" in name or ".ln_q." in name
+        if is_norm or "bias" in name:
+            torch.nn.init.normal_(parameter, mean=float(is_norm and not name.endswith("bias")), std=0.3)
+    return model.to(dtype).train()
+
+
+def make_batch(padding=None):
+    """Two sequences of up to 37 tokens, with two images and with one; padding is None, "left" or "right"."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(7, TEXT["vocab_size"], (2, 37), generator=generator)
+    grids = torch.tensor([[1, 4, 6], [1, 6, 4], [1, 8, 4]])
+    types = torch.zeros_like(ids)
+    for row, begin, tokens in zip((0, 0, 1), (2, 15, 11), grids.prod(1) // 4, strict=True):
+        types[row, begin : begin + tokens] = 1
+    ids[types == 1] = TOKENS["image_token_id"]
+    pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * 4 * 4, generator=generator)
+    batch = {"input_ids": ids, "labels": ids.masked_fill(types == 1, -100)}
+    if padding is not None:
+        mask = torch.ones_like(ids)
+        mask[1, slice(0, 9) if padding == "left" else slice(-9, None)] = 0
+        batch["attention_mask"] = mask
+        batch["labels"][mask == 0] = -100
+        ids[mask == 0] = TEXT["pad_token_id"]
+    return batch | {"mm_token_type_ids": types, "pixel_values": pixels, "image_grid_thw": grids}
+
+
+def step(model, batch, run=None):
+    model.zero_grad()
+    loss = (model if run is None else run)(**batch).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def exact_step(model, batch):
+    """The step of an unpatched model in float64, where transformers rounds to float32 in places."""
+    model, softmax = model.double(), F.softmax
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda x, norm=module: reference.rms_norm(x, norm.weight, norm.variance_epsilon)
+    rotary = {"apply_rotary_pos_emb_vision": lambda q, k, cos, sin: (_rotated(q, cos, sin), _rotated(k, cos, sin))}
+    exact_softmax = mock.patch.object(F, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim))
+    with exact_softmax, mock.patch.multiple(type(model).__module__, **rotary):
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def _rotated(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
+
+
+def assert_same_step(actual, exact, plain, batch, dtype=torch.float32):
+    """By the factor-two rule; the loss, a mean of n labels' roundings, may besides be off by one over sqrt(n)."""
+    assert actual.keys() == plain.keys()
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    granted = exact["loss"].item() * torch.finfo(dtype).eps / labels**0.5
+    for name, value in actual.items():
+        atol = {"atol": granted} if name == "loss" else {}
+        assert_within_factor_two(name, value, exact[name], plain[name], **atol)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients(family, dtype, padding):
+    batch, model = make_batch(padding), make(family, dtype)
+    plain, exact = step(model, batch), exact_step(make(family, dtype), batch)
+    for recompute in RECOMPUTE:
+        memkernels.patch(model, recompute=recompute)
+        assert_same_step(step(model, batch), exact, plain, batch, dtype)
+        assert model(**batch).logits is None
+        memkernels.unpatch(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_without_images(family):
+    batch, model = make_batch("right"), make(family)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    batch["input_ids"][batch["input_ids"] == TOKENS["image_token_id"]] = 50
+    plain, exact = step(model, batch), exact_step(make(family), batch)
+    memkernels.patch(model, recompute="layer")
+    assert_same_step(step(model, batch), exact, plain, batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_is_built_and_no_padding_computed(family):
+    batch, model = make_batch("right"), make(family)
+    memkernels.patch(model)
+    seen = []
+    model.model.language_model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0].shape, kwargs["attention_mask"])), with_kwargs=True
+    )
+    model(**batch)
+    visible = int(batch["attention_mask"].sum())
+    ((shape, mask),) = seen
+    assert shape == (1, visible, 48)
+    assert mask.tolist()[0][0][0] == [0, 37, visible]
+    assert mask.untyped_storage().nbytes() == 3 * 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_told_by_positions_in_the_text(family):
+    """The first of four axes tells them; three axes tell none, nor do two dimensions, but to Qwen3-VL."""
+    batch, model = make_batch(), make(family)
+    text = torch.cat([torch.arange(14), torch.arange(37 - 14)]).expand(1, 2, -1)
+    axes = torch.stack([text[0], text[0] // 2, text[0] // 3])
+    for positions in (torch.cat((text, axes)), axes, text[0]):
+        call = batch | {"position_ids": positions, "use_cache": False}
+        plain, exact = step(model, call), exact_step(make(family), call)
+        for recompute in RECOMPUTE:
+            memkernels.patch(model, recompute=recompute)
+            assert_same_step(step(model, call), exact, plain, call)
+            memkernels.unpatch(model)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_generation_after_training(family, cache):
+    batch, model = make_batch("left"), make(family)
+    prompt = {name: value for name, value in batch.items() if name != "labels"}
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    expected = model.eval().generate(**prompt, **options)
+    memkernels.patch(model, recompute="layer")
+    step(model.train(), make_batch("right"))
+    assert torch.equal(model.eval().generate(**prompt, **options), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_stay_and_unpatch_restores_exactly(family):
+    batch, model = make_batch(), make(family)
+    keys, before = list(model.state_dict()), step(model, batch)
+    memkernels.patch(model, recompute="layer")
+    assert list(model.state_dict()) == keys
+    memkernels.unpatch(model)
+    after = step(model, batch)
+    assert all(torch.equal(before[name], after[name]) for name in before)
