@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from memkernels import ops
 from memkernels.integrations.attention import block_arguments, fits_block, takes_block
 from memkernels.integrations.family import Family
 from memkernels.integrations.masks import CACHES, has_cache, is_told, sequences
-from memkernels.integrations.mlp import activation_of, is_linear_mlp, mlp_arguments
+from memkernels.integrations.mlp import activation_of, mlp_arguments
+from memkernels.integrations.mlp import fits_block as mlp_fits_block
 from memkernels.integrations.norm import norm_arguments, norm_fits
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.replacement import Replacement, bind
+from memkernels.integrations.sublayers import run_sublayers
 
 
 def plan_layer(layer: Any, family: Family, recompute: str) -> Replacement:
@@ -45,25 +44,13 @@ def layer_forward(layer: Any, hidden_states: Tensor, *, family: Family, whole: b
 
 def _layer(layer: Any, hidden_states: Tensor, family: Family, *, whole: bool, **kwargs) -> Tensor:
     """h = x + norm(attention(norm(x))), y = h + norm(mlp(norm(h)))."""
-    x, attention, mlp = hidden_states, None, None
-    if _attention_fits(layer, family) and takes_block(layer.self_attn, x, kwargs):
-        x, attention = _attention_arguments(layer, x, family, **kwargs)
+    attention, mlp = None, None
+    if _attention_fits(layer, family) and takes_block(layer.self_attn, hidden_states, kwargs):
+        attention = _attention_arguments(layer, hidden_states, family, **kwargs)
     if _mlp_fits(layer, family):
-        mlp = _mlp_arguments(layer, x, family)
-    if whole and attention is not None and mlp is not None:
-        return ops.decoder_layer(x, attention, mlp).view(hidden_states.shape)
-    run = partial(checkpoint, use_reentrant=False) if whole else _call
-    if attention is not None:
-        h = (x + ops.attention_block(x, **attention)).view(hidden_states.shape)
-    else:
-        h = hidden_states + run(partial(_attention_sublayer, layer, family, **kwargs), hidden_states)
-    if mlp is not None:
-        return h + ops.gated_mlp(h, **mlp)
-    return h + run(partial(_mlp_sublayer, layer, family), h)
-
-
-def _call(sublayer: Callable[[Tensor], Tensor], hidden_states: Tensor) -> Tensor:
-    return sublayer(hidden_states)
+        mlp = _mlp_arguments(layer, hidden_states, family)
+    sublayers = (partial(_attention_sublayer, layer, family, **kwargs), partial(_mlp_sublayer, layer, family))
+    return run_sublayers(hidden_states, attention, mlp, sublayers, whole=whole)
 
 
 def _attention_sublayer(layer: Any, family: Family, hidden_states: Tensor, **kwargs) -> Tensor:
@@ -85,18 +72,17 @@ def _after(layer: Any, dropout: str | None, norm: Any, out: Tensor) -> Tensor:
 
 def _attention_arguments(
     layer: Any, x: Tensor, family: Family, *, position_embeddings: tuple[Tensor, Tensor], attention_mask=None, **_
-) -> tuple[Tensor, dict[str, Any]]:
-    """x as `ops.attention_block` takes it, packed where the mask says so, and its arguments."""
+) -> dict[str, Any]:
+    """What `ops.attention_block` takes; with cu_seqlens where the mask says that sequences are packed."""
     before, after = _norms(layer, family)[:2]
     packed = sequences(attention_mask) if is_told(attention_mask) else None
     options: dict[str, Any] = {}
     if packed is not None:
         tables = (table.expand(*x.shape[:2], -1).reshape(1, -1, table.shape[-1]) for table in position_embeddings)
         position_embeddings = (next(tables), next(tables))
-        x = x.reshape(1, -1, x.shape[-1])
         options = dict(zip(("cu_seqlens", "max_seqlen"), packed, strict=True))
     arguments = block_arguments(layer.self_attn, position_embeddings, family)
-    return x, arguments | norm_arguments(before, after, x, family) | options
+    return arguments | norm_arguments(before, after, x, family) | options
 
 
 def _mlp_arguments(layer: Any, x: Tensor, family: Family) -> dict[str, Any]:
@@ -120,11 +106,8 @@ def _mlp_fits(layer: Any, family: Family) -> bool:
     """Whether one op may compute the MLP and its norms."""
     norms = _norms(layer, family)[2:]
     return (
-        type(layer.mlp) is family.mlp
-        and activation_of(layer.mlp, family) is not None
+        mlp_fits_block(layer.mlp, family)
         and all(norm_fits(norm, family) for norm in norms)
-        and not has_hooks(layer.mlp)
-        and is_linear_mlp(layer.mlp, family)
         and _drops_nothing(layer, family.dropouts[1])
     )
 

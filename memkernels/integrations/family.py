@@ -30,6 +30,33 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
+class VisionTower:
+    """A vision tower's classes: packed images (T, d), each token seeing those of its image or window.
+
+    Args:
+        attention: `qkv`, a rotary embedding of halves, attention within cu_seqlens in both directions, `proj`.
+        mlp: down(act(gate(x)) * up(x)), or down(act(up(x))).
+        block: h = x + attn(norm1(x)), y = h + mlp(norm2(h)).
+        norm: an RMS norm, or torch.nn.LayerNorm.
+        gate_up: attributes of the MLP; gate is None in an ungated one.
+        down: an attribute of the MLP.
+        activation: an attribute of the MLP.
+        norm_eps: the attribute of an RMS norm.
+        norm_offset: what an RMS norm adds to its weight.
+    """
+
+    attention: type[nn.Module]
+    mlp: type[nn.Module]
+    block: type[nn.Module]
+    norm: type[nn.Module]
+    gate_up: tuple[str | None, str] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    activation: str = "act_fn"
+    norm_eps: str = "variance_epsilon"
+    norm_offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class Family:
     """A family's classes in transformers, and how they differ.
 
@@ -53,6 +80,7 @@ class Family:
         dropouts: attributes of a decoder layer: dropout after attention and after the MLP.
         qkv: attributes of attention: three projections, or the one of all three.
         gate_up: attributes of the MLP: two projections, or the one of both.
+        down: an attribute of the MLP.
         activation: the attribute of the MLP.
         half_tables: cos and sin come for half a head.
         sliding_window: the window that an attention module passes on; None: it passes none.
@@ -60,6 +88,7 @@ class Family:
             call with these arguments and neither a cache nor position_ids; None: tokens are counted.
         sequence_positions: of the position_ids of a call to `model`, if any, those (B, S) that tell packed sequences,
             if any; None: they do as they are.
+        vision: the tower that embeds images.
     """
 
     norm: type[nn.Module]
@@ -76,11 +105,13 @@ class Family:
     dropouts: tuple[str | None, str | None] = (None, None)
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
     activation: str = "act_fn"
     half_tables: bool = False
     sliding_window: Callable[[nn.Module], int | None] | None = None
     positions: Callable[[nn.Module, dict], Tensor] | None = None
     sequence_positions: Callable[[Tensor | None], Tensor | None] | None = None
+    vision: VisionTower | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Gated MLPs."""
+"""MLPs, gated and ungated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from memkernels import ops
-from memkernels.integrations.family import Family
+from memkernels.integrations.family import Family, VisionTower
 from memkernels.integrations.linears import is_linear
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.projections import projected, weights
@@ -25,7 +25,7 @@ _ACTIVATIONS = {
 }
 
 
-def plan_mlp(mlp: nn.Module, family: Family, recompute: bool) -> Replacement:
+def plan_mlp(mlp: nn.Module, family: Family | VisionTower, recompute: bool) -> Replacement:
     activation = activation_of(mlp, family)
     if activation is None:
         return Replacement("MLP", left=f"memkernels has no activation {type(_activation(mlp, family)).__name__}")
@@ -33,7 +33,7 @@ def plan_mlp(mlp: nn.Module, family: Family, recompute: bool) -> Replacement:
     return Replacement("MLP", forward)
 
 
-def activation_of(mlp: nn.Module, family: Family) -> str | None:
+def activation_of(mlp: nn.Module, family: Family | VisionTower) -> str | None:
     """The name in memkernels of an MLP's activation; None where there is none."""
     return activation_name(_activation(mlp, family))
 
@@ -43,31 +43,43 @@ def activation_name(activation: nn.Module | None) -> str | None:
     return _ACTIVATIONS.get(type(activation).__name__)
 
 
-def mlp_forward(mlp: Any, x: Tensor, *, family: Family, activation: str, recompute: bool) -> Tensor:
+def mlp_forward(mlp: Any, x: Tensor, *, family: Family | VisionTower, activation: str, recompute: bool) -> Tensor:
     """The projections as modules, whatever they are, and `ops.gated_activation`; recomputed if asked and linear."""
     if recompute and is_linear_mlp(mlp, family):
         return ops.gated_mlp(x, **mlp_arguments(mlp, family, activation))
     if has_hooks(_activation(mlp, family)):
         return type(mlp).forward(mlp, x)
-    gate, up = projected(mlp, family.gate_up, x, _sizes(mlp))
-    return mlp.down_proj(ops.gated_activation(gate, up, activation))
+    gate, up = projected(mlp, family.gate_up, x, _sizes(mlp, family))
+    gate, up = (up, None) if gate is None else (gate, up)
+    return getattr(mlp, family.down)(ops.gated_activation(gate, up, activation))
 
 
-def is_linear_mlp(mlp: Any, family: Family) -> bool:
+def fits_block(mlp: Any, family: Family | VisionTower) -> bool:
+    """Whether an op may compute the MLP."""
+    return (
+        type(mlp) is family.mlp
+        and activation_of(mlp, family) is not None
+        and not has_hooks(mlp)
+        and is_linear_mlp(mlp, family)
+    )
+
+
+def is_linear_mlp(mlp: Any, family: Family | VisionTower) -> bool:
     """Whether an op may take the projections' tensors."""
-    projections = (*(getattr(mlp, name) for name in family.gate_up), mlp.down_proj)
+    projections = [getattr(mlp, name) for name in (*family.gate_up, family.down) if name is not None]
     return not has_hooks(_activation(mlp, family)) and all(is_linear(projection) for projection in projections)
 
 
-def mlp_arguments(mlp: Any, family: Family, activation: str) -> dict[str, Any]:
+def mlp_arguments(mlp: Any, family: Family | VisionTower, activation: str) -> dict[str, Any]:
     """What `ops.gated_mlp` takes of an MLP of linear projections."""
-    arguments = weights(mlp, family.gate_up, ("gate", "up"), _sizes(mlp))
-    return arguments | weights(mlp, ("down_proj",), ("down",), ()) | {"activation": activation}
+    arguments = weights(mlp, family.gate_up, ("gate", "up"), _sizes(mlp, family))
+    return arguments | weights(mlp, (family.down,), ("down",), ()) | {"activation": activation}
 
 
-def _activation(mlp: Any, family: Family) -> Any:
+def _activation(mlp: Any, family: Family | VisionTower) -> Any:
     return getattr(mlp, family.activation, None)
 
 
-def _sizes(mlp: Any) -> tuple[int, int]:
-    return (mlp.config.intermediate_size,) * 2
+def _sizes(mlp: Any, family: Family | VisionTower) -> tuple[int, ...]:
+    """Of gate and up where they are one projection."""
+    return (mlp.config.intermediate_size,) * 2 if len(family.gate_up) == 1 else ()

@@ -72,7 +72,8 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     function of the user's, transformers computes logits and loss. Training fills no cache unless the call asks for one.
     In training with labels, tokens padded on the right are not computed at all, if none of them has a label.
 
-    Of Qwen2-VL, Qwen2.5-VL and Qwen3-VL the text tower is replaced as other models are, whatever their images.
+    Qwen2-VL, Qwen2.5-VL and Qwen3-VL train so with images and videos. In their vision towers attention within images
+    and windows, MLPs and, with `recompute`, blocks are replaced; embeddings of patches and mergers are not.
 
     BERT's encoder computes the visible tokens of a padded batch alone; hidden positions of last_hidden_state are zero,
     in evaluation too, unless a label, the pooler, a hook or an output of each layer reads them, or torch.compile runs.
@@ -154,7 +155,11 @@ def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss
     from memkernels.integrations.loss import plan_loss
     from memkernels.integrations.mlp import plan_mlp
     from memkernels.integrations.model import plan_model
+    from memkernels.integrations.vision_layer import plan_vision
 
+    vision = None if family.vision is None else plan_vision(module, family.vision, recompute)
+    if vision is not None:
+        return vision
     kind = type(module)
     if kind is family.norm:
         return plan_norm(module, family)

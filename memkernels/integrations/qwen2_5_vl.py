@@ -1,9 +1,9 @@
-"""Qwen2.5-VL: Qwen2 whose tokens have positions in time, height and width."""
+"""Qwen2.5-VL: Qwen2 whose tokens have positions in time, height and width; images by RMS norms, gated MLPs, windows."""
 
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
 from memkernels.integrations import qwen_vl
-from memkernels.integrations.family import Family
+from memkernels.integrations.family import Family, VisionTower
 
 
 def _sliding_window(attention):
@@ -22,4 +22,10 @@ FAMILY = Family(
     sliding_window=_sliding_window,
     positions=qwen_vl.positions,
     sequence_positions=qwen_vl.sequence_positions,
+    vision=VisionTower(
+        attention=qwen2_5_vl.Qwen2_5_VLVisionAttention,
+        mlp=qwen2_5_vl.Qwen2_5_VLMLP,
+        block=qwen2_5_vl.Qwen2_5_VLVisionBlock,
+        norm=qwen2_5_vl.Qwen2_5_VLRMSNorm,
+    ),
 )

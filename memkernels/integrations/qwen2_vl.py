@@ -1,9 +1,10 @@
-"""Qwen2-VL: Qwen2 whose tokens have positions in time, height and width."""
+"""Qwen2-VL: Qwen2 whose tokens have positions in time, height and width; images by layer norms, ungated MLPs."""
 
+from torch import nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
 from memkernels.integrations import qwen_vl
-from memkernels.integrations.family import Family
+from memkernels.integrations.family import Family, VisionTower
 
 
 def _sliding_window(attention):
@@ -22,4 +23,13 @@ FAMILY = Family(
     sliding_window=_sliding_window,
     positions=qwen_vl.positions,
     sequence_positions=qwen_vl.sequence_positions,
+    vision=VisionTower(
+        attention=qwen2_vl.VisionAttention,
+        mlp=qwen2_vl.VisionMlp,
+        block=qwen2_vl.Qwen2VLVisionBlock,
+        norm=nn.LayerNorm,
+        gate_up=(None, "fc1"),
+        down="fc2",
+        activation="act",
+    ),
 )

@@ -1,9 +1,10 @@
-"""Qwen3-VL: Qwen3 whose tokens have positions in time, height and width, with deepstack."""
+"""Qwen3-VL: Qwen3 whose tokens have positions in time, height and width; images by layer norms, ungated MLPs."""
 
+from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
 from memkernels.integrations import qwen_vl
-from memkernels.integrations.family import Family
+from memkernels.integrations.family import Family, VisionTower
 
 
 def _sequence_positions(position_ids):
@@ -23,4 +24,12 @@ FAMILY = Family(
     outputs=qwen3_vl.MultimodalCausalLMOutputWithPast,
     positions=qwen_vl.positions,
     sequence_positions=_sequence_positions,
+    vision=VisionTower(
+        attention=qwen3_vl.Qwen3VLVisionAttention,
+        mlp=qwen3_vl.Qwen3VLVisionMLP,
+        block=qwen3_vl.Qwen3VLVisionBlock,
+        norm=nn.LayerNorm,
+        gate_up=(None, "linear_fc1"),
+        down="linear_fc2",
+    ),
 )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import memkernels
 from memkernels.ops.rms_norm import reference
-from memkernels.testing import assert_within_factor_two
+from memkernels.testing import assert_within_factor_two, saved_bytes
 
 TEXT = {
     "hidden_size": 48, "intermediate_size": 104, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -39,15 +39,15 @@ FAMILIES = tuple(OWN)
 RECOMPUTE = ("none", "sublayer", "layer")
 
 
-def make(family, dtype=torch.float32, **config):
-    """A model in training mode, the same on every call; `config` is its text tower's."""
+def make(family, dtype=torch.float32, attn_implementation="sdpa", **vision):
+    """A model in training mode, the same on every call; `vision` is of its vision tower's configuration."""
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed: pip install memkernels[hf]"
     )
     torch.manual_seed(0)
-    text, vision = OWN[family]
+    text, own = OWN[family]
     config = getattr(transformers, f"{family}Config")(
-        text_config=TEXT | text | config, vision_config=VISION | vision, **TOKENS
+        text_config=TEXT | text, vision_config=VISION | own | vision, attn_implementation=attn_implementation, **TOKENS
     )
     model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     for name, parameter in model.named_parameters():
@@ -105,10 +105,15 @@ def _rotated(x, cos, sin):
 
 
 def assert_same_step(actual, exact, plain, batch, dtype=torch.float32):
-    """By the factor-two rule; the loss, a mean of n labels' roundings, may besides be off by one over sqrt(n)."""
+    """By the factor-two rule; the loss may besides be off by its own rounding, and by two of n labels' over sqrt(n).
+
+    Over 40 draws the losses of either model, plain or patched, were off by up to 2.1 roundings in float32 and 0.3 in
+    bfloat16, by 0.6 and 0.1 in the root mean square.
+    """
     assert actual.keys() == plain.keys()
     labels = int((batch["labels"][:, 1:] != -100).sum())
-    granted = exact["loss"].item() * torch.finfo(dtype).eps / labels**0.5
+    eps = torch.finfo(torch.float32).eps + 2 * torch.finfo(dtype).eps / labels**0.5
+    granted = exact["loss"].item() * eps
     for name, value in actual.items():
         atol = {"atol": granted} if name == "loss" else {}
         assert_within_factor_two(name, value, exact[name], plain[name], **atol)
@@ -189,3 +194,87 @@ def test_keys_stay_and_unpatch_restores_exactly(family):
     memkernels.unpatch(model)
     after = step(model, batch)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_video(family):
+    """Two frames, which Qwen3-VL has apart from each other in the text."""
+    model, batch = make(family), make_batch("right")
+    batch["video_grid_thw"], pixels = torch.tensor([[2, 4, 4]]), batch.pop("pixel_values")
+    batch["pixel_values_videos"] = pixels[: batch["video_grid_thw"].prod()]
+    del batch["image_grid_thw"]
+    ids, types = batch["input_ids"], batch["mm_token_type_ids"].zero_()
+    ids[ids == TOKENS["image_token_id"]] = 50
+    for begin in (3, 8 if family == "Qwen3VL" else 7):
+        types[0, begin : begin + 4] = 2
+    ids[types == 2] = TOKENS["video_token_id"]
+    if family == "Qwen2_5_VL":
+        batch["second_per_grid_ts"] = torch.tensor([1.0])
+    plain, exact = step(model, batch), exact_step(make(family), batch)
+    memkernels.patch(model, recompute="layer")
+    assert_same_step(step(model, batch), exact, plain, batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_report_of_the_vision_tower(family):
+    report = memkernels.patch(make(family))
+    vision = {name.removeprefix("model.visual."): what for name, what in report.replaced.items() if "visual" in name}
+    for block in ("blocks.0", "blocks.1", "blocks.2"):
+        assert vision[block] == "vision block" and vision[f"{block}.attn"] == "attention of images"
+    if family == "Qwen2VL":  # its default activation is none of ours
+        assert report.left["model.visual.blocks.0.mlp"] == "memkernels has no activation QuickGELUActivation"
+        assert report.left["model.visual.blocks.0"].startswith("MLP with")
+    else:
+        assert vision["blocks.0.mlp"] == "MLP" and report.left == {}
+
+
+@pytest.mark.parametrize("recompute", ["sublayer", "layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_bytes_of_a_vision_block(family, recompute):
+    """By the difference between depths: 3 d or 2 d elements a token, and lse of 2 heads."""
+
+    def saved(depth):
+        model = make(family, depth=depth, hidden_act="gelu_pytorch_tanh")
+        assert memkernels.patch(model, recompute=recompute).left == {}
+        return saved_bytes(lambda: model(**make_batch()).loss, exclude=tuple(model.parameters()))
+
+    tokens, d = len(make_batch()["pixel_values"]), 40
+    kept = tokens * (4 * (3 if recompute == "sublayer" else 2) * d + 4 * 2)
+    assert saved(5) - saved(4) == kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_attention_and_a_hook_in_the_vision_tower(family):
+    batch, model = make_batch(), make(family, attn_implementation="eager")
+    plain, exact = step(model, batch), exact_step(make(family), batch)
+    fired = []
+    model.model.visual.blocks[0].attn.qkv.register_forward_hook(lambda *_: fired.append(1))
+    report = memkernels.patch(model, recompute="layer")
+    assert "attention" in report.left["model.visual.blocks.0"]
+    assert_same_step(step(model, batch), exact, plain, batch)
+    assert len(fired) == 2  # forward and one recomputation
+
+
+def test_gradient_checkpointing_of_the_user():
+    batch, model = make_batch(), make("Qwen3VL")
+    plain, exact = step(model, batch), exact_step(make("Qwen3VL"), batch)
+    memkernels.patch(model, recompute="layer")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_step(step(model, batch), exact, plain, batch)
+
+
+@pytest.mark.parametrize(
+    ("images", "recompute"),
+    [(False, recompute) for recompute in RECOMPUTE]
+    + [pytest.param(True, recompute, marks=pytest.mark.slow) for recompute in RECOMPUTE[:2]]
+    + [(True, "layer")],
+)
+@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Qwen3VL"])
+def test_torch_compile(family, images, recompute):
+    """In one graph without images; transformers reads their sizes, which breaks the graph."""
+    batch, model = make_batch(), make(family)
+    batch = batch if images else {name: batch[name] for name in ("input_ids", "labels")}
+    plain, exact = step(model, batch), exact_step(make(family), batch)
+    memkernels.patch(model, recompute=recompute)
+    torch.compiler.reset()
+    assert_same_step(step(model, batch, torch.compile(model, fullgraph=not images)), exact, plain, batch)
