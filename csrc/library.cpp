@@ -14,6 +14,8 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(gated_activation_fwd);
   MEMKERNELS_IMPL(layer_norm_bwd);
   MEMKERNELS_IMPL(layer_norm_fwd);
+  MEMKERNELS_IMPL(nf4_dequantize_);
+  MEMKERNELS_IMPL(nf4_quantize);
   MEMKERNELS_IMPL(rms_norm_bwd);
   MEMKERNELS_IMPL(rms_norm_fwd);
   MEMKERNELS_IMPL(rotary_bwd);

@@ -11,6 +11,8 @@ from torch import Tensor
 from memkernels.ops.autocast import as_product_dtype
 from memkernels.ops.lora_linear.weight import LoRAWeight
 from memkernels.ops.projection import DenseProjection, Projection
+from memkernels.ops.quantized.op import quantized_projection
+from memkernels.ops.quantized.tensor import QuantizedTensor
 
 Weight = Tensor | LoRAWeight
 
@@ -35,9 +37,13 @@ def as_product_weights(x: Tensor, dtype: torch.dtype, **weights: Weight | None) 
 
 
 def projection_of(weight: Weight, bias: Tensor | None) -> Projection:
-    return weight.projection(bias) if isinstance(weight, LoRAWeight) else DenseProjection(weight, bias)
+    if isinstance(weight, LoRAWeight):
+        return weight.projection(bias)
+    return quantized_projection(weight, bias) if isinstance(weight, QuantizedTensor) else DenseProjection(weight, bias)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """The projection in plain PyTorch, for the references."""
-    return weight.linear(x, bias) if isinstance(weight, LoRAWeight) else F.linear(x, weight, bias)
+    if isinstance(weight, LoRAWeight):
+        return weight.linear(x, bias)
+    return F.linear(x, weight.dequantize() if isinstance(weight, QuantizedTensor) else weight, bias)

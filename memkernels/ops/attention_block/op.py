@@ -66,7 +66,8 @@ def attention_block(
     Args:
         x: (B, S, d), or packed (T, d) or (1, T, d) with cu_seqlens; float32, bfloat16 or float16 (float64 is computed
             by the reference).
-        w_q: (H D, d), x's dtype. It, w_k, w_v and w_o each a tensor or an `ops.LoRAWeight`.
+        w_q: (H D, d), x's dtype. It, w_k, w_v and w_o each a tensor, quantised or not,
+            or an `ops.LoRAWeight`.
         w_k: (Hk D, d), x's dtype; Hk divides H.
         w_v: (Hk Dv, d), x's dtype.
         w_o: (d, H Dv), x's dtype.

@@ -46,7 +46,8 @@ def gated_mlp(
 
     Args:
         x: (..., d); float32, bfloat16 or float16 (float64 is computed by the reference).
-        w_gate: (f, d), x's dtype, or None. It, w_up and w_down each a tensor or an `ops.LoRAWeight`.
+        w_gate: (f, d), x's dtype, or None. It, w_up and w_down each a tensor, quantised or not,
+            or an `ops.LoRAWeight`.
         w_up: (f, d), x's dtype.
         w_down: (d, f), x's dtype.
         activation: silu, gelu (by erf), gelu_tanh, relu or relu_squared.

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from memkernels._library import define, implement_with_python
+from memkernels.ops.quantized.tensor import QuantizedTensor
 
 _TILE_ELEMENTS = 1 << 20
 
 
 def row_squares(weight: Tensor) -> Tensor:
     """The squared norm of each row of a weight (N, K), (N,) in float32 or wider: what a frozen weight needs once."""
+    if isinstance(weight, QuantizedTensor):
+        return torch.cat([row_squares(tile) for _, tile in weight.encoding.row_tiles(weight.parts, weight.dtype)])
     return torch.ops.memkernels.row_squares(weight.detach())
 
 
@@ -21,6 +24,12 @@ def adapted_row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: f
     |w|^2 + 2 s (w A^T) . b + s^2 (b A A^T) . b; `squares` is |w|^2 where it is known. The norm is that of DoRA: Liu
     et al. 2024, arXiv 2402.09353, section 4.3, where it counts as a constant.
     """
+    if isinstance(weight, QuantizedTensor):
+        norms = [
+            adapted_row_norms(tile, lora_a, lora_b[rows], scaling, None if squares is None else squares[rows])
+            for rows, tile in weight.encoding.row_tiles(weight.parts, weight.dtype)
+        ]
+        return torch.cat(norms)
     return torch.ops.memkernels.adapted_row_norms(
         weight.detach(), lora_a.detach(), lora_b.detach(), scaling, None if squares is None else squares.detach()
     )

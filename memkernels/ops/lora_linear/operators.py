@@ -30,7 +30,7 @@ def _input_grad_fake(dy, weight, *rest):
     return dy.new_empty(dy.shape[0], weight.shape[1])
 
 
-def _input_add_fake(*args):
+def _add_fake(*args):
     return None
 
 
@@ -46,6 +46,11 @@ define(
     " -> Tensor",
     _up_fake,
 )
+# y = (y + scaling s lora_b^T) * out_scale + bias
+define(
+    "lora_up_add_(Tensor(a!) y, Tensor s, Tensor lora_b, float scaling, Tensor? out_scale, Tensor? bias) -> ()",
+    _add_fake,
+)
 # p = scaling dy lora_b and lora_b's gradient scaling dy^T s from one read of dy; empty where not wanted
 define(
     "lora_up_grad(Tensor dy, Tensor? s, Tensor lora_b, float scaling, bool p_needed) -> (Tensor p, Tensor dlora_b)",
@@ -54,9 +59,11 @@ define(
 # dx = dy weight + m * (p lora_a)
 define(f"lora_input_grad(Tensor dy, Tensor weight, Tensor p, Tensor lora_a, {_MASK}) -> Tensor", _input_grad_fake)
 # dx += m * (p lora_a)
-define(f"lora_input_add_(Tensor(a!) dx, Tensor p, Tensor lora_a, {_MASK}) -> ()", _input_add_fake)
+define(f"lora_input_add_(Tensor(a!) dx, Tensor p, Tensor lora_a, {_MASK}) -> ()", _add_fake)
 # lora_a's gradient p^T (m * x)
 define(f"lora_down_grad(Tensor p, Tensor x, {_MASK}) -> Tensor", _down_grad_fake)
 
-for _name in ("lora_down", "lora_up", "lora_up_grad", "lora_input_grad", "lora_input_add_", "lora_down_grad"):
+for _name in (
+    "lora_down", "lora_up", "lora_up_add_", "lora_up_grad", "lora_input_grad", "lora_input_add_", "lora_down_grad"
+):  # fmt: skip
     implement_with_python(_name, getattr(products, _name))

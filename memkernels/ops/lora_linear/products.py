@@ -44,12 +44,18 @@ def lora_up(
     out_scale: Tensor | None,
 ) -> Tensor:
     y = F.linear(x, weight, bias if out_scale is None else None)
+    lora_up_add_(y, s, lora_b, scaling, out_scale, None if out_scale is None else bias)
+    return y
+
+
+def lora_up_add_(
+    y: Tensor, s: Tensor, lora_b: Tensor, scaling: float, out_scale: Tensor | None, bias: Tensor | None
+) -> None:
     _add_product_(y, s, lora_b.t(), scaling)
     if out_scale is not None:
         y.mul_(out_scale)
-        if bias is not None:
-            y.add_(bias)
-    return y
+    if bias is not None:
+        y.add_(bias)
 
 
 def lora_up_grad(dy: Tensor, s: Tensor | None, lora_b: Tensor, scaling: float, p_needed: bool) -> tuple[Tensor, Tensor]:

@@ -12,39 +12,49 @@ from torch import Tensor
 from memkernels.ops.gradient_sum import GradientSum
 from memkernels.ops.lora_linear import operators  # noqa: F401  defines the operators
 from memkernels.ops.lora_linear.dropout import row_dropout, row_dropout_add_
+from memkernels.ops.quantized.encoding import Encoding
+from memkernels.ops.quantized.projection import QuantizedProjection
 
 _TILE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """What is static of an adapted weight."""
+    """What is static of an adapted weight. `base` is the encoding of a quantised one, whose parts come first."""
 
     scaling: float
     dropout_p: float
     has_bias: bool
     has_out_scale: bool
+    base: Encoding | None = None
 
     @property
     def present(self) -> tuple[bool, ...]:
         """Which fields of `Tensors` there are."""
-        return True, True, True, self.has_bias, self.has_out_scale, self.dropout_p > 0
+        return self.base is None, True, True, self.has_bias, self.has_out_scale, self.dropout_p > 0
+
+    @property
+    def num_parts(self) -> int:
+        return 0 if self.base is None else len(self.base.part_names)
 
     @property
     def num_tensors(self) -> int:
-        return sum(self.present)
+        return self.num_parts + sum(self.present)
 
     def named(self, values: Sequence) -> Tensors:
-        """Values of the tensors, one each, by the tensors' names."""
-        given = iter(values)
+        """Values of the tensors, one each, by the tensors' names; not those of a quantised weight's parts."""
+        given = iter(values[self.num_parts :])
         return Tensors(*(next(given) if present else None for present in self.present))
 
     def bind(self, tensors: Sequence[Tensor]) -> LoRAProjection:
-        return LoRAProjection(self, self.named(tensors))
+        return LoRAProjection(self, self.named(tensors), tuple(tensors[: self.num_parts]))
 
 
 class Tensors(NamedTuple):
-    """The tensors of an adapted weight, or a value for each. `out_scale` is DoRA's magnitude over the rows' norms."""
+    """The tensors of an adapted weight, or a value for each; `weight` is None where it is quantised.
+
+    `out_scale` is DoRA's magnitude over the rows' norms.
+    """
 
     weight: Any
     lora_a: Any
@@ -62,20 +72,26 @@ class LoRAProjection:
 
     Backward with p = scaling (g * dy) B: dA = p^T (m * x), dB = scaling (g * dy)^T s, dx = (g * dy) W + m * (p A).
     `first_row` is the number of a tile's first row, from which the mask is made. Where both halves of backward are
-    called each makes p, and s is made again from x: each a product by r columns.
+    called each makes p, and s is made again from x: each a product by r columns. Where W is quantised, `parts` hold it,
+    and `QuantizedProjection` multiplies by it.
     """
 
-    def __init__(self, description: LoRA, of: Tensors):
+    def __init__(self, description: LoRA, of: Tensors, parts: tuple[Tensor, ...] = ()):
         self.description = description
         self.of = of
+        self.base: QuantizedProjection | None = None
+        if description.base is not None:
+            # A scale comes between the product and the bias.
+            self.base = QuantizedProjection(description.base, parts, of.bias if of.out_scale is None else None)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in self.of if tensor is not None)
+        parts = () if self.base is None else self.base.parts
+        return (*parts, *(tensor for tensor in self.of if tensor is not None))
 
     @property
     def out_features(self) -> int:
-        return self.of.weight.shape[0]
+        return self.of.lora_b.shape[0]
 
     def down(self, x: Tensor, first_row: int = 0) -> Tensor:
         """s, (tokens, r)."""
@@ -88,6 +104,8 @@ class LoRAProjection:
             return self._up(x, s, of.bias, of.out_scale)
         dropped = self._dropped(x, first_row)
         y = self._up(dropped, s, of.bias, of.out_scale)
+        if self.base is not None:
+            return y.add_(self.base.forward(x - dropped))
         return torch.addmm(y, x - dropped, of.weight.t(), out=y)
 
     def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
@@ -120,9 +138,18 @@ class LoRAProjection:
         return row_dropout(x, *self._mask(first_row), x.dtype)
 
     def _up(self, x: Tensor, s: Tensor, bias: Tensor | None, out_scale: Tensor | None) -> Tensor:
-        return torch.ops.memkernels.lora_up(
-            x, self.of.weight, bias, s, self.of.lora_b, self.description.scaling, out_scale
-        )
+        b, scaling = self.of.lora_b, self.description.scaling
+        if self.base is None:
+            return torch.ops.memkernels.lora_up(x, self.of.weight, bias, s, b, scaling, out_scale)
+        y = self.base.forward(x)
+        torch.ops.memkernels.lora_up_add_(y, s, b, scaling, out_scale, None if out_scale is None else bias)
+        return y
+
+    def _base_grad(self, dy: Tensor, into: Tensor | None) -> Tensor:
+        """dy W, new or added to `into`."""
+        if self.base is not None:
+            return self.base.input_grad(dy, into)
+        return torch.mm(dy, self.of.weight) if into is None else torch.addmm(into, dy, self.of.weight, out=into)
 
     def _up_grad(self, dy: Tensor, s: Tensor | None, p_needed: bool) -> tuple[Tensor, Tensor]:
         """p, and B's gradient. g goes to what is of B's size and dtype: dy may be narrower."""
@@ -171,14 +198,15 @@ class LoRAProjection:
         of, mask = self.of, self._mask(first_row)
         if not self._scales_dropped:
             scaled = self._scaled(dy)
-            if into is None:
+            if into is None and self.base is None:
                 return torch.ops.memkernels.lora_input_grad(scaled, of.weight, p, of.lora_a, *mask)
-            torch.addmm(into, scaled, of.weight, out=into)
-            torch.ops.memkernels.lora_input_add_(into, p, of.lora_a, *mask)
-            return into
-        dx = torch.mm(dy, of.weight) if into is None else torch.addmm(into, dy, of.weight, out=into)
+            dx = self._base_grad(scaled, into)
+            torch.ops.memkernels.lora_input_add_(dx, p, of.lora_a, *mask)
+            return dx
+        dx = self._base_grad(dy, into)
         # What came through the dropped-out input beyond what x W^T has of it.
-        through = torch.ops.memkernels.lora_input_grad(self._scaled(dy, 1.0), of.weight, p, of.lora_a, None, 0.0, 0)
+        through = self._base_grad(self._scaled(dy, 1.0), None)
+        torch.ops.memkernels.lora_input_add_(through, p, of.lora_a, None, 0.0, 0)
         row_dropout_add_(dx, through, of.seed, self.description.dropout_p, first_row)
         return dx
 

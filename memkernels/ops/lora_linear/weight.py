@@ -14,6 +14,8 @@ from memkernels.ops.lora_linear import reference
 from memkernels.ops.lora_linear.norm import adapted_row_norms
 from memkernels.ops.lora_linear.projection import LoRA, LoRAProjection, Tensors
 from memkernels.ops.philox import seed_tensor
+from memkernels.ops.quantized.encoding import Encoding
+from memkernels.ops.quantized.tensor import QuantizedTensor, check_frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,7 @@ class LoRAWeight:
     constant for backward.
 
     Args:
-        weight: W, (N, K).
+        weight: W, (N, K); dense, or quantised (`memkernels.quant`) and frozen.
         lora_a: A, (r, K), of weight's dtype or float32; any r from 1 up.
         lora_b: B, (N, r), of A's dtype.
         scaling: s.
@@ -104,13 +106,21 @@ class LoRAWeight:
             norms = adapted_row_norms(self.weight, self.lora_a, self.lora_b, self.scaling, self.row_squares)
             out_scale = self.magnitude / norms
         seed = seed_tensor(self.seed, self.weight.device) if self.dropout_p > 0 else None
-        description = LoRA(float(self.scaling), float(self.dropout_p), bias is not None, out_scale is not None)
-        return LoRAProjection(description, Tensors(self.weight, self.lora_a, self.lora_b, bias, out_scale, seed))
+        weight: Tensor | None = self.weight
+        base: Encoding | None = None
+        parts: tuple[Tensor, ...] = ()
+        if isinstance(weight, QuantizedTensor):
+            check_frozen(weight)
+            base, parts = weight.encoding, weight.parts
+            weight = None
+        description = LoRA(float(self.scaling), float(self.dropout_p), bias is not None, out_scale is not None, base)
+        return LoRAProjection(description, Tensors(weight, self.lora_a, self.lora_b, bias, out_scale, seed), parts)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The reference."""
         seed = seed_tensor(self.seed, self.weight.device) if self.dropout_p > 0 else None
+        weight = self.weight.dequantize() if isinstance(self.weight, QuantizedTensor) else self.weight
         return reference.lora_linear(
-            x, self.weight, self.lora_a, self.lora_b, scaling=self.scaling, bias=bias, dropout_p=self.dropout_p,
+            x, weight, self.lora_a, self.lora_b, scaling=self.scaling, bias=bias, dropout_p=self.dropout_p,
             seed=seed, magnitude=self.magnitude,
         )  # fmt: skip

@@ -1,0 +1,260 @@
+// NF4: quantisation of blocks, and dequantisation of a rectangle of a matrix stored in it.
+//   absmax = max |v| of a block        code = the number of midpoints between neighbouring values below v / absmax
+//   v = value[code] * absmax           absmax = nested_value[absmax code] * nested_absmax + offset, where it is nested
+#include "common/nf4.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <tuple>
+
+#include "common/kernel_table.h"
+#include "common/tensors.h"
+#include "cpu/vec.h"
+
+namespace memkernels::cpu {
+namespace {
+
+constexpr int64_t kElementsPerTask = 32768;
+
+typedef uint64_t PairVec __attribute__((vector_size(kLanes * 4)));
+typedef uint8_t PairBytes __attribute__((vector_size(kLanes / 2)));
+
+constexpr std::array<float, kNf4Codes> kValues = {MEMKERNELS_NF4_VALUES};
+
+// The upper ends of the codes' intervals; none for the last.
+constexpr auto kMidpoints = [] {
+  std::array<float, kNf4Codes> midpoints{};
+  for (int i = 0; i + 1 < kNf4Codes; ++i) midpoints[i] = (kValues[i] + kValues[i + 1]) / 2;
+  midpoints[kNf4Codes - 1] = std::numeric_limits<float>::infinity();
+  return midpoints;
+}();
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+// [-1, 1] in 32 cells, narrower than codes: a cell holds one midpoint at most, so that its first code and one
+// comparison give the code.
+constexpr float kCellsPerUnit = 15.99f;
+constexpr auto kFirstCodes = [] {
+  std::array<int32_t, 32> codes{};
+  for (int cell = 0; cell < 32; ++cell) {
+    while (kMidpoints[codes[cell]] < static_cast<float>(cell) / kCellsPerUnit - 1.0f) ++codes[cell];
+  }
+  return codes;
+}();
+
+inline IntVec codes_of(Vec v) {
+  const __m512i cell = _mm512_cvttps_epi32(v * kCellsPerUnit + kCellsPerUnit);
+  const __m512i first = _mm512_permutex2var_epi32(_mm512_loadu_si512(kFirstCodes.data()), cell,
+                                                  _mm512_loadu_si512(kFirstCodes.data() + 16));
+  const __m512 midpoint = _mm512_permutexvar_ps(first, _mm512_loadu_ps(kMidpoints.data()));
+  return bits_as<IntVec>(first) - (v > bits_as<Vec>(midpoint));
+}
+
+#else
+
+inline IntVec codes_of(Vec v) {
+  IntVec codes{};
+  for (int i = 0; i + 1 < kNf4Codes; ++i) codes -= v > kMidpoints[i];
+  return codes;
+}
+
+#endif
+
+// kLanes / 2 bytes of kLanes codes. Two neighbours are one 64-bit lane, the first its low half.
+inline void store_codes(uint8_t* packed, IntVec codes) {
+  const PairVec pairs = bits_as<PairVec>(codes);
+  const PairBytes bytes = __builtin_convertvector((pairs << 4) | (pairs >> 32), PairBytes);
+  std::memcpy(packed, &bytes, sizeof(bytes));
+}
+
+// The largest magnitude of n values, n a multiple of kLanes; as integers, so that a NaN is above infinity.
+template <typename T>
+float absolute_maximum(const T* values, int64_t n) {
+  IntVec largest{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const IntVec magnitude = bits_as<IntVec>(load(values + i)) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  int32_t bits = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) bits = std::max(bits, largest[lane]);
+  return std::bit_cast<float>(bits);
+}
+
+template <typename T>
+float quantize_block(const T* values, int64_t n, uint8_t* packed) {
+  const float absmax = absolute_maximum(values, n);
+  const float inverse = 1.0f / std::max(absmax, kLeastAbsmax);
+  for (int64_t i = 0; i < n; i += kLanes) store_codes(packed + i / 2, codes_of(load(values + i) * inverse));
+  return absmax;
+}
+
+// The last block of a tensor, of n values. bitsandbytes divides there, and stores no absmax below kLeastAbsmax.
+template <typename T>
+float quantize_incomplete_block(const T* values, int64_t n, uint8_t* packed) {
+  float scaled[kNf4MaxBlock] = {};
+  uint8_t bytes[kNf4MaxBlock / 2];
+  std::copy_n(values, n, scaled);
+  const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;
+  const float absmax = std::max(absolute_maximum(scaled, whole), kLeastAbsmax);
+  for (int64_t i = 0; i < whole; i += kLanes) store_codes(bytes + i / 2, codes_of(load(scaled + i) / absmax));
+  std::memcpy(packed, bytes, (n + 1) / 2);
+  return absmax;
+}
+
+std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& values_in, int64_t block_size) {
+  STD_TORCH_CHECK(block_size % 32 == 0 && block_size > 0 && block_size <= kNf4MaxBlock,
+                  "nf4_quantize: block_size: expected a multiple of 32 up to 4096, got ", block_size);
+  const Tensor values = as_contiguous(values_in);
+  const int64_t size = values.numel(), whole_blocks = size / block_size, rest = size % block_size;
+  Tensor packed = torch::stable::new_empty(values, {(size + 1) / 2}, ScalarType::Byte);
+  Tensor absmax = torch::stable::new_empty(values, {whole_blocks + (rest != 0)}, ScalarType::Float);
+  uint8_t* bytes = packed.mutable_data_ptr<uint8_t>();
+  float* maxima = absmax.mutable_data_ptr<float>();
+  dispatch_floating(values.scalar_type(), [&]<typename T>() {
+    const T* data = values.const_data_ptr<T>();
+    torch::stable::parallel_for(0, whole_blocks, kElementsPerTask / block_size, [=](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * block_size;
+        maxima[block] = quantize_block(data + first, block_size, bytes + first / 2);
+      }
+    });
+    if (rest != 0) {
+      const int64_t first = whole_blocks * block_size;
+      maxima[whole_blocks] = quantize_incomplete_block(data + first, rest, bytes + first / 2);
+    }
+  });
+  return {packed, absmax};
+}
+
+// What the absolute maxima of blocks are read from.
+struct Scales {
+  const float* absmax = nullptr;
+  const uint8_t* codes = nullptr;
+  const float* nested_absmax = nullptr;
+  const float* nested_code = nullptr;
+  float offset = 0.0f;
+
+  float operator()(int64_t block) const {
+    if (codes == nullptr) return absmax[block];
+    // volatile: the product is rounded before the sum, and not fused with it.
+    volatile float product = nested_code[codes[block]] * nested_absmax[block / kNestedBlock];
+    return product + offset;
+  }
+};
+
+// The values of a block's codes, and their lookup.
+template <typename T>
+class BlockValues {
+ public:
+  explicit BlockValues(float absmax) {
+    for (int64_t i = 0; i < kNf4Codes; i += kLanes) store(values_ + i, load(kValues.data() + i) * absmax);
+#if defined(CPU_CAPABILITY_AVX512)
+    const Vec scaled = load(kValues.data()) * absmax;
+    if constexpr (std::is_same_v<T, float>) {
+      table_ = bits_as<__m512i>(scaled);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      table_ = _mm512_broadcast_i64x4(bits_as<__m256i>(_mm512_cvtneps_pbh(scaled)));
+    } else {
+      table_ = _mm512_broadcast_i64x4(_mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+  }
+
+  T operator[](int code) const { return values_[code]; }
+
+  // out[2 i] and out[2 i + 1] of byte i.
+  void expand(const uint8_t* packed, T* out, int64_t bytes) const {
+    int64_t i = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+    // A byte goes into both halves of a lane, shifted in the lower; a lookup takes the low bits of its index alone, of
+    // 16 floats four, and of 16 values twice over five.
+    for (; i + kBytes <= bytes; i += kBytes) {
+      __m512i values;
+      if constexpr (std::is_same_v<T, float>) {
+        const __m512i pair = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + i)));
+        const __m512i index = _mm512_or_si512(_mm512_srli_epi64(pair, 4), _mm512_slli_epi64(pair, 32));
+        values = _mm512_permutexvar_epi32(index, table_);
+      } else {
+        const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i)));
+        const __m512i index = _mm512_or_si512(_mm512_srli_epi32(pair, 4), _mm512_slli_epi32(pair, 16));
+        values = _mm512_permutexvar_epi16(index, table_);
+      }
+      _mm512_storeu_si512(out + 2 * i, values);
+    }
+#endif
+    for (; i < bytes; ++i) {
+      out[2 * i] = values_[packed[i] >> 4];
+      out[2 * i + 1] = values_[packed[i] & 15];
+    }
+  }
+
+ private:
+  T values_[kNf4Codes];
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr int64_t kBytes = 32 / sizeof(T);
+  __m512i table_;
+#endif
+};
+
+// `size` elements from element `first` on, of the whole tensor, by blocks.
+template <typename T>
+void dequantize_row(const uint8_t* packed, const Scales& scales, int64_t block_size, int64_t first, int64_t size,
+                    T* out) {
+  const int64_t last = first + size;
+  for (int64_t block = first / block_size; first < last; ++block) {
+    const int64_t end = std::min(last, (block + 1) * block_size);
+    const BlockValues<T> values(scales(block));
+    if (first % 2 != 0) *out++ = values[packed[first++ / 2] & 15];
+    const int64_t bytes = (end - first) / 2;
+    values.expand(packed + first / 2, out, bytes);
+    out += 2 * bytes;
+    first += 2 * bytes;
+    if (first < end) *out++ = values[packed[first++ / 2] >> 4];
+  }
+}
+
+void nf4_dequantize_(Tensor out, const Tensor& packed_in, const Tensor& absmax_in,
+                     const std::optional<Tensor>& nested_absmax_in, const std::optional<Tensor>& nested_code_in,
+                     const std::optional<Tensor>& offset, int64_t block_size, int64_t row_size, int64_t first_row,
+                     int64_t first_column) {
+  const Tensor packed = as_contiguous(packed_in), absmax = as_contiguous(absmax_in);
+  const auto nested_absmax = as_contiguous(nested_absmax_in), nested_code = as_contiguous(nested_code_in);
+  const int64_t rows = out.size(0), columns = out.size(1), out_stride = out.stride(0);
+  if (rows == 0 || columns == 0) return;
+  const int64_t end = (first_row + rows - 1) * row_size + first_column + columns;
+  const int64_t blocks = (end + block_size - 1) / block_size;
+  STD_TORCH_CHECK(columns == 1 || out.stride(1) == 1, "nf4_dequantize_: out must have contiguous rows");
+  STD_TORCH_CHECK(first_row >= 0 && first_column >= 0 && first_column + columns <= row_size &&
+                      (end + 1) / 2 <= packed.numel() && blocks <= absmax.numel(),
+                  "nf4_dequantize_: rows ", first_row, " to ", first_row + rows, ", columns ", first_column, " to ",
+                  first_column + columns, " are outside of what packed and absmax hold");
+  Scales scales;
+  if (nested_absmax.has_value()) {
+    STD_TORCH_CHECK((blocks + kNestedBlock - 1) / kNestedBlock <= nested_absmax->numel() && nested_code.has_value() &&
+                        nested_code->numel() == 256 && offset.has_value(),
+                    "nf4_dequantize_: nested_absmax, nested_code and offset do not fit absmax");
+    scales = {nullptr, absmax.const_data_ptr<uint8_t>(), nested_absmax->const_data_ptr<float>(),
+              nested_code->const_data_ptr<float>(), *offset->const_data_ptr<float>()};
+  } else {
+    scales.absmax = absmax.const_data_ptr<float>();
+  }
+  const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
+  dispatch_floating(out.scalar_type(), [&]<typename T>() {
+    T* to = out.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kElementsPerTask / columns),
+                                [=](int64_t begin, int64_t last) {
+                                  for (int64_t row = begin; row < last; ++row) {
+                                    const int64_t first = (first_row + row) * row_size + first_column;
+                                    dequantize_row(bytes, scales, block_size, first, columns, to + row * out_stride);
+                                  }
+                                });
+  });
+}
+
+MEMKERNELS_CPU_KERNEL(nf4_quantize);
+MEMKERNELS_CPU_KERNEL(nf4_dequantize_);
+
+}  // namespace
+}  // namespace memkernels::cpu

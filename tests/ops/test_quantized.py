@@ -1,0 +1,235 @@
+"""Quantised weights in the ops: against references in float64, compiled, and by the tile in memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memkernels import ops, quant
+from memkernels.ops.attention_block import reference as attention_reference
+from memkernels.ops.decoder_layer import reference as layer_reference
+from memkernels.ops.gated_mlp import reference as mlp_reference
+from memkernels.ops.lora_linear import reference as lora_reference
+from memkernels.ops.quantized.encoding import _tile_size
+from memkernels.testing import check_op, peak_bytes, random_tensor, run_in_child, saved_bytes
+
+D, F_SIZE, HEADS, SIZE, RANK = 64, 96, 4, 16, 3
+OUT_IN = {"w_gate": (F_SIZE, D), "w_up": (F_SIZE, D), "w_down": (D, F_SIZE), "w_q": (HEADS * SIZE, D),
+          "w_k": (2 * SIZE, D), "w_v": (2 * SIZE, D), "w_o": (D, HEADS * SIZE)}  # fmt: skip
+MLP, ATTENTION = ("w_gate", "w_up", "w_down"), ("w_q", "w_k", "w_v", "w_o")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANTIZE = {"nf4": quant.quantize_nf4, "int8": quant.quantize_int8}
+kinds = pytest.mark.parametrize("kind", QUANTIZE)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def weight(kind, *shape, dtype, seed):
+    return QUANTIZE[kind](random_tensor(*shape, dtype=dtype, seed=seed, scale=shape[-1] ** -0.5).detach())
+
+
+def make_inputs(shape, names, kind, dtype, adapters, magnitude=False):
+    inputs = {"x": random_tensor(*shape, D, dtype=dtype), "norm_weight": random_tensor(D, dtype=dtype, seed=1)}
+    for index, name in enumerate(names):
+        out, size = OUT_IN[name]
+        inputs[name] = weight(kind, out, size, dtype=dtype, seed=10 * index + 2)
+        if name in adapters:
+            inputs[name + ".a"] = random_tensor(RANK, size, dtype=dtype, seed=10 * index + 4, scale=size**-0.5)
+            inputs[name + ".b"] = random_tensor(out, RANK, dtype=dtype, seed=10 * index + 5, scale=RANK**-0.5)
+            if magnitude:
+                inputs[name + ".magnitude"] = random_tensor(out, dtype=dtype, seed=10 * index + 6)
+        if name not in ("w_q", "w_k"):
+            inputs[f"b{name[1:]}"] = random_tensor(out, dtype=dtype, seed=10 * index + 9)
+    return inputs
+
+
+def assembled(tensors, dropout_p):
+    arguments = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    for index, name in enumerate(sorted(OUT_IN)):
+        if f"{name}.a" in tensors:
+            arguments[name] = ops.LoRAWeight(
+                tensors[name], tensors[f"{name}.a"], tensors[f"{name}.b"], 0.7, dropout_p, 100 + index,
+                tensors.get(f"{name}.magnitude"),
+            )  # fmt: skip
+    return arguments
+
+
+def over_flat(function, dropout_p=0.0, **options):
+    return lambda **tensors: function(**assembled(tensors, dropout_p), **options)
+
+
+def plain_linear(input, weight, bias=None):
+    return F.linear(input, weight.dequantize(), bias)
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize(("rows", "columns"), [(70, 60), (1, 1), (300, 520)])
+def test_linear(kind, dtype, rows, columns):
+    inputs = {"input": random_tensor(3, 7, columns, dtype=dtype), "bias": random_tensor(rows, dtype=dtype, seed=1),
+              "weight": weight(kind, rows, columns, dtype=dtype, seed=2)}  # fmt: skip
+    check_op(F.linear, plain_linear, inputs, strided_grads=True)
+    inputs["input"] = random_tensor(0, columns, dtype=dtype)
+    check_op(F.linear, plain_linear, inputs)
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+def test_lora_linear(kind, dtype, dropout_p, magnitude):
+    inputs = {
+        "x": random_tensor(33, 60, dtype=dtype),
+        "weight": weight(kind, 70, 60, dtype=dtype, seed=1),
+        "lora_a": random_tensor(5, 60, dtype=dtype, seed=2, scale=60**-0.5),
+        "lora_b": random_tensor(70, 5, dtype=dtype, seed=3, scale=5**-0.5),
+        "bias": random_tensor(70, dtype=dtype, seed=4),
+    }
+    if magnitude:
+        inputs["magnitude"] = random_tensor(70, dtype=dtype, seed=5)
+
+    def reference(weight, **tensors):
+        return lora_reference.lora_linear(
+            weight=weight.dequantize(), **tensors, scaling=0.7, dropout_p=dropout_p, seed=torch.tensor(7)
+        )
+
+    def op(**tensors):
+        return ops.lora_linear(**tensors, scaling=0.7, dropout_p=dropout_p, seed=7)
+
+    check_op(op, reference, inputs, roundings=2)
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("adapters", [(), ("w_up",), MLP], ids=len)
+@pytest.mark.parametrize("tile_tokens", [None, 8])
+def test_gated_mlp(kind, dtype, adapters, tile_tokens):
+    check_op(
+        over_flat(ops.gated_mlp, 0.3, tile_tokens=tile_tokens),
+        over_flat(mlp_reference.gated_mlp, 0.3),
+        make_inputs((3, 7), MLP, kind, dtype, adapters),
+        roundings=2,
+    )
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("adapters", [(), ATTENTION], ids=len)
+def test_attention_block(kind, dtype, adapters):
+    check_op(
+        over_flat(ops.attention_block, 0.3, causal=True, num_heads=HEADS),
+        over_flat(attention_reference.attention_block, 0.3, window=(-1, 0), num_heads=HEADS),
+        make_inputs((2, 11), ATTENTION, kind, dtype, adapters),
+        roundings=2,
+    )
+
+
+def layer(function, dropout_p, **attention):
+    def call(x, norm_weight, **tensors):
+        given = assembled(tensors, dropout_p)
+
+        def of(names):
+            return {name: given[name] for key in names for name in (key, f"b{key[1:]}") if name in given}
+
+        return function(
+            x,
+            of(ATTENTION) | {"norm_weight": norm_weight, "num_heads": HEADS} | attention,
+            of(MLP) | {"norm_weight": norm_weight * 1.0},
+        )
+
+    return call
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("adapters", [(), ATTENTION + MLP], ids=len)
+def test_decoder_layer(kind, dtype, adapters):
+    check_op(
+        layer(ops.decoder_layer, 0.3, causal=True),
+        layer(layer_reference.decoder_layer, 0.3, window=(-1, 0)),
+        make_inputs((2, 11), ATTENTION + MLP, kind, dtype, adapters),
+        roundings=4,
+    )
+
+
+@kinds
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+@pytest.mark.xfail(reason="open: Dynamo does not trace the encoding of a quantised weight", strict=False)
+def test_compiles_whole_and_equals_eager(kind, magnitude):
+    inputs = make_inputs((2, 11), ATTENTION + MLP, kind, torch.float32, ("w_q", "w_up"), magnitude)
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    step = layer(ops.decoder_layer, 0.0, causal=True)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        y = function(**inputs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_saves_the_parts_alone():
+    x, w = random_tensor(64, 128, dtype=torch.bfloat16), weight("nf4", 96, 128, dtype=torch.bfloat16, seed=1)
+    assert saved_bytes(lambda: F.linear(x, w), exclude=w.parts) == 0
+
+
+def step_peak(kind, tokens, rows, columns, backward):
+    torch.set_num_threads(2)
+    w = weight(kind, rows, columns, dtype=torch.bfloat16, seed=1)
+    x = random_tensor(tokens, columns, dtype=torch.bfloat16)
+    y = F.linear(x, w)
+    dy = torch.ones_like(y)
+    torch.autograd.grad(y, x, dy, retain_graph=True)
+    if backward:
+        return peak_bytes(lambda: torch.autograd.grad(y, x, dy, retain_graph=True))
+    return peak_bytes(lambda: F.linear(x, w))
+
+
+@kinds
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_transient_is_one_tile(kind, backward):
+    tokens, rows, columns = 64, 4096, 4096
+    result = tokens * (columns if backward else rows) * 2
+    tile = _tile_size(rows, columns * 2, torch.device("cpu")) * columns * 2
+    assert tile <= rows * columns * 2 // 8
+    # int8 is multiplied by its scale in float32, of which torch makes a few tiles; a library keeps some scratch memory.
+    allowed = tile * (1 if kind == "nf4" else 6) + (4 << 20)
+    assert run_in_child(step_peak, kind, tokens, rows, columns, backward) <= result + allowed < rows * columns * 2
+
+
+def test_autocast_follows_linear():
+    x, w = random_tensor(9, 64, dtype=torch.float32), weight("nf4", 32, 64, dtype=torch.float32, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = F.linear(x, w)
+        assert torch.equal(y, F.linear(x, w.dequantize(torch.bfloat16)))
+        adapted = ops.lora_linear(x, w, torch.zeros(2, 64), torch.zeros(32, 2))
+    assert y.dtype == torch.bfloat16 and torch.equal(adapted, y)
+
+
+def test_operators_pass_opcheck():
+    w = weight("nf4", 32, 64, dtype=torch.float32, seed=1)
+    stored = (list(w.parts), "nf4", w.encoding.sizes)
+    library = torch.ops.memkernels
+    x, dy = torch.ones(5, 64), torch.ones(5, 32)
+    torch.library.opcheck(library.quantized_linear.default, (x, torch.ones(32), *stored))
+    torch.library.opcheck(library.quantized_input_grad.default, (dy, *stored))
+    torch.library.opcheck(library.quantized_input_grad_add_.default, (x.clone(), dy, *stored))
+    torch.library.opcheck(library.lora_up_add_.default, (dy.clone(), x[:, :2], torch.ones(32, 2), 0.5, None, None))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.zeros(3, 63)}, ValueError, "input: expected shape"),
+        ({"input": torch.zeros(3, 64).half()}, TypeError, "weight: expected torch.float16"),
+        ({"input": torch.zeros(3, 64).int()}, TypeError, "input: expected float32"),
+        ({"bias": torch.zeros(31)}, ValueError, "bias: expected shape"),
+        ({"bias": torch.zeros(32).half()}, TypeError, "bias: expected"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    arguments = {"input": torch.zeros(3, 64), "weight": weight("nf4", 32, 64, dtype=torch.float32, seed=1)}
+    with pytest.raises(error, match=message):
+        F.linear(**arguments | change)
+    trained = torch.nn.Parameter(arguments["weight"])
+    with pytest.raises(ValueError, match="weight: a quantised weight has no gradient"):
+        F.linear(arguments["input"], trained)
+    with pytest.raises(ValueError, match="weight: a quantised weight has no gradient"):
+        ops.lora_linear(arguments["input"], trained, torch.zeros(2, 64), torch.zeros(32, 2))
