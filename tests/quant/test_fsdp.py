@@ -61,7 +61,6 @@ def train(rank, port, kind, results):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.xfail(reason="open: FSDP2 over a quantised weight fails", strict=False)
 def test_training_equals_that_of_one_process(kind):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -158,7 +158,7 @@ def _split(self: QuantizedTensor, size: int, dim: int = 0) -> list[QuantizedTens
 
 
 def _new_zeros(self: QuantizedTensor, size: Sequence[int], **kwargs: Any) -> Tensor:
-    if kwargs.get("dtype", self.dtype) != self.dtype or len(size) != self.dim() or size[1:] != self.shape[1:]:
+    if kwargs.get("dtype") not in (None, self.dtype) or tuple(size[1:]) != tuple(self.shape[1:]):
         raise NotImplementedError(f"{type(self).__name__} has new_zeros of its own kind of rows, got {tuple(size)}.")
     return _like(self, *self.encoding.zeros(self.parts, size))
 
