@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from memkernels import ops
 from memkernels.ops.attention import reference
+from memkernels.ops.attention.checks import starts_fit
 from memkernels.testing import check_op, implementations, random_tensor, saved_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -267,3 +268,18 @@ def test_a_longest_sequence_that_is_too_short_is_named():
     q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
     with pytest.raises(ValueError, match="max_seqlen_q: expected at least 5"):
         ops.attention(q, k, v, cu_seqlens_q=starts(0, 3, 8), cu_seqlens_k=starts(0, 3, 8), max_seqlen_q=4)
+
+
+@pytest.mark.parametrize(
+    ("values", "fits"),
+    [
+        ((0, 3, 8), True),
+        ((0, 0, 5, 8), True),
+        ((0, 5, 3, 8), False),
+        ((1, 8), False),
+        ((0, 9), False),
+        ((0, 1, 8), False),
+    ],
+)
+def test_what_a_gpu_asserts_of_sequence_starts(values, fits):
+    assert starts_fit(starts(*values), 8, 5).item() is fits

@@ -79,14 +79,14 @@ def _kernels_lack(call: Call) -> list[str]:
 
 
 @torch.compiler.assume_constant_result
-def _head_limits(device_type: str, index: int | None) -> tuple[tuple[str, int], ...]:
-    return tuple(aten.head_limits(torch.device(device_type, index)).items())
+def _head_limits(device: str) -> tuple[tuple[str, int], ...]:
+    return tuple(aten.head_limits(torch.device(device)).items())
 
 
 def _select_aten(call: Call) -> tuple[str | None, list[str]]:
     """The first of torch's operators that lacks nothing; else None and what the last lacks."""
     lacks = [f"tensors on {call.device.type}, or this GPU"]
-    for name, limit in _head_limits(call.device.type, call.device.index):
+    for name, limit in _head_limits(str(call.device)):
         lacks = _aten_lacks(name, limit, call)
         if not lacks:
             return name, []

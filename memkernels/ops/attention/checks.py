@@ -100,10 +100,17 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
 
 
 def check_starts(name: str, starts: Tensor, rows: int, max_name: str, longest: int | None) -> int:
-    """Starts must rise from 0 to the number of rows; where the longest is given, no GPU or trace has to wait."""
+    """Starts must rise from 0 to the number of rows.
+
+    Where the longest is given, no GPU or trace has to wait: a GPU asserts it when it comes to that, before the kernels.
+    """
     if starts.dtype != torch.int32 or starts.dim() != 1 or starts.shape[0] < 2:
         raise ValueError(f"{name}: expected int32 of shape (B + 1,), got {starts.dtype} {tuple(starts.shape)}.")
     if longest is not None and (starts.device.type != "cpu" or torch.compiler.is_compiling()):
+        if starts.device.type == "cuda" and not torch.compiler.is_compiling():
+            torch._assert_async(
+                starts_fit(starts, rows, longest), f"{name}: expected starts that rise from 0 to {rows}."
+            )
         return longest
     values = starts.tolist()
     lengths = [end - start for start, end in pairwise(values)]
@@ -112,3 +119,9 @@ def check_starts(name: str, starts: Tensor, rows: int, max_name: str, longest: i
     if longest is not None and longest < max(lengths):
         raise ValueError(f"{max_name}: expected at least {max(lengths)}, the longest sequence, got {longest}.")
     return max(lengths)
+
+
+def starts_fit(starts: Tensor, rows: int, longest: int) -> Tensor:
+    """Whether starts rise from 0 to `rows` in steps of at most `longest`, computed where they are."""
+    lengths = starts.diff()
+    return (starts[0] == 0) & (starts[-1] == rows) & (lengths >= 0).all() & (lengths <= longest).all()

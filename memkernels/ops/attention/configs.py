@@ -1,7 +1,7 @@
 """Tiles of attention's Triton kernels, by GPU architecture, options, head size and pass.
 
-Each fits its architecture's shared memory and, but for float32's, compiles without a spilled register. They are not
-tuned: no speed has been measured on a GPU.
+Each fits its architecture's shared memory and compiles without a spilled register, but for float32 heads on NVIDIA over
+64 without tf32 and over 128 with it. They are not tuned: no speed has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from memkernels.ops.gated_mlp.tiles import architecture
 
 
 class Tile(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys. A program keeps the one and streams the other."""
+    """BLOCK_M queries by BLOCK_N keys. A program keeps the one and streams the other.
+
+    maxnreg: a bound of registers that lets NVIDIA's compiler use them all, where it would spill to fit more programs.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class Config(NamedTuple):
@@ -102,11 +110,18 @@ RICH = {
         256: _config((64, 16, 8, 1), (16, 32, 8, 1), (64, 16, 8, 1)),
     },
 }
-# float32 on every architecture, with every option.
+# float32 with every option; on NVIDIA, whose tensor cores have no exact float32, by tf32 where torch allows it.
 FLOAT32 = {
-    64: _config((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-    128: _config((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-    256: _config((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "nvidia": {
+        64: _config((32, 32, 4, 2, 255), (32, 32, 4, 2, 255), (32, 32, 4, 2, 255)),
+        128: _config((32, 32, 8, 2, 255), (32, 32, 8, 2, 255), (32, 32, 8, 2, 255)),
+        256: _config((16, 16, 8, 1, 255), (16, 16, 8, 1, 255), (16, 16, 8, 1, 255)),
+    },
+    "amd": {
+        64: _config((32, 32, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1)),
+        128: _config((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        256: _config((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
 }
 # Several tiles each way at the sizes that tests use.
 INTERPRETER = _config((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1), TMA=True)
@@ -121,7 +136,9 @@ def select_config(block_size: int, rich: bool, dtype: torch.dtype, device: torch
         return INTERPRETER
     block_size = max(block_size, 64)
     if dtype == torch.float32:
-        # torch's own setting decides whether float32 products may round their operands; AMD's need not.
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
-        return FLOAT32[block_size]._replace(PRECISION="tf32" if tf32 else "ieee")
+        if torch.version.hip:
+            return FLOAT32["amd"][block_size]
+        # torch's own setting decides whether float32 products may round their operands.
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return FLOAT32["nvidia"][block_size]._replace(PRECISION="tf32" if tf32 else "ieee")
     return (RICH if rich else PLAIN)[architecture(device)][block_size]

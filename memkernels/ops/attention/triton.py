@@ -107,7 +107,7 @@ class _Call:
             *(_rows(tensor, streamed if self.config.TMA else 0) for tensor, streamed in inputs), *outputs,
             *statistics, self.masks, heads, self.heads // self.kv_heads, self.q.shape[1], self.k.shape[1], tiles,
             SIZE=self.size, VALUE_SIZE=self.value_size, NATURAL=self.natural, PRECISION=self.config.PRECISION,
-            BLOCK_D=self.block_d, BLOCK_DV=self.block_dv, **tile._asdict(),
+            BLOCK_D=self.block_d, BLOCK_DV=self.block_dv, **tile.options(),
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The configurations of attention's Triton kernels that the checks without a GPU compile and count.
 
-Every tile of every architecture: without options on a batch, and with all of them at once on packed sequences, causal.
+Every tile of every architecture: without options on a batch, and with all of them at once on packed sequences, causal;
+those of float32 with all of them. Missing are float32 heads on NVIDIA that spill: over 64 exactly, over 128 by tf32.
 The least bytes are those of flash attention at the tile's size: what a tile keeps and writes once, and of the other
 side what it sees, tile by tile.
 """
@@ -14,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from memkernels.ops.attention.configs import PLAIN, RICH, Config
+from memkernels.ops.attention.configs import FLOAT32, PLAIN, RICH, Config
 from memkernels.ops.attention.triton import attention_bwd, attention_fwd
 from memkernels.testing.cases import TARGETS, KernelCase, Target
 
@@ -81,9 +82,21 @@ def _block(size: int) -> int:
     return 128 if size == 96 else size
 
 
+NVIDIA, AMD = (tuple(t for t in TARGETS if t.backend == backend) for backend in ("cuda", "hip"))
+
 KERNEL_CASES = [
     case
     for architecture, size in product(PLAIN, (64, 96, 128, 256))
     for rich, configs in ((False, PLAIN), (True, RICH))
     for case in _cases(architecture, configs[architecture][_block(size)], size, rich, _targets(architecture))
+]
+KERNEL_CASES += [
+    case
+    for name, configs, precision, sizes, targets in (
+        ("exact", FLOAT32["nvidia"], "ieee", (64,), NVIDIA),
+        ("tf32", FLOAT32["nvidia"], "tf32", (64, 128), NVIDIA),
+        ("gfx942", FLOAT32["amd"], "ieee", (64, 128, 256), AMD),
+    )
+    for size in sizes
+    for case in _cases(name, configs[size]._replace(PRECISION=precision), size, True, targets, torch.float32)
 ]
