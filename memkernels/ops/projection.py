@@ -73,6 +73,16 @@ class Projection(Protocol):
         ...
 
 
+def as_right_operand(weight: Tensor) -> Tensor:
+    """A weight (out, in) by which dy is multiplied: copied into the other layout where torch has no fast product of it.
+
+    So it is in float16 on CPU: 1024 x 1024 by 1024 x 1024 took 2.2 s on two cores, and 0.04 s by the other layout.
+    """
+    if weight.dtype == torch.float16 and weight.device.type == "cpu" and weight.stride(-1) == 1:
+        return weight.t().contiguous().t()
+    return weight
+
+
 @dataclass(frozen=True)
 class Dense:
     """A dense weight (out, in), as that of `torch.nn.Linear`, with or without a bias (out,)."""
@@ -110,7 +120,8 @@ class DenseProjection:
         return F.linear(x, self.weight, self.bias)
 
     def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
-        return torch.mm(dy, self.weight) if into is None else torch.addmm(into, dy, self.weight, out=into)
+        weight = as_right_operand(self.weight)
+        return torch.mm(dy, weight) if into is None else torch.addmm(into, dy, weight, out=into)
 
     def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:
         weight_sum, bias_sum = sums if self.bias is not None else (sums[0], None)

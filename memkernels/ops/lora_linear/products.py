@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memkernels.ops.lora_linear.dropout import row_dropout, row_dropout_add_
+from memkernels.ops.projection import as_right_operand
 
 _TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 
@@ -74,7 +75,7 @@ def lora_up_grad(dy: Tensor, s: Tensor | None, lora_b: Tensor, scaling: float, p
 def lora_input_grad(
     dy: Tensor, weight: Tensor, p: Tensor, lora_a: Tensor, seed: Tensor | None, dropout_p: float, first_row: int
 ) -> Tensor:
-    dx = torch.mm(dy, weight)
+    dx = torch.mm(dy, as_right_operand(weight))
     lora_input_add_(dx, p, lora_a, seed, dropout_p, first_row)
     return dx
 

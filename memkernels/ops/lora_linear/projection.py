@@ -12,6 +12,7 @@ from torch import Tensor
 from memkernels.ops.gradient_sum import GradientSum
 from memkernels.ops.lora_linear import operators  # noqa: F401  defines the operators
 from memkernels.ops.lora_linear.dropout import row_dropout, row_dropout_add_
+from memkernels.ops.projection import as_right_operand
 from memkernels.ops.quantized.encoding import Encoding
 from memkernels.ops.quantized.projection import QuantizedProjection
 
@@ -149,7 +150,8 @@ class LoRAProjection:
         """dy W, new or added to `into`."""
         if self.base is not None:
             return self.base.input_grad(dy, into)
-        return torch.mm(dy, self.of.weight) if into is None else torch.addmm(into, dy, self.of.weight, out=into)
+        weight = as_right_operand(self.of.weight)
+        return torch.mm(dy, weight) if into is None else torch.addmm(into, dy, weight, out=into)
 
     def _up_grad(self, dy: Tensor, s: Tensor | None, p_needed: bool) -> tuple[Tensor, Tensor]:
         """p, and B's gradient. g goes to what is of B's size and dtype: dy may be narrower."""
