@@ -226,6 +226,18 @@ inline std::array<float, N> sum_each_vec(int64_t n, Body&& body) {
   return totals;
 }
 
+// p * 2^n for whole n from -250 to 250; NaN for NaN.
+inline Vec scaled(Vec p, Vec n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  // 2^n in two factors, since n = 128 has no float of its own.
+  const IntVec exponent = __builtin_convertvector(n, IntVec);
+  const IntVec half = exponent >> 1;
+  return p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((exponent - half + 127) << 23);
+#endif
+}
+
 // e^x to about 1 unit in the last place; 0 below -87.3, inf above 88.7, NaN for NaN.
 inline Vec exp(Vec x) {
   const Vec clamped = min(broadcast(89.0f), x);             // inf would become inf - inf; a NaN stays
@@ -239,15 +251,21 @@ inline Vec exp(Vec x) {
   p = p * r + 1.66666657e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-#if defined(CPU_CAPABILITY_AVX512)
-  const Vec result = _mm512_scalef_ps(p, n);
-#else
-  // 2^n in two factors, since n = 128 has no float of its own.
-  const IntVec exponent = __builtin_convertvector(n, IntVec);
-  const IntVec half = exponent >> 1;
-  const Vec result = p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((exponent - half + 127) << 23);
-#endif
-  return x < -87.33f ? Vec{} : result;
+  return x < -87.33f ? Vec{} : scaled(p, n);
+}
+
+// 2^x to about 1 unit in the last place for |x| < 250; NaN for NaN. The fit on |r| <= 1/2 has a relative error of 2e-9.
+inline Vec exp2(Vec x) {
+  const Vec n = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
+  const Vec r = x - n;
+  Vec p = broadcast(0.000153458081f);
+  p = p * r + 0.00133999309f;
+  p = p * r + 0.00961848907f;
+  p = p * r + 0.0555032864f;
+  p = p * r + 0.240226462f;
+  p = p * r + 0.693147182f;
+  p = p * r + 1.0f;
+  return scaled(p, n);
 }
 
 // tanh(x) to about 2 units in the last place; NaN for NaN.
