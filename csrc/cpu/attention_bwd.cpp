@@ -6,6 +6,7 @@
 
 #include "common/kernel_table.h"
 #include "cpu/attention_call.h"
+#include "cpu/outputs.h"
 
 namespace memkernels::cpu {
 namespace {
@@ -234,8 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     bool /*deterministic: always*/) {
   const Tensor dout = with_contiguous_rows(dout_in), out = with_contiguous_rows(out_in);
   const std::optional<Tensor> dlse = as_contiguous(dlse_in);
-  Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(k, k.sizes()),
-         dv = torch::stable::new_empty(v, v.sizes());
+  Tensor dq = new_output(q, q.sizes()), dk = new_output(k, k.sizes()), dv = new_output(v, v.sizes());
   const int64_t heads = q.size(-2);
   Tensor dsinks = torch::stable::new_empty(q, {sinks.has_value() ? heads : 0}, ScalarType::Float);
   dispatch_floating(q.scalar_type(), [&]<typename T>() {

@@ -4,6 +4,7 @@
 #include "common/kernel_table.h"
 #include "cpu/attention_call.h"
 #include "cpu/attention_common.h"
+#include "cpu/outputs.h"
 
 namespace memkernels::cpu {
 namespace {
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                                          const std::optional<Tensor>& seed, int64_t /*max_seqlen_q*/,
                                          int64_t /*max_seqlen_k*/, double scale, int64_t window_left,
                                          int64_t window_right, double softcap, double dropout_p) {
-  Tensor out = torch::stable::new_empty(q, output_sizes(q, v.size(-1)));
+  Tensor out = new_output(q, output_sizes(q, v.size(-1)));
   Tensor lse = torch::stable::new_empty(q, lse_sizes(q), ScalarType::Float);
   dispatch_floating(q.scalar_type(), [&]<typename T>() {
     const Call<T> call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks,

@@ -7,6 +7,7 @@
 
 #include "common/kernel_table.h"
 #include "common/tensors.h"
+#include "cpu/outputs.h"
 #include "cpu/vec.h"
 #include "cpu/vec_math.h"
 
@@ -14,6 +15,8 @@ namespace memkernels::cpu {
 namespace {
 
 constexpr int64_t kElementsPerTask = 16384;
+// Fresh results from here on go past the caches: whoever reads them next would not find them there.
+constexpr int64_t kStreamedBytes = 16 << 20;
 
 struct Activated {
   Vec value;
@@ -69,10 +72,19 @@ void dispatch(ScalarType dtype, const std::string& activation, Body&& body) {
   });
 }
 
-template <typename T, typename Act>
+// Calls body(first, count) for parts of n elements; `first` keeps the alignment of an array's start.
+template <typename Body>
+void for_each_task(int64_t n, const Body& body) {
+  torch::stable::parallel_for(0, (n + kElementsPerTask - 1) / kElementsPerTask, 1, [&](int64_t begin, int64_t end) {
+    body(begin * kElementsPerTask, std::min(end * kElementsPerTask, n) - begin * kElementsPerTask);
+    end_of_stream();
+  });
+}
+
+template <typename T, typename Act, bool kStreamed>
 void forward(const T* gate, const T* up, T* h, int64_t n) {
-  torch::stable::parallel_for(0, n, kElementsPerTask, [=](int64_t begin, int64_t end) {
-    for_each_vec(end - begin, [=](auto at, auto to) {
+  for_each_task(n, [=](int64_t begin, int64_t count) {
+    for_each_vec<kStreamed>(count, [=](auto at, auto to) {
       Vec value = Act::at(at(gate + begin)).value;
       if (up != nullptr) value *= at(up + begin);
       to(h + begin, value);
@@ -81,10 +93,10 @@ void forward(const T* gate, const T* up, T* h, int64_t n) {
 }
 
 // Outputs may be the inputs of the same element. dup and h may be null, and up with them.
-template <typename T, typename Act>
+template <typename T, typename Act, bool kStreamed>
 void backward(const T* dh, const T* gate, const T* up, T* dgate, T* dup, T* h, int64_t n) {
-  torch::stable::parallel_for(0, n, kElementsPerTask, [=](int64_t begin, int64_t end) {
-    for_each_vec(end - begin, [=](auto at, auto to) {
+  for_each_task(n, [=](int64_t begin, int64_t count) {
+    for_each_vec<kStreamed>(count, [=](auto at, auto to) {
       const Activated a = Act::at(at(gate + begin));
       const Vec grad = at(dh + begin);
       if (up == nullptr) {
@@ -103,9 +115,10 @@ void backward(const T* dh, const T* gate, const T* up, T* dgate, T* dup, T* h, i
 Tensor gated_activation_fwd(const Tensor& gate_in, const std::optional<Tensor>& up_in, const std::string& activation) {
   const Tensor gate = as_contiguous(gate_in);
   const std::optional<Tensor> up = as_contiguous(up_in);
-  Tensor h = empty_like(gate);
+  Tensor h = output_like(gate);
   dispatch(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
-    forward<T, Act>(gate.const_data_ptr<T>(), data_or_null<T>(up), h.mutable_data_ptr<T>(), gate.numel());
+    const auto run = gate.numel() * sizeof(T) >= kStreamedBytes ? forward<T, Act, true> : forward<T, Act, false>;
+    run(gate.const_data_ptr<T>(), data_or_null<T>(up), h.mutable_data_ptr<T>(), gate.numel());
   });
   return h;
 }
@@ -114,11 +127,12 @@ std::tuple<Tensor, Tensor> gated_activation_bwd(const Tensor& dh_in, const Tenso
                                                 const std::optional<Tensor>& up_in, const std::string& activation) {
   const Tensor dh = as_contiguous(dh_in), gate = as_contiguous(gate_in);
   const std::optional<Tensor> up = as_contiguous(up_in);
-  Tensor dgate = empty_like(gate);
-  Tensor dup = up.has_value() ? empty_like(gate) : torch::stable::new_empty(gate, {0});
+  Tensor dgate = output_like(gate);
+  Tensor dup = up.has_value() ? output_like(gate) : torch::stable::new_empty(gate, {0});
   dispatch(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
-    backward<T, Act>(dh.const_data_ptr<T>(), gate.const_data_ptr<T>(), data_or_null<T>(up), dgate.mutable_data_ptr<T>(),
-                     dup.mutable_data_ptr<T>(), nullptr, gate.numel());
+    const auto run = gate.numel() * sizeof(T) >= kStreamedBytes ? backward<T, Act, true> : backward<T, Act, false>;
+    run(dh.const_data_ptr<T>(), gate.const_data_ptr<T>(), data_or_null<T>(up), dgate.mutable_data_ptr<T>(),
+        dup.mutable_data_ptr<T>(), nullptr, gate.numel());
   });
   return {dgate, dup};
 }
@@ -131,7 +145,7 @@ void gated_activation_bwd_(const Tensor& dh, const Tensor& gate, const std::opti
     T* up_data = up.has_value() ? up->mutable_data_ptr<T>() : nullptr;
     T* gate_data = gate.mutable_data_ptr<T>();
     T* dh_data = dh.mutable_data_ptr<T>();
-    backward<T, Act>(dh_data, gate_data, up_data, gate_data, up_data, dh_data, gate.numel());
+    backward<T, Act, false>(dh_data, gate_data, up_data, gate_data, up_data, dh_data, gate.numel());
   });
 }
 

@@ -7,6 +7,7 @@
 
 #include "common/kernel_table.h"
 #include "common/tensors.h"
+#include "cpu/outputs.h"
 #include "cpu/row_sums.h"
 #include "cpu/vec.h"
 
@@ -108,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_in, co
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   const std::optional<Tensor> residual = as_contiguous(residual_in), bias = as_contiguous(bias_in);
   const int64_t size = x.size(-1), rows = row_count(x);
-  Tensor y = empty_like(x);
-  Tensor residual_out = residual.has_value() ? empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor y = output_like(x);
+  Tensor residual_out = residual.has_value() ? output_like(x) : torch::stable::new_empty(x, {0});
   Tensor mean = torch::stable::new_empty(x, {rows}, ScalarType::Float), rstd = empty_like(mean);
   dispatch_floating(x.scalar_type(), weight.scalar_type(), [&]<typename T, typename W>() {
     forward(x.const_data_ptr<T>(), data_or_null<T>(residual), weight.const_data_ptr<W>(), data_or_null<W>(bias),
@@ -126,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_in, const std
   const std::optional<Tensor> dresidual_out = as_contiguous(dresidual_out_in);
   const int64_t size = h.size(-1), rows = row_count(h);
   const bool parameter_grads = weight_grad || bias_grad;
-  Tensor dx = empty_like(h);
+  Tensor dx = output_like(h);
   Tensor dweight = weight_grad ? empty_like(weight) : torch::stable::new_empty(weight, {0});
   Tensor dbias = bias_grad ? empty_like(weight) : torch::stable::new_empty(weight, {0});
   RowSums sums(rows, parameter_grads ? 2 * size : 0);

@@ -7,6 +7,7 @@
 
 #include "common/kernel_table.h"
 #include "common/tensors.h"
+#include "cpu/outputs.h"
 #include "cpu/row_sums.h"
 #include "cpu/vec.h"
 
@@ -62,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(const Tensor& x_in, const std::o
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   const std::optional<Tensor> residual = as_contiguous(residual_in);
   const int64_t size = x.size(-1), rows = row_count(x);
-  Tensor y = empty_like(x);
-  Tensor residual_out = residual.has_value() ? empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor y = output_like(x);
+  Tensor residual_out = residual.has_value() ? output_like(x) : torch::stable::new_empty(x, {0});
   Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
   dispatch_floating(x.scalar_type(), weight.scalar_type(), [&]<typename T, typename W>() {
     forward(x.const_data_ptr<T>(), data_or_null<T>(residual), weight.const_data_ptr<W>(), y.mutable_data_ptr<T>(),
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy_in, const std::optional
   const std::optional<Tensor> dresidual_out = as_contiguous(dresidual_out_in);
   const int64_t size = h.size(-1), rows = row_count(h);
   const float offset = static_cast<float>(weight_offset);
-  Tensor dx = empty_like(h);
+  Tensor dx = output_like(h);
   Tensor dweight = weight_grad ? empty_like(weight) : torch::stable::new_empty(weight, {0});
   RowSums sums(rows, weight_grad ? size : 0);
   dispatch_floating(h.scalar_type(), weight.scalar_type(), [&]<typename T, typename W>() {

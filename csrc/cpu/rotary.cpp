@@ -10,6 +10,7 @@
 
 #include "common/kernel_table.h"
 #include "common/tensors.h"
+#include "cpu/outputs.h"
 #include "cpu/vec.h"
 
 namespace memkernels::cpu {
@@ -105,7 +106,7 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q_in, const Tensor& k_in, const 
   const int64_t batches = q.size(0), tokens = q.size(1), size = q.size(3), half = cos.size(-1) / 2;
   const int64_t table_batch_stride = cos.dim() == 3 && cos.size(0) > 1 ? cos.stride(0) : 0;
   const int64_t tiles = (tokens + kTokensPerTile - 1) / kTokensPerTile;
-  Tensor q_out = empty_like(q), k_out = empty_like(k);
+  Tensor q_out = output_like(q), k_out = output_like(k);
   dispatch_floating(q.scalar_type(), cos.scalar_type(), [&]<typename T, typename C>() {
     const auto *cos_data = cos.const_data_ptr<C>(), *sin_data = sin.const_data_ptr<C>();
     const auto *q_data = q.const_data_ptr<T>(), *k_data = k.const_data_ptr<T>();

@@ -7,6 +7,7 @@
 
 #include "common/kernel_table.h"
 #include "common/tensors.h"
+#include "cpu/outputs.h"
 #include "cpu/philox_vec.h"
 
 namespace memkernels::cpu {
@@ -68,7 +69,7 @@ void for_each_row(int64_t rows, int64_t size, const Body& body) {
 
 Tensor row_dropout(const Tensor& x_in, const Tensor& seed, double p, int64_t first_row, ScalarType dtype) {
   const Tensor x = as_contiguous(x_in);
-  Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
+  Tensor out = new_output(x, x.sizes(), dtype);
   const int64_t rows = x.size(0), size = x.size(1);
   const Mask mask(*seed.const_data_ptr<int64_t>(), p);
   dispatch_floating(x.scalar_type(), dtype, [&]<typename T, typename W>() {

@@ -151,6 +151,46 @@ inline void store(Half* p, Vec v) {
 #endif
 }
 
+// store past the caches, for results too large to be found there when they are read: the line is not fetched first.
+// p is aligned to the elements stored. Other threads see them after end_of_stream().
+#if defined(__x86_64__)
+inline void stream(float* p, Vec v) {
+  #if defined(CPU_CAPABILITY_AVX512)
+  _mm512_stream_ps(p, v);
+  #elif defined(CPU_CAPABILITY_AVX2)
+  _mm256_stream_ps(p, v);
+  #else
+  _mm_stream_ps(p, v);
+  #endif
+}
+
+template <typename T>
+inline void stream(T* p, Vec v) {
+  T elements[kLanes];
+  store(elements, v);
+  HalfBits narrow;
+  std::memcpy(&narrow, elements, sizeof(narrow));
+  #if defined(CPU_CAPABILITY_AVX512)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(narrow));
+  #elif defined(CPU_CAPABILITY_AVX2)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_as<__m128i>(narrow));
+  #else
+  _mm_stream_si64(reinterpret_cast<long long*>(p), bits_as<long long>(narrow));
+  #endif
+}
+
+inline void end_of_stream() {
+  _mm_sfence();
+}
+#else
+template <typename T>
+inline void stream(T* p, Vec v) {
+  store(p, v);
+}
+
+inline void end_of_stream() {}
+#endif
+
 // The same for the last `count` < kLanes elements of a row; the lanes beyond hold `fill`.
 template <typename T>
 inline Vec load_partial(const T* p, int64_t count, float fill = 0.0f) {
@@ -189,12 +229,19 @@ inline void store_partial(T* p, Vec v, int64_t count) {
 
 // Calls body(load, store) for each vector of a row of n elements, the incomplete one last. `load` and `store` take a
 // row's base pointer, so that one body serves whole and incomplete vectors; load's second argument is what the lanes
-// beyond the row's end hold, by default 0.
-template <typename Body>
+// beyond the row's end hold, by default 0. With kStreamed, whole vectors are stored by `stream`.
+template <bool kStreamed = false, typename Body>
 inline void for_each_vec(int64_t n, Body&& body) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    body([i](const auto* row, float = 0.0f) { return load(row + i); }, [i](auto* row, Vec v) { store(row + i, v); });
+    body([i](const auto* row, float = 0.0f) { return load(row + i); },
+         [i](auto* row, Vec v) {
+           if constexpr (kStreamed) {
+             stream(row + i, v);
+           } else {
+             store(row + i, v);
+           }
+         });
   }
   if (i < n) {
     body([i, n](const auto* row, float fill = 0.0f) { return load_partial(row + i, n - i, fill); },

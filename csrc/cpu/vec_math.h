@@ -28,8 +28,8 @@ struct Normal {
 };
 
 // Distribution function and density of the standard normal distribution. The tail is e^(-x^2/2) t p(t) with
-// t = 1 / (1 + 0.21 |x|); p is a minimax fit, relative error 1.6e-8 before rounding, for |x| up to 14, where the tail
-// is zero in float32. Half of 1 + erf would lose the tail of negative x by cancellation.
+// t = 1 / (1 + 0.21 |x|); p is a minimax fit, relative error 1.6e-8 before rounding, for |x| up to 14, from where on
+// the tail is zero in float32. Half of 1 + erf would lose the tail of negative x by cancellation.
 inline Normal normal(Vec x) {
   const Vec magnitude = min(broadcast(14.5f), max(x, -x));  // from there on the bell is zero
   const Vec bell = exp2(magnitude * magnitude * -0.721347520f);
