@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" "$(TRITON)"
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja pybind11
-	MEMKERNELS_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[hf,plot,test,dev]"
+	MEMKERNELS_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[hf,plot,examples,test,dev]"
 	touch $@
 
 env: $(VENV)/.ready

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
-from memkernels._library import cpu_missing
 from memkernels.bench import machine
-from memkernels.demo import memory, report, train
+from memkernels.demo import report
 from memkernels.demo.data import standard_library
-from memkernels.demo.job import Settings
+from memkernels.demo.llama import Settings, measure_job, train_job
+from memkernels.demo.requirements import unmet
+from memkernels.demo.run import run_both
 from memkernels.integrations.patching import RECOMPUTE
 
 # Nats a byte. In float32 two runs differ by roundings, which training amplifies; a wrong gradient differs by more.
@@ -34,11 +33,8 @@ def run(args: argparse.Namespace) -> int:
     for option in ("steps", "tokens", "layers"):
         if getattr(args, option) < 1:
             return _refuse(f"--{option}: expected a positive number, got {getattr(args, option)}")
-    packages = ("transformers", "tqdm", "matplotlib")
-    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-        return _refuse(f"{', '.join(missing)} missing: pip install 'memkernels[hf,plot]'")
-    if machine.device().type == "cpu" and cpu_missing is not None:
-        return _refuse(f"without native kernels memkernels computes by its reference: {cpu_missing}")
+    if reason := unmet(("transformers", "tqdm", "matplotlib"), "hf,plot"):
+        return _refuse(reason)
     try:
         text, held_out = standard_library()
     except FileNotFoundError as error:
@@ -46,16 +42,13 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens > len(held_out):
         return _refuse(f"--tokens: expected at most {len(held_out)}, the bytes of text held out, got {args.tokens}")
 
-    plain_settings = Settings(None, steps=args.steps, tokens=args.tokens, layers=args.layers)
-    patched_settings = dataclasses.replace(plain_settings, recompute=args.recompute)
+    settings = dataclasses.asdict(Settings(None, steps=args.steps, tokens=args.tokens, layers=args.layers))
     machine.set_threads()
     print(f"A byte-level Llama learns Python's standard library, {args.tokens} of {len(text)} bytes a step.")
     print(machine.describe(), flush=True)
     try:
-        plain, patched = (
-            report.Run(train.run(settings), memory.run(settings)) for settings in (plain_settings, patched_settings)
-        )
-    except (subprocess.CalledProcessError, RuntimeError) as error:
+        plain, patched = run_both(train_job, measure_job, settings, args.recompute)
+    except RuntimeError as error:
         return _refuse(f"a training run failed: {error}")
     parameters = plain.training.parameters / 1e6
     print(f"\n{parameters:.1f} million parameters in float32; memkernels.patch(model, recompute={args.recompute!r})\n")

@@ -8,23 +8,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Every so manieth file is held out.
-_HELD_OUT = 20
-
 
 def standard_library(folder: Path | None = None) -> tuple[Tensor, Tensor]:
-    """Bytes of the top-level modules, uint8: those to train on and those held out, whole files, in order of names.
+    """Bytes of the top-level modules, uint8: those to train on and those held out.
+
+    Raises:
+        FileNotFoundError: as `standard_library_files`.
+    """
+    train, held_out = standard_library_files(folder)
+    return _read(train), _read(held_out)
+
+
+def standard_library_files(folder: Path | None = None, *, every: int = 20) -> tuple[list[Path], list[Path]]:
+    """The top-level modules: those to train on, and every so manieth, which is held out; in order of names.
 
     Raises:
         FileNotFoundError: the folder has too few sources; some distributions of Python ship compiled ones only.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     files = sorted(folder.glob("*.py"))
-    if len(files) < _HELD_OUT:
+    if len(files) < every:
         raise FileNotFoundError(f"the sources of Python's standard library are not in {folder}")
-    held_out = files[::_HELD_OUT]
-    train = [path for path in files if path not in held_out]
-    return _read(train), _read(held_out)
+    held_out = files[::every]
+    return [path for path in files if path not in held_out], held_out
 
 
 def windows(text: Tensor, count: int, tokens: int, seed: int) -> Tensor:

@@ -6,14 +6,13 @@ import resource
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from memkernels.demo.job import Settings, make_job
-from memkernels.testing import peak_bytes, run_in_child
+from memkernels.demo.job import Job
+from memkernels.testing import peak_bytes
 
 _INTERVAL = 0.005  # seconds
 _MB = 1e6
@@ -27,23 +26,13 @@ class Memory:
     timeline: list[tuple[float, float]]
 
 
-def run(settings: Settings) -> Memory:
-    """Measures in a new process, one whose allocator returns what is freed: which would cost `train` time.
-
-    Raises:
-        RuntimeError: the process failed.
-    """
-    return Memory(**run_in_child(measure, asdict(settings)))
-
-
-def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """A `Memory` as a dictionary."""
-    job = make_job(Settings(**settings))
-    first, device = job.batches[0], job.batches.device
+def measure(job: Job) -> Memory:
+    """Of the first batch's step, in this process, whose allocator must return what is freed: see `run_in_child`."""
+    first, device = job.batches[0], job.device
     job.step(first)  # allocates gradients and optimizer state
     timeline: list[tuple[float, float]] = []
     peak = peak_bytes(lambda: timeline.extend(record(lambda: job.step(first), device)), device=device)
-    return asdict(Memory(peak / _MB, timeline))
+    return Memory(peak / _MB, timeline)
 
 
 def record(step: Callable[[], object], device: torch.device) -> list[tuple[float, float]]:

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from memkernels.bench.table import Cell, format_table
-from memkernels.demo.memory import Memory
-from memkernels.demo.train import Training
-
-
-@dataclass(frozen=True)
-class Run:
-    """What was found of one of the two."""
-
-    training: Training
-    memory: Memory
+from memkernels.demo.run import Run
 
 
 def largest_difference(plain: Run, patched: Run) -> float:
     """Of the losses at any checkpoint."""
-    return max(abs(patched.training.losses[step] - loss) for step, loss in plain.training.losses.items())
+    ours, theirs = (torch.tensor(run.training.losses, dtype=torch.float64) for run in (patched, plain))
+    return float((ours - theirs).abs().max())
 
 
 def table(plain: Run, patched: Run) -> str:
-    """Memory, time, and the losses at each checkpoint, with ratios and differences."""
+    """Memory, time, and what held-out data said at each checkpoint, with ratios and differences."""
     peaks = plain.memory.peak, patched.memory.peak
     times = plain.training.step_seconds, patched.training.step_seconds
     rows: list[list[Cell]] = [
         ["peak memory above the model", *(f"{peak:.0f} MB" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}x"],
         ["step time, median", *(f"{seconds:.3g} s" for seconds in times), f"{times[1] / times[0]:.2f}x"],
     ]
-    for step, loss in plain.training.losses.items():
-        other = patched.training.losses[step]
-        rows.append([f"held-out loss, step {step}", f"{loss:.4f}", f"{other:.4f}", f"{other - loss:+.1e}"])
+    for name, theirs in plain.training.held_out.items():
+        ours = patched.training.held_out[name]
+        for step, before, after in zip(plain.training.checkpoints, theirs, ours, strict=True):
+            rows.append([f"{name}, step {step}", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.1e}"])
     return format_table(["", "transformers", "memkernels", ""], rows)
 
 
@@ -61,8 +55,9 @@ def draw(plain: Run, patched: Run, folder: Path) -> list[Path]:
 
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     for (name, run), style in zip(runs.items(), ("o-", "x--"), strict=True):
-        losses = run.training.losses
-        axes.plot(list(losses), list(losses.values()), style, label=f"{name}: {run.training.step_seconds:.3g} s a step")
+        training = run.training
+        label = f"{name}: {training.step_seconds:.3g} s a step"
+        axes.plot(training.checkpoints, training.losses, style, label=label)
     axes.set(xlabel="training steps", ylabel="loss of held-out text, nats a byte")
     axes.legend()
     figure.savefig(paths[1], dpi=120)

@@ -93,36 +93,42 @@ def _maxrss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run_in_child(function: Callable[..., Any], *args: Any, timeout: float = 1800.0) -> Any:
+def run_in_child(function: Callable[..., Any], *args: Any, timeout: float = 1800.0, timed: bool = False) -> Any:
     """Call `function(*args)` in a fresh Python process whose allocator returns freed memory to the system.
 
     Args:
         function: a function at the top level of a module or of a test file.
         args: anything JSON can carry.
         timeout: seconds after which the process is killed.
+        timed: what is measured is time: the allocator is as usual, since returning memory takes time, and stderr is
+            this process's, to show progress there.
 
     Returns:
         What the function returned, through JSON.
 
     Raises:
         ValueError: `function` is not at the top level of a file.
-        RuntimeError: the process failed; the message ends with what it wrote to stderr.
+        RuntimeError: the process failed; the message ends with what it wrote to stderr, unless that was shown.
         subprocess.TimeoutExpired: it took longer than `timeout`.
     """
     path = inspect.getsourcefile(function)
     if path is None or "." in function.__qualname__:
         raise ValueError(f"function must be at the top level of a file, got {function.__qualname__}")
     path = os.path.abspath(path)
-    environment = (
-        os.environ | _RETURN_FREED_MEMORY | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    if not timed:
+        environment |= _RETURN_FREED_MEMORY
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         request = json.dumps([function.__module__, path, function.__name__, args, str(answer)])
         command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()", request]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        stderr = None if timed else subprocess.PIPE
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=timeout
+        )
         if done.returncode != 0:
-            raise RuntimeError(f"{function.__name__}{args} failed in its own process:\n{done.stderr.strip()[-4000:]}")
+            said = (done.stderr or "").strip()[-4000:]
+            raise RuntimeError(f"{function.__name__}{args} failed in its own process:\n{said}")
         return json.loads(answer.read_text())
 
 

@@ -1,6 +1,7 @@
 """The main job: its text, its two runs, its report, and all of it at a tiny size."""
 
 import dataclasses
+import importlib.util
 import math
 import sysconfig
 import time
@@ -10,17 +11,22 @@ import pytest
 import torch
 
 from memkernels.cli import main
-from memkernels.demo import cli, memory, train
+from memkernels.demo import cli, memory
 from memkernels.demo.data import standard_library, windows
-from memkernels.demo.job import Settings, make_job
+from memkernels.demo.llama import Settings, make_job
 from memkernels.demo.memory import Memory
-from memkernels.demo.report import Run, draw, largest_difference, table
-from memkernels.demo.train import Training
+from memkernels.demo.report import draw, largest_difference, table
+from memkernels.demo.run import Run
+from memkernels.demo.train import Training, train
 from memkernels.testing import run_in_child
 
 TINY = Settings(None, steps=3, tokens=32, width=128, feed_forward=96, layers=2)
-PLAIN = Run(Training(21_000_000, {0: 5.5, 10: 3.25}, 2.0), Memory(600.0, [(0.0, 0.0), (1.0, 600.0)]))
-PATCHED = Run(Training(21_000_000, {0: 5.5, 10: 3.251}, 1.5), Memory(60.0, [(0.0, 0.0), (1.0, 60.0)]))
+PLAIN = Run(
+    Training(21_000_000, 2.0, [0, 10], {"held-out loss": [5.5, 3.25]}), Memory(600.0, [(0.0, 0.0), (1.0, 600.0)])
+)
+PATCHED = Run(
+    Training(21_000_000, 1.5, [0, 10], {"held-out loss": [5.5, 3.251]}), Memory(60.0, [(0.0, 0.0), (1.0, 60.0)])
+)
 
 
 def test_text_is_the_standard_librarys_and_what_is_held_out_is_not_trained_on():
@@ -51,8 +57,8 @@ def test_windows_are_slices_that_reach_both_ends():
 @pytest.mark.parametrize("recompute", ["none", "sublayer", "layer"])
 def test_both_runs_learn_the_same(recompute):
     pytest.importorskip("transformers", reason="transformers is not installed: pip install memkernels[hf]")
-    plain, patched = train.train(TINY), train.train(dataclasses.replace(TINY, recompute=recompute))
-    assert list(plain.losses) == [0, 1, 2, 3] and plain.losses[3] < plain.losses[0] - 0.1
+    plain, patched = train(make_job(TINY)), train(make_job(dataclasses.replace(TINY, recompute=recompute)))
+    assert plain.checkpoints == [0, 1, 2, 3] and plain.losses[3] < plain.losses[0] - 0.1
     assert plain.losses[0] == pytest.approx(math.log(256), abs=0.5)
     assert plain.losses == pytest.approx(patched.losses, abs=1e-4)
     assert plain.parameters == patched.parameters
@@ -65,7 +71,7 @@ def test_jobs_begin_alike_and_only_one_is_patched(capsys):
     assert "forward" in vars(patched.model) and "forward" not in vars(plain.model)
     for ours, theirs in zip(patched.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(plain.batches, patched.batches)
+    assert all(map(torch.equal, plain.batches, patched.batches))
 
 
 def record_a_rise():
@@ -100,9 +106,10 @@ def test_report(tmp_path):
 
 @pytest.mark.parametrize(("difference", "status"), [(0.001, 0), (0.1, 1), (math.nan, 1)])
 def test_status_says_whether_both_learned_the_same(monkeypatch, tmp_path, capsys, difference, status):
-    trained = {None: {0: 5.5}, "layer": {0: 5.5 + difference}}
-    monkeypatch.setattr(train, "run", lambda settings: Training(1, trained[settings.recompute], 1.0))
-    monkeypatch.setattr(memory, "run", lambda settings: PLAIN.memory)
+    runs = [
+        Run(Training(1, 1.0, [0, 1], {"held-out loss": [loss, 2.0]}), PLAIN.memory) for loss in (5.5, 5.5 + difference)
+    ]
+    monkeypatch.setattr(cli, "run_both", lambda *args: runs)
     assert main(["demo", "--output", str(tmp_path)]) == status
     assert ("the losses differ" in capsys.readouterr().err) == bool(status)
 
@@ -120,7 +127,7 @@ def test_bad_arguments(capsys, arguments, message):
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "tqdm" else object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tqdm" else object())
     assert main(["demo"]) == 2
     assert capsys.readouterr().err == "demo: tqdm missing: pip install 'memkernels[hf,plot]'\n"
 
