@@ -78,9 +78,12 @@ def _kernels_lack(call: Call) -> list[str]:
     return lacks
 
 
-@torch.compiler.assume_constant_result
 def _head_limits(device: str) -> tuple[tuple[str, int], ...]:
     return tuple(aten.head_limits(torch.device(device)).items())
+
+
+# As torch.compiler.assume_constant_result does, which would import Dynamo, and Triton with it, along with memkernels.
+_head_limits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _select_aten(call: Call) -> tuple[str | None, list[str]]:
