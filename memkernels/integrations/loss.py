@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from memkernels import ops
 from memkernels.integrations.family import Family
-from memkernels.integrations.masks import has_cache, tells, without_padding
+from memkernels.integrations.masks import has_cache, stack_of, tells, without_padding
 from memkernels.integrations.peft_lora import saved_module
 from memkernels.integrations.plain import is_plain_linear
 from memkernels.integrations.replacement import Replacement, bind
@@ -57,8 +57,7 @@ def _without_padding(
     named = kwargs | dict(zip(_COMMON_ARGUMENTS, args, strict=False))
     if named.get("use_cache") is None and not has_cache(named) and torch.is_grad_enabled():
         named["use_cache"] = False
-    stack = getattr(model.base_model, "language_model", model.base_model)
-    if _wants(model, named, "output_hidden_states") or not tells(stack, family, named):
+    if _wants(model, named, "output_hidden_states") or not tells(stack_of(model.base_model), family, named):
         return args, kwargs, target
     return (), *without_padding(model.base_model, family, named, target, named.get("ignore_index", -100))
 

@@ -25,6 +25,11 @@ def has_cache(kwargs: dict) -> bool:
     return any(kwargs.get(name) is not None for name in CACHES)
 
 
+def stack_of(base_model: Any) -> Any:
+    """The stack of layers in a base model, which may have others beside it, or be it."""
+    return getattr(base_model, "language_model", base_model)
+
+
 def tells(model: Any, family: Family, kwargs: dict) -> bool:
     """Whether every attention module of this call to a stack of layers would understand a told mask."""
     embeddings = model.embed_tokens.weight if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
@@ -90,7 +95,8 @@ def sequences(mask: Tensor) -> tuple[Tensor, int] | None:
 def without_padding(model: Any, family: Family, kwargs: dict, target: Tensor, ignore_index: int) -> tuple[dict, Tensor]:
     """The arguments of a base model and its target as one row of packed sequences, told by position_ids.
 
-    As they are where nothing is padded, where it is not on the right, or where a padded position has a target.
+    As they are where nothing is padded, where it is not on the right, where a padded position has a target, or where
+    every row is padded and the rotary embedding is stretched by the longest, padding included.
     """
     mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
     others = (kwargs.get(name) is not None for name in ("position_ids", "inputs_embeds"))
@@ -100,8 +106,16 @@ def without_padding(model: Any, family: Family, kwargs: dict, target: Tensor, ig
     padded_right = (visible[:, 1:] <= visible[:, :-1]).all() & ~visible.all()
     if not bool(padded_right & ((target == ignore_index) | visible).all()):
         return kwargs, target
+    if _stretches_by_length(stack_of(model)) and not bool(visible[:, -1].any()):
+        return kwargs, target
     counted = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     positions = counted if family.positions is None else family.positions(model, kwargs)
     positions = positions[..., visible].unsqueeze(-2)
     packed = {"input_ids": ids[visible][None], "position_ids": positions, "attention_mask": None}
     return kwargs | packed, target[visible][None]
+
+
+def _stretches_by_length(model: Any) -> bool:
+    """Whether the frequencies of the rotary embedding depend on the longest position of the call."""
+    kinds = getattr(model.rotary_emb, "rope_type", None)
+    return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else (kinds,))

@@ -116,6 +116,38 @@ def test_packed_sequences_told_by_position_ids(make_model, make_batch, family):
         memkernels.unpatch(model)
 
 
+# Family, rope_parameters, and others of the configuration; sequences are longer than what was pre-trained.
+ROTATIONS = {
+    "linear": ("Llama", {"factor": 4.0}, {}),
+    "dynamic": ("Llama", {"factor": 4.0}, {"max_position_embeddings": 16}),
+    "llama3": ("Llama", {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 16}, {}),
+    "yarn": ("Qwen3", {"factor": 4.0, "original_max_position_embeddings": 16}, {}),
+    "longrope": ("Phi3", {"short_factor": [1.0, 1.2, 2.0], "long_factor": [1.0, 3.0, 8.0],
+                          "original_max_position_embeddings": 16, "partial_rotary_factor": 0.5}, {}),
+    "default": ("Phi3", {"partial_rotary_factor": 0.5}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", [None, "right", "all right"])
+@pytest.mark.parametrize("rope_type", ROTATIONS)
+def test_stretched_and_partial_rotations(make_model, make_batch, rope_type, padding):
+    """Those of three axes are in test_qwen_vl.py. With all rows padded the longest position may be a padded one."""
+    family, parameters, config = ROTATIONS[rope_type]
+    config = config | {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1e4} | parameters}
+    batch = make_batch("right" if padding else None)
+    if padding == "all right":
+        batch["attention_mask"][:, -5:], batch["labels"][:, -5:] = 0, -100
+    model = make_model(family, **config)
+    plain, exact = train_step(model, batch), exact_step(make_model(family, **config), batch)
+    without = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}
+    assert not torch.isclose(train_step(make_model(family, **without), batch)["loss"], plain["loss"])
+    for recompute in ("none", "sublayer", "layer"):
+        memkernels.patch(model, recompute=recompute)
+        assert_same_step(train_step(model, batch), exact, plain)
+        memkernels.unpatch(model)
+
+
 def test_residual_dropout_is_the_modules(make_model, make_batch):
     batch, model = make_batch(), make_model("Phi3", resid_pdrop=0.5)
     memkernels.patch(model, recompute="layer")

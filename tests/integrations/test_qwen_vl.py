@@ -12,7 +12,7 @@ from memkernels.testing import assert_within_factor_two, saved_bytes
 
 TEXT = {
     "hidden_size": 48, "intermediate_size": 104, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 16, "initializer_range": 0.2,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 VISION = {"depth": 3, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2}
@@ -39,13 +39,14 @@ FAMILIES = tuple(OWN)
 RECOMPUTE = ("none", "sublayer", "layer")
 
 
-def make(family, dtype=torch.float32, attn_implementation="sdpa", **vision):
-    """A model in training mode, the same on every call; `vision` is of its vision tower's configuration."""
+def make(family, dtype=torch.float32, attn_implementation="sdpa", rope=None, **vision):
+    """A model in training mode, the same on every call; `rope` and `vision` are of its configuration."""
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed: pip install memkernels[hf]"
     )
     torch.manual_seed(0)
     text, own = OWN[family]
+    text = text | {"rope_parameters": text["rope_parameters"] | (rope or {})}
     config = getattr(transformers, f"{family}Config")(
         text_config=TEXT | text, vision_config=VISION | own | vision, attn_implementation=attn_implementation, **TOKENS
     )
@@ -129,6 +130,19 @@ def test_loss_and_gradients(family, dtype, padding):
         memkernels.patch(model, recompute=recompute)
         assert_same_step(step(model, batch), exact, plain, batch, dtype)
         assert model(**batch).logits is None
+        memkernels.unpatch(model)
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "dynamic"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stretched_rotations(family, rope_type):
+    rope = {"rope_type": rope_type, "factor": 4.0, "original_max_position_embeddings": 16}
+    batch, model = make_batch("right"), make(family, rope=rope)
+    plain, exact = step(model, batch), exact_step(make(family, rope=rope), batch)
+    assert not torch.isclose(step(make(family), batch)["loss"], plain["loss"])
+    for recompute in RECOMPUTE:
+        memkernels.patch(model, recompute=recompute)
+        assert_same_step(step(model, batch), exact, plain, batch)
         memkernels.unpatch(model)
 
 

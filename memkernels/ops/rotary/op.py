@@ -89,7 +89,9 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved:
             such as `(B, H, S, D).transpose(1, 2)` is read, and its result laid out, as it is.
         k: (B, S, Hk, D); q's dtype.
         cos: (S, R), (1, S, R) or (B, S, R), R even and at most D; q's dtype or float32. The layout is that of Hugging
-            Face's Llama and GLM, `cat((angles, angles), -1).cos()`, also where pairs are interleaved.
+            Face's Llama and GLM, `cat((angles, angles), -1).cos()`, also where pairs are interleaved. Open point: a
+            table that holds each angle twice in a row, `repeat_interleave(angles, 2, -1)` (Cohere, CodeGen), is not
+            told apart and rotates wrongly; give `cat((table[..., ::2],) * 2, -1)` of it.
         sin: like cos.
         interleaved: pair i is the elements 2i and 2i + 1 (GPT-J, GLM) instead of i and i + R/2 (GPT-NeoX, Llama).
 
