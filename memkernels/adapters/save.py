@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +11,7 @@ from torch import nn
 from memkernels.adapters.config import FILE, AdapterConfig
 from memkernels.adapters.layers import adapted_layers, linear_layers, matches
 from memkernels.adapters.tensors import WEIGHTS, key_of
+from memkernels.atomic import write_atomically
 from memkernels.nn.lora_linear import LoRALinear
 
 
@@ -42,8 +41,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    _write(directory / FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_atomically(directory / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    write_atomically(directory / FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _config(layers: dict[str, LoRALinear]) -> AdapterConfig:
@@ -69,17 +68,3 @@ def _targets(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str
 
 def _name(model: nn.Module) -> str | None:
     return getattr(model, "name_or_path", None) or None
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

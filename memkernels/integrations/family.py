@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -123,6 +124,16 @@ class CustomFamily:
     """
 
     plan: Callable[[nn.Module, str, bool], Replacement | None]
+
+
+def own_window(attention: Any) -> int | None:
+    """A `sliding_window` that is the module's."""
+    return attention.sliding_window
+
+
+def configured_window(attention: Any) -> int | None:
+    """A `sliding_window` that is the configuration's."""
+    return attention.config.sliding_window
 
 
 def family_of(module: nn.Module) -> Family | CustomFamily | None:

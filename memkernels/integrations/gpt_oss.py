@@ -3,12 +3,7 @@
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
-from memkernels.integrations.family import Family
-
-
-def _sliding_window(attention):
-    return attention.sliding_window
-
+from memkernels.integrations.family import Family, own_window
 
 FAMILY = Family(
     norm=gpt_oss.GptOssRMSNorm,
@@ -20,5 +15,5 @@ FAMILY = Family(
     eager_attention=gpt_oss.eager_attention_forward,
     outputs=MoeCausalLMOutputWithPast,
     half_tables=True,
-    sliding_window=_sliding_window,
+    sliding_window=own_window,
 )

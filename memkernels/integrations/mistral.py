@@ -2,12 +2,7 @@
 
 from transformers.models.mistral import modeling_mistral as mistral
 
-from memkernels.integrations.family import Family
-
-
-def _sliding_window(attention):
-    return attention.config.sliding_window
-
+from memkernels.integrations.family import Family, configured_window
 
 FAMILY = Family(
     norm=mistral.MistralRMSNorm,
@@ -17,5 +12,5 @@ FAMILY = Family(
     model=mistral.MistralModel,
     causal_lm=mistral.MistralForCausalLM,
     eager_attention=mistral.eager_attention_forward,
-    sliding_window=_sliding_window,
+    sliding_window=configured_window,
 )

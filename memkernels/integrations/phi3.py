@@ -2,12 +2,7 @@
 
 from transformers.models.phi3 import modeling_phi3 as phi3
 
-from memkernels.integrations.family import Family
-
-
-def _sliding_window(attention):
-    return attention.config.sliding_window
-
+from memkernels.integrations.family import Family, configured_window
 
 FAMILY = Family(
     norm=phi3.Phi3RMSNorm,
@@ -21,5 +16,5 @@ FAMILY = Family(
     qkv=("qkv_proj",),
     gate_up=("gate_up_proj",),
     activation="activation_fn",
-    sliding_window=_sliding_window,
+    sliding_window=configured_window,
 )

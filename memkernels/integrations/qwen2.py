@@ -2,12 +2,7 @@
 
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from memkernels.integrations.family import Family
-
-
-def _sliding_window(attention):
-    return attention.sliding_window
-
+from memkernels.integrations.family import Family, own_window
 
 FAMILY = Family(
     norm=qwen2.Qwen2RMSNorm,
@@ -17,5 +12,5 @@ FAMILY = Family(
     model=qwen2.Qwen2Model,
     causal_lm=qwen2.Qwen2ForCausalLM,
     eager_attention=qwen2.eager_attention_forward,
-    sliding_window=_sliding_window,
+    sliding_window=own_window,
 )

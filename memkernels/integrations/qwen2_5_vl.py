@@ -3,12 +3,7 @@
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
 from memkernels.integrations import qwen_vl
-from memkernels.integrations.family import Family, VisionTower
-
-
-def _sliding_window(attention):
-    return attention.sliding_window
-
+from memkernels.integrations.family import Family, VisionTower, own_window
 
 FAMILY = Family(
     norm=qwen2_5_vl.Qwen2_5_VLRMSNorm,
@@ -19,7 +14,7 @@ FAMILY = Family(
     causal_lm=qwen2_5_vl.Qwen2_5_VLForConditionalGeneration,
     eager_attention=qwen2_5_vl.eager_attention_forward,
     outputs=qwen2_5_vl.MultimodalCausalLMOutputWithPast,
-    sliding_window=_sliding_window,
+    sliding_window=own_window,
     positions=qwen_vl.positions,
     sequence_positions=qwen_vl.sequence_positions,
     vision=VisionTower(

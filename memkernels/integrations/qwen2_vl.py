@@ -4,12 +4,7 @@ from torch import nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
 from memkernels.integrations import qwen_vl
-from memkernels.integrations.family import Family, VisionTower
-
-
-def _sliding_window(attention):
-    return attention.sliding_window
-
+from memkernels.integrations.family import Family, VisionTower, own_window
 
 FAMILY = Family(
     norm=qwen2_vl.Qwen2VLRMSNorm,
@@ -20,7 +15,7 @@ FAMILY = Family(
     causal_lm=qwen2_vl.Qwen2VLForConditionalGeneration,
     eager_attention=qwen2_vl.eager_attention_forward,
     outputs=qwen2_vl.MultimodalCausalLMOutputWithPast,
-    sliding_window=_sliding_window,
+    sliding_window=own_window,
     positions=qwen_vl.positions,
     sequence_positions=qwen_vl.sequence_positions,
     vision=VisionTower(

@@ -2,12 +2,7 @@
 
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from memkernels.integrations.family import Family
-
-
-def _sliding_window(attention):
-    return attention.sliding_window
-
+from memkernels.integrations.family import Family, own_window
 
 FAMILY = Family(
     norm=qwen3.Qwen3RMSNorm,
@@ -17,5 +12,5 @@ FAMILY = Family(
     model=qwen3.Qwen3Model,
     causal_lm=qwen3.Qwen3ForCausalLM,
     eager_attention=qwen3.eager_attention_forward,
-    sliding_window=_sliding_window,
+    sliding_window=own_window,
 )

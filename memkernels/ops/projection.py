@@ -76,7 +76,7 @@ class Projection(Protocol):
 def as_right_operand(weight: Tensor) -> Tensor:
     """A weight (out, in) by which dy is multiplied: copied into the other layout where torch has no fast product of it.
 
-    So it is in float16 on CPU: 1024 x 1024 by 1024 x 1024 took 2.2 s on two cores, and 0.04 s by the other layout.
+    So it is in float16 on CPU, where `torch.mm(dy, weight)` takes far longer than the copy and the product by it.
     """
     if weight.dtype == torch.float16 and weight.device.type == "cpu" and weight.stride(-1) == 1:
         return weight.t().contiguous().t()

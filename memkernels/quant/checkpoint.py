@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_plain_file
 from torch import Tensor
 
+from memkernels.atomic import write_atomically
 from memkernels.ops.quantized.tensor import QuantizedTensor
 from memkernels.quant.nf4 import BLOCK_SIZES, NF4Encoding, NF4Tensor
 from memkernels.quant.reference import NESTED_BLOCK, NF4_VALUES
@@ -60,9 +62,12 @@ def from_plain(state_dict: Mapping[str, Tensor], source: str = "state_dict") -> 
 
 
 def save_file(state_dict: Mapping[str, Tensor], path: str | PathLike[str]) -> None:
-    """Writes a state dict with NF4 weights as a safetensors file that bitsandbytes and Transformers read."""
+    """Writes a state dict with NF4 weights as a safetensors file that bitsandbytes and Transformers read.
+
+    Beside its place and then moved there, so that it is the old file or the new one and never a part.
+    """
     plain = {name: tensor.detach().contiguous() for name, tensor in to_plain(state_dict).items()}
-    save_plain_file(plain, path, metadata={"format": "pt"})
+    write_atomically(Path(path), lambda file: save_plain_file(plain, file, metadata={"format": "pt"}))
 
 
 def load_file(path: str | PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -147,8 +152,7 @@ def _state(key: str, stored: Tensor, check) -> dict[str, Any]:
     try:
         state = json.loads(bytes(stored.cpu().tolist()))
     except (ValueError, TypeError) as error:
-        raise_from = str(error)
-        check(False, key, f"expected JSON as bytes: {raise_from}")
+        check(False, key, f"expected JSON as bytes: {error}")
     check(isinstance(state, dict), key, f"expected a JSON object, got {state!r}")
     check(state.get("quant_type") == "nf4", key, f"expected quant_type nf4, got {state.get('quant_type')!r}")
     check(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from training_step import train_step as step
 
 import memkernels
 from memkernels.testing import assert_within_factor_two, saved_bytes
@@ -32,13 +33,6 @@ def make_batch(padding=None, kind="ForMaskedLM"):
             mask[row, slice(0, hidden) if padding == "left" else slice(-hidden, None)] = 0
     labels = torch.where(mask == 1, ids, -100) if kind == "ForMaskedLM" else torch.tensor([0, 1, 1])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def step(model, batch, run=None):
-    model.zero_grad()
-    loss = (model if run is None else run)(**batch).loss
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same_step(actual, exact, plain, dtype=torch.float32):

@@ -1,42 +1,14 @@
 """Patched models compute what the unpatched ones do: loss, every gradient, generation, in every mode of training."""
 
-from unittest import mock
-
 import pytest
 import torch
-import torch.nn.functional as F
+from training_step import exact_step, train_step
 
 import memkernels
-from memkernels.integrations.family import family_of
-from memkernels.ops.rms_norm import reference
 from memkernels.testing import assert_within_factor_two
 
 CACHES = ("cache", "past_key_values")  # transformers' names of it, now and before
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3", "GptOss", "GPT2")
-
-
-def train_step(model, batch, run=None, **arguments):
-    """Loss and gradients of one step."""
-    model.zero_grad()
-    loss = (model if run is None else run)(**batch, **arguments).loss
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def exact_step(model, batch):
-    """The step of an unpatched model in float64, where transformers' norms, softmax and loss round to float32."""
-    model, softmax = model.double(), F.softmax
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            family = family_of(module)
-            module.forward = lambda x, norm=module, family=family: reference.rms_norm(
-                x, norm.weight, getattr(norm, family.norm_eps), weight_offset=family.norm_offset
-            )
-    with mock.patch.object(F, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim)):
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
 def assert_same_step(actual, exact, plain, dtype=torch.float32):

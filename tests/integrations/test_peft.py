@@ -1,17 +1,15 @@
 """Patched PEFT models compute what the unpatched ones do, in every state of their adapters; what is left, and said."""
 
 import itertools
-from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
+from training_step import exact_step
+from training_step import train_step as step
 
 import memkernels
-from memkernels.integrations.family import family_of
 from memkernels.ops.lora_linear import reference as lora_reference
 from memkernels.ops.lora_linear import weight as lora_weight
-from memkernels.ops.rms_norm import reference
 from memkernels.testing import assert_within_factor_two, saved_bytes
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install memkernels[hf]")
@@ -50,30 +48,6 @@ def make_adapted(make_model):
         ).train()
 
     return make
-
-
-def step(model, batch, run=None):
-    model.zero_grad()
-    loss = (model if run is None else run)(**batch).loss
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def exact_step(model, batch):
-    """The step in float64, where transformers' norms, softmax and loss round to float32."""
-    model, softmax = model.double(), F.softmax
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            family = family_of(module)
-            eps = getattr(module, family.norm_eps)
-            module.forward = lambda x, of=module, eps=eps, family=family: reference.rms_norm(
-                x, of.weight, eps, weight_offset=family.norm_offset
-            )
-    with mock.patch.object(F, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim)):
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same_step(actual, exact, plain, dtype=torch.float32):

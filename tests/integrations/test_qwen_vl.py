@@ -4,10 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
+import training_step
+from training_step import train_step as step
 
 import memkernels
-from memkernels.ops.rms_norm import reference
 from memkernels.testing import assert_within_factor_two, saved_bytes
 
 TEXT = {
@@ -78,26 +78,11 @@ def make_batch(padding=None):
     return batch | {"mm_token_type_ids": types, "pixel_values": pixels, "image_grid_thw": grids}
 
 
-def step(model, batch, run=None):
-    model.zero_grad()
-    loss = (model if run is None else run)(**batch).loss
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 def exact_step(model, batch):
-    """The step of an unpatched model in float64, where transformers rounds to float32 in places."""
-    model, softmax = model.double(), F.softmax
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, norm=module: reference.rms_norm(x, norm.weight, norm.variance_epsilon)
+    """Exactly in the rotation of images too."""
     rotary = {"apply_rotary_pos_emb_vision": lambda q, k, cos, sin: (_rotated(q, cos, sin), _rotated(k, cos, sin))}
-    exact_softmax = mock.patch.object(F, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim))
-    with exact_softmax, mock.patch.multiple(type(model).__module__, **rotary):
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+    with mock.patch.multiple(type(model).__module__, **rotary):
+        return training_step.exact_step(model, batch)
 
 
 def _rotated(x, cos, sin):

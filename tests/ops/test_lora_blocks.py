@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from adapted_blocks import ATTENTION, MLP, assembled, layer, over_flat
 
 from memkernels import ops
 from memkernels.ops.attention_block import reference as attention_reference
@@ -15,7 +16,8 @@ from memkernels.testing import check_op, random_tensor, saved_bytes
 D, F_SIZE, HEADS, SIZE, RANK = 24, 40, 4, 8, 3
 OUT_IN = {"w_gate": (F_SIZE, D), "w_up": (F_SIZE, D), "w_down": (D, F_SIZE), "w_q": (HEADS * SIZE, D),
           "w_k": (2 * SIZE, D), "w_v": (2 * SIZE, D), "w_o": (D, HEADS * SIZE)}  # fmt: skip
-MLP, ATTENTION = ("w_gate", "w_up", "w_down"), ("w_q", "w_k", "w_v", "w_o")
+CAUSAL = {"num_heads": HEADS, "causal": True}
+REFERENCE_CAUSAL = {"num_heads": HEADS, "window": (-1, 0)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,39 +43,6 @@ def make_inputs(shape, names, dtype, *, magnitude=False, adapter=None, plain=())
             continue
         inputs[f"b{name[1:]}"] = random_tensor(out, dtype=dtype, seed=10 * index + 9)
     return inputs
-
-
-def assembled(tensors, dropout_p):
-    """The arguments of a block: adapted weights in the place of weights."""
-    arguments = {name: tensor for name, tensor in tensors.items() if "." not in name}
-    for index, name in enumerate(sorted(OUT_IN)):
-        if f"{name}.a" in tensors:
-            arguments[name] = ops.LoRAWeight(
-                tensors[name], tensors[f"{name}.a"], tensors[f"{name}.b"], 0.7, dropout_p, 100 + index,
-                tensors.get(f"{name}.magnitude"),
-            )  # fmt: skip
-    return arguments
-
-
-def over_flat(function, dropout_p=0.0, **options):
-    return lambda **tensors: function(**assembled(tensors, dropout_p), **options)
-
-
-def layer(function, dropout_p, **mlp_options):
-    """A decoder layer over flat arguments, with one norm weight for both norms."""
-
-    def call(x, norm_weight, **tensors):
-        given = assembled(tensors, dropout_p)
-
-        def of(names):
-            return {name: given[name] for weight in names for name in (weight, f"b{weight[1:]}") if name in given}
-
-        norms = {"norm_weight": norm_weight}, {"norm_weight": norm_weight * 1.0}
-        return function(
-            x, of(ATTENTION) | norms[0] | {"num_heads": HEADS, "causal": True}, of(MLP) | norms[1] | mlp_options
-        )
-
-    return call
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,14 +75,9 @@ def test_attention_block(dtype, dropout_p, magnitude):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
 def test_decoder_layer(dtype, tile_tokens, dropout_p, magnitude):
-    def reference(x, attention, mlp):
-        return layer_reference.decoder_layer(
-            x, {name: value for name, value in attention.items() if name != "causal"} | {"window": (-1, 0)}, mlp
-        )
-
     check_op(
-        layer(ops.decoder_layer, dropout_p, tile_tokens=tile_tokens),
-        layer(reference, dropout_p),
+        layer(ops.decoder_layer, dropout_p, CAUSAL, tile_tokens=tile_tokens),
+        layer(layer_reference.decoder_layer, dropout_p, REFERENCE_CAUSAL),
         make_inputs((2, 11), ATTENTION + MLP, dtype, magnitude=magnitude),
         roundings=2,
     )
@@ -145,18 +109,16 @@ def test_an_adapter_is_the_merged_weight():
         if "." not in name
     }
     narrow = {name: tensor.detach().float().requires_grad_(tensor.requires_grad) for name, tensor in inputs.items()}
-    exact, ours = layer(layer_reference_causal, 0.0)(**merged), layer(ops.decoder_layer, 0.0)(**narrow)
+    exact, ours = (
+        layer(layer_reference.decoder_layer, 0.0, REFERENCE_CAUSAL)(**merged),
+        layer(ops.decoder_layer, 0.0, CAUSAL)(**narrow),
+    )
     torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
     names = [name for name in inputs if "." in name]
     expected = torch.autograd.grad(exact.square().sum(), [inputs[name] for name in names])
     actual = torch.autograd.grad(ours.square().sum(), [narrow[name] for name in names])
     for name, a, e in zip(names, actual, expected, strict=True):
         assert (a.double() - e).norm() < 1e-5 * e.norm(), name
-
-
-def layer_reference_causal(x, attention, mlp):
-    attention = {name: value for name, value in attention.items() if name != "causal"} | {"window": (-1, 0)}
-    return layer_reference.decoder_layer(x, attention, mlp)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -197,7 +159,7 @@ def test_autocast_casts_adapters_as_linear_does():
 def test_compiles_whole_and_equals_eager():
     inputs = make_inputs((2, 11), ATTENTION + MLP, torch.float32, magnitude=True)
     wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    step = layer(ops.decoder_layer, 0.3)
+    step = layer(ops.decoder_layer, 0.3, CAUSAL)
     results = []
     for function in (step, torch.compile(step, fullgraph=True)):
         y = function(**inputs)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from adapted_blocks import ATTENTION, MLP, layer, over_flat
 
 from memkernels import ops, quant
 from memkernels.ops.attention_block import reference as attention_reference
@@ -15,7 +16,6 @@ from memkernels.testing import check_op, peak_bytes, random_tensor, run_in_child
 D, F_SIZE, HEADS, SIZE, RANK = 64, 96, 4, 16, 3
 OUT_IN = {"w_gate": (F_SIZE, D), "w_up": (F_SIZE, D), "w_down": (D, F_SIZE), "w_q": (HEADS * SIZE, D),
           "w_k": (2 * SIZE, D), "w_v": (2 * SIZE, D), "w_o": (D, HEADS * SIZE)}  # fmt: skip
-MLP, ATTENTION = ("w_gate", "w_up", "w_down"), ("w_q", "w_k", "w_v", "w_o")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTIZE = {"nf4": quant.quantize_nf4, "int8": quant.quantize_int8}
 kinds = pytest.mark.parametrize("kind", QUANTIZE)
@@ -39,21 +39,6 @@ def make_inputs(shape, names, kind, dtype, adapters, magnitude=False):
         if name not in ("w_q", "w_k"):
             inputs[f"b{name[1:]}"] = random_tensor(out, dtype=dtype, seed=10 * index + 9)
     return inputs
-
-
-def assembled(tensors, dropout_p):
-    arguments = {name: tensor for name, tensor in tensors.items() if "." not in name}
-    for index, name in enumerate(sorted(OUT_IN)):
-        if f"{name}.a" in tensors:
-            arguments[name] = ops.LoRAWeight(
-                tensors[name], tensors[f"{name}.a"], tensors[f"{name}.b"], 0.7, dropout_p, 100 + index,
-                tensors.get(f"{name}.magnitude"),
-            )  # fmt: skip
-    return arguments
-
-
-def over_flat(function, dropout_p=0.0, **options):
-    return lambda **tensors: function(**assembled(tensors, dropout_p), **options)
 
 
 def plain_linear(input, weight, bias=None):
@@ -122,29 +107,13 @@ def test_attention_block(kind, dtype, adapters):
     )
 
 
-def layer(function, dropout_p, **attention):
-    def call(x, norm_weight, **tensors):
-        given = assembled(tensors, dropout_p)
-
-        def of(names):
-            return {name: given[name] for key in names for name in (key, f"b{key[1:]}") if name in given}
-
-        return function(
-            x,
-            of(ATTENTION) | {"norm_weight": norm_weight, "num_heads": HEADS} | attention,
-            of(MLP) | {"norm_weight": norm_weight * 1.0},
-        )
-
-    return call
-
-
 @kinds
 @dtypes
 @pytest.mark.parametrize("adapters", [(), ATTENTION + MLP], ids=len)
 def test_decoder_layer(kind, dtype, adapters):
     check_op(
-        layer(ops.decoder_layer, 0.3, causal=True),
-        layer(layer_reference.decoder_layer, 0.3, window=(-1, 0)),
+        layer(ops.decoder_layer, 0.3, {"num_heads": HEADS, "causal": True}),
+        layer(layer_reference.decoder_layer, 0.3, {"num_heads": HEADS, "window": (-1, 0)}),
         make_inputs((2, 11), ATTENTION + MLP, kind, dtype, adapters),
         roundings=4,
     )
@@ -156,7 +125,7 @@ def test_decoder_layer(kind, dtype, adapters):
 def test_compiles_whole_and_equals_eager(kind, magnitude):
     inputs = make_inputs((2, 11), ATTENTION + MLP, kind, torch.float32, ("w_q", "w_up"), magnitude)
     wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    step = layer(ops.decoder_layer, 0.0, causal=True)
+    step = layer(ops.decoder_layer, 0.0, {"num_heads": HEADS, "causal": True})
     results = []
     for function in (step, torch.compile(step, fullgraph=True)):
         y = function(**inputs)

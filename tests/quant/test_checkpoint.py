@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memkernels import quant
+from memkernels.quant import checkpoint
 
 STATE = "0.weight.quant_state.bitsandbytes__nf4"
 
@@ -55,6 +56,21 @@ def test_round_trip_with_bitsandbytes(tmp_path, dtype, nested):
         {name.removeprefix("0."): tensor for name, tensor in ours.items() if name.startswith("0.weight.")}, "cpu"
     )
     assert again == layers[0].weight.quant_state
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    quant.save_file({"weight": torch.zeros(3)}, path)
+    before = path.read_bytes()
+
+    def fail(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_plain_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        quant.save_file({"weight": torch.ones(3)}, path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
 
 
 @pytest.fixture
