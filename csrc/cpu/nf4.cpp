@@ -1,6 +1,4 @@
-// NF4: quantisation of blocks, and dequantisation of a rectangle of a matrix stored in it.
-//   absmax = max |v| of a block        code = the number of midpoints between neighbouring values below v / absmax
-//   v = value[code] * absmax           absmax = nested_value[absmax code] * nested_absmax + offset, where it is nested
+// NF4 (csrc/common/nf4.h has the formulas): quantisation of blocks, and dequantisation of a rectangle of a matrix.
 #include "common/nf4.h"
 
 #include <algorithm>
@@ -10,7 +8,7 @@
 #include <tuple>
 
 #include "common/kernel_table.h"
-#include "common/tensors.h"
+#include "common/nf4_tensors.h"
 #include "cpu/vec.h"
 
 namespace memkernels::cpu {
@@ -21,15 +19,7 @@ constexpr int64_t kElementsPerTask = 32768;
 typedef uint64_t PairVec __attribute__((vector_size(kLanes * 4)));
 typedef uint8_t PairBytes __attribute__((vector_size(kLanes / 2)));
 
-constexpr std::array<float, kNf4Codes> kValues = {MEMKERNELS_NF4_VALUES};
-
-// The upper ends of the codes' intervals; none for the last.
-constexpr auto kMidpoints = [] {
-  std::array<float, kNf4Codes> midpoints{};
-  for (int i = 0; i + 1 < kNf4Codes; ++i) midpoints[i] = (kValues[i] + kValues[i + 1]) / 2;
-  midpoints[kNf4Codes - 1] = std::numeric_limits<float>::infinity();
-  return midpoints;
-}();
+constexpr Nf4Table kValues = nf4_values(), kMidpoints = nf4_midpoints();
 
 #if defined(CPU_CAPABILITY_AVX512)
 
@@ -39,7 +29,7 @@ constexpr float kCellsPerUnit = 15.99f;
 constexpr auto kFirstCodes = [] {
   std::array<int32_t, 32> codes{};
   for (int cell = 0; cell < 32; ++cell) {
-    while (kMidpoints[codes[cell]] < static_cast<float>(cell) / kCellsPerUnit - 1.0f) ++codes[cell];
+    while (kMidpoints.value[codes[cell]] < static_cast<float>(cell) / kCellsPerUnit - 1.0f) ++codes[cell];
   }
   return codes;
 }();
@@ -48,7 +38,7 @@ inline IntVec codes_of(Vec v) {
   const __m512i cell = _mm512_cvttps_epi32(v * kCellsPerUnit + kCellsPerUnit);
   const __m512i first = _mm512_permutex2var_epi32(_mm512_loadu_si512(kFirstCodes.data()), cell,
                                                   _mm512_loadu_si512(kFirstCodes.data() + 16));
-  const __m512 midpoint = _mm512_permutexvar_ps(first, _mm512_loadu_ps(kMidpoints.data()));
+  const __m512 midpoint = _mm512_permutexvar_ps(first, _mm512_loadu_ps(kMidpoints.value));
   return bits_as<IntVec>(first) - (v > bits_as<Vec>(midpoint));
 }
 
@@ -56,7 +46,7 @@ inline IntVec codes_of(Vec v) {
 
 inline IntVec codes_of(Vec v) {
   IntVec codes{};
-  for (int i = 0; i + 1 < kNf4Codes; ++i) codes -= v > kMidpoints[i];
+  for (int i = 0; i + 1 < kNf4Codes; ++i) codes -= v > kMidpoints.value[i];
   return codes;
 }
 
@@ -104,8 +94,7 @@ float quantize_incomplete_block(const T* values, int64_t n, uint8_t* packed) {
 }
 
 std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& values_in, int64_t block_size) {
-  STD_TORCH_CHECK(block_size % 32 == 0 && block_size > 0 && block_size <= kNf4MaxBlock,
-                  "nf4_quantize: block_size: expected a multiple of 32 up to 4096, got ", block_size);
+  check_nf4_block_size(block_size);
   const Tensor values = as_contiguous(values_in);
   const int64_t size = values.numel(), whole_blocks = size / block_size, rest = size % block_size;
   Tensor packed = torch::stable::new_empty(values, {(size + 1) / 2}, ScalarType::Byte);
@@ -128,30 +117,21 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& values_in, int64_t block_s
   return {packed, absmax};
 }
 
-// What the absolute maxima of blocks are read from.
-struct Scales {
-  const float* absmax = nullptr;
-  const uint8_t* codes = nullptr;
-  const float* nested_absmax = nullptr;
-  const float* nested_code = nullptr;
-  float offset = 0.0f;
-
-  float operator()(int64_t block) const {
-    if (codes == nullptr) return absmax[block];
-    // volatile: the product is rounded before the sum, and not fused with it.
-    volatile float product = nested_code[codes[block]] * nested_absmax[block / kNestedBlock];
-    return product + offset;
-  }
-};
+inline float absmax_of(const Nf4Scales& scales, int64_t block) {
+  if (scales.codes == nullptr) return scales.absmax[block];
+  // volatile: the product is rounded before the sum, and not fused with it.
+  volatile float product = scales.nested_code[scales.codes[block]] * scales.nested_absmax[block / kNestedBlock];
+  return product + *scales.offset;
+}
 
 // The values of a block's codes, and their lookup.
 template <typename T>
 class BlockValues {
  public:
   explicit BlockValues(float absmax) {
-    for (int64_t i = 0; i < kNf4Codes; i += kLanes) store(values_ + i, load(kValues.data() + i) * absmax);
+    for (int64_t i = 0; i < kNf4Codes; i += kLanes) store(values_ + i, load(kValues.value + i) * absmax);
 #if defined(CPU_CAPABILITY_AVX512)
-    const Vec scaled = load(kValues.data()) * absmax;
+    const Vec scaled = load(kValues.value) * absmax;
     if constexpr (std::is_same_v<T, float>) {
       table_ = bits_as<__m512i>(scaled);
     } else if constexpr (std::is_same_v<T, BFloat16>) {
@@ -200,12 +180,12 @@ class BlockValues {
 
 // `size` elements from element `first` on, of the whole tensor, by blocks.
 template <typename T>
-void dequantize_row(const uint8_t* packed, const Scales& scales, int64_t block_size, int64_t first, int64_t size,
+void dequantize_row(const uint8_t* packed, const Nf4Scales& scales, int64_t block_size, int64_t first, int64_t size,
                     T* out) {
   const int64_t last = first + size;
   for (int64_t block = first / block_size; first < last; ++block) {
     const int64_t end = std::min(last, (block + 1) * block_size);
-    const BlockValues<T> values(scales(block));
+    const BlockValues<T> values(absmax_of(scales, block));
     if (first % 2 != 0) *out++ = values[packed[first++ / 2] & 15];
     const int64_t bytes = (end - first) / 2;
     values.expand(packed + first / 2, out, bytes);
@@ -215,32 +195,15 @@ void dequantize_row(const uint8_t* packed, const Scales& scales, int64_t block_s
   }
 }
 
-void nf4_dequantize_(Tensor out, const Tensor& packed_in, const Tensor& absmax_in,
-                     const std::optional<Tensor>& nested_absmax_in, const std::optional<Tensor>& nested_code_in,
-                     const std::optional<Tensor>& offset, int64_t block_size, int64_t row_size, int64_t first_row,
-                     int64_t first_column) {
-  const Tensor packed = as_contiguous(packed_in), absmax = as_contiguous(absmax_in);
-  const auto nested_absmax = as_contiguous(nested_absmax_in), nested_code = as_contiguous(nested_code_in);
+void nf4_dequantize_(Tensor out, const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
+                     const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset, int64_t block_size,
+                     int64_t row_size, int64_t first_row, int64_t first_column) {
   const int64_t rows = out.size(0), columns = out.size(1), out_stride = out.stride(0);
   if (rows == 0 || columns == 0) return;
-  const int64_t end = (first_row + rows - 1) * row_size + first_column + columns;
-  const int64_t blocks = (end + block_size - 1) / block_size;
-  STD_TORCH_CHECK(columns == 1 || out.stride(1) == 1, "nf4_dequantize_: out must have contiguous rows");
-  STD_TORCH_CHECK(first_row >= 0 && first_column >= 0 && first_column + columns <= row_size &&
-                      (end + 1) / 2 <= packed.numel() && blocks <= absmax.numel(),
-                  "nf4_dequantize_: rows ", first_row, " to ", first_row + rows, ", columns ", first_column, " to ",
-                  first_column + columns, " are outside of what packed and absmax hold");
-  Scales scales;
-  if (nested_absmax.has_value()) {
-    STD_TORCH_CHECK((blocks + kNestedBlock - 1) / kNestedBlock <= nested_absmax->numel() && nested_code.has_value() &&
-                        nested_code->numel() == 256 && offset.has_value(),
-                    "nf4_dequantize_: nested_absmax, nested_code and offset do not fit absmax");
-    scales = {nullptr, absmax.const_data_ptr<uint8_t>(), nested_absmax->const_data_ptr<float>(),
-              nested_code->const_data_ptr<float>(), *offset->const_data_ptr<float>()};
-  } else {
-    scales.absmax = absmax.const_data_ptr<float>();
-  }
-  const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
+  const Nf4Storage storage = contiguous_nf4(packed, absmax, nested_absmax, nested_code, offset);
+  storage.check(out, block_size, row_size, first_row, first_column);
+  const Nf4Scales scales = storage.scales();
+  const uint8_t* bytes = storage.packed.const_data_ptr<uint8_t>();
   dispatch_floating(out.scalar_type(), [&]<typename T>() {
     T* to = out.mutable_data_ptr<T>();
     torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kElementsPerTask / columns),

@@ -1,10 +1,12 @@
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "block.h"
+#include "vector_types.h"
 
 namespace memkernels::simt {
 
@@ -71,6 +73,27 @@ inline int __any_sync(unsigned int mask, int predicate) {
 }
 inline int __all_sync(unsigned int mask, int predicate) {
   return memkernels::simt::ballot(mask, predicate == 0) == 0;
+}
+
+inline unsigned int __float_as_uint(float value) {
+  return std::bit_cast<unsigned int>(value);
+}
+inline float __uint_as_float(unsigned int bits) {
+  return std::bit_cast<float>(bits);
+}
+
+// volatile: rounded on its own, never fused with another operation.
+inline float __fmul_rn(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+inline float __fadd_rn(float a, float b) {
+  volatile float sum = a + b;
+  return sum;
+}
+
+inline void __stwb(uint4* address, uint4 value) {
+  *address = value;
 }
 
 inline float __expf(float x) {

@@ -1,7 +1,8 @@
 """Registers, shared memory and spills of the CUDA C++ kernels on every architecture, from nvcc; no GPU is needed.
 
-`python -m memkernels.testing.cuda_resources` prints the table of a checkout, in Markdown. Its units are the files of
-tests/compile, each of which instantiates the kernels of one csrc/cuda/*.cuh.
+`python -m memkernels.testing.cuda_resources` prints the table of a checkout, in Markdown, and with --output writes it
+under a heading. Its units are the files of tests/compile, each of which instantiates the kernels of one
+csrc/cuda/*.cuh.
 """
 
 from __future__ import annotations
@@ -19,6 +20,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
+HEADING = """# CUDA C++ kernels
+
+Written by `python -m memkernels.testing.cuda_resources --output docs/cuda_kernels.md`, by nvcc on a machine without a
+GPU: facts of the compiler, no measurement on a GPU. csrc/simt runs the kernels on a CPU in the tests.
+
+## Traffic
+
+Bytes of global memory, from the shapes: each kernel reads its inputs once and writes its outputs once, which is the
+least. e bytes an element.
+
+| kernel | reads | writes |
+| --- | --- | --- |
+| `cross_entropy_stats_kernel` | e a logit, 20 a row | 16 a row |
+| `cross_entropy_grad_kernel` | e a logit, 16 a row | e a logit |
+| `nf4_quantize_kernel` | e a value | 1/2 a value, 4 a block |
+| `nf4_dequantize_kernel` | 1/2 a value, 4 a block, or nested 1 a block and 4 per 256 | e a value |
+
+## Resources
+
+Each cell: registers per thread / shared memory per block in bytes / spilled bytes.
+
+"""
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<symbol>\S+)'")
 _SPILLS = re.compile(
@@ -126,9 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("sources", nargs="*", type=Path, help="CUDA files; those of tests/compile without any")
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="such as 80 90a; all without it")
+    parser.add_argument("--output", type=Path, help="write here instead of printing")
     options = parser.parse_args(arguments)
     sources = options.sources or sorted((ROOT / "tests" / "compile").glob("*.cu"))
-    print(table(all_resources(sources, architectures=options.arch)))
+    text = table(all_resources(sources, architectures=options.arch))
+    if options.output:
+        options.output.write_text(f"{HEADING}{text}\n")
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

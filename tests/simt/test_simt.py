@@ -56,9 +56,10 @@ def test_program(run_program: Run, name: str, build: str) -> None:
 
 
 @pytest.mark.parametrize("build", SANITIZERS)
-def test_linear_cross_entropy(run_program: Run, build: str) -> None:
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "nf4"])
+def test_kernels(run_program: Run, name: str, build: str) -> None:
     # Which thread touches what hangs on the dtype by its size alone: one dtype has races enough.
-    result = run_program("linear_cross_entropy", build, *(DTYPES if build != "thread" else ["bfloat16"]))
+    result = run_program(name, build, *(DTYPES if build != "thread" else ["bfloat16"]))
     assert result.returncode == 0, result.stdout + result.stderr
 
 

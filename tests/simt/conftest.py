@@ -1,0 +1,63 @@
+"""CUDA C++ operators on CPU tensors: csrc/cuda/*.cu with their torch wrappers, compiled by g++ against csrc/simt."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+import memkernels.ops
+import memkernels.quant  # noqa: F401  both define operators
+
+CSRC = Path(__file__).parents[2] / "csrc"
+OPERATORS = ("cross_entropy_stats", "cross_entropy_grad_", "nf4_quantize", "nf4_dequantize_")
+
+
+@pytest.fixture(scope="session")
+def simt(tmp_path_factory: pytest.TempPathFactory):
+    """`torch.ops.memkernels_simt`: the operators of OPERATORS by the CUDA kernels."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed; it compiles CUDA kernels for the CPU here")
+    library = tmp_path_factory.mktemp("simt") / "operators.so"
+    torch_lib = Path(torch.__file__).parent / "lib"
+    command = [compiler, "-x", "c++", "-std=c++20", "-O1", "-pthread", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", CSRC / "simt", "-I", CSRC]
+    command += [part for path in include_paths() for part in ("-isystem", path)]
+    command += [*sorted((CSRC / "cuda").glob("*.cu")), "-o", library, f"-L{torch_lib}", "-ltorch", "-ltorch_cpu"]
+    compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert compiled.returncode == 0, compiled.stderr
+    definitions = torch.library.Library("memkernels_simt", "DEF")
+    for name in OPERATORS:
+        schema = str(getattr(torch.ops.memkernels, name).default._schema)
+        definitions.define(schema.removeprefix("memkernels::"))
+    torch.ops.load_library(library)
+    yield torch.ops.memkernels_simt
+    definitions._destroy()
+
+
+@pytest.fixture
+def calls(simt) -> Iterator[list[str]]:
+    """Puts the CUDA kernels in the place of the native CPU ones, and lists the calls that reach them."""
+    library = torch.library.Library("memkernels", "IMPL")
+    made: list[str] = []
+
+    def counted(name):
+        def call(*args):
+            made.append(name)
+            return getattr(simt, name)(*args)
+
+        return call
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden, which is the point
+        for name in OPERATORS:
+            library.impl(name, counted(name), "CPU", allow_override=True)
+    yield made
+    library._destroy()
