@@ -3,6 +3,7 @@
 from memkernels.adapters.inject import lora
 from memkernels.adapters.load import load_adapter
 from memkernels.adapters.merging import merge_adapter, unmerge_adapter
+from memkernels.adapters.report import LoRAReport
 from memkernels.adapters.save import save_adapter
 
-__all__ = ["load_adapter", "lora", "merge_adapter", "save_adapter", "unmerge_adapter"]
+__all__ = ["LoRAReport", "load_adapter", "lora", "merge_adapter", "save_adapter", "unmerge_adapter"]

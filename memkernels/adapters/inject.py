@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from memkernels.adapters.layers import check_module, linear_layers, matches, replace_layers
+from memkernels.adapters.base import check_base, check_quantizable, quantize_layers
+from memkernels.adapters.layers import ALL_LINEAR, check_module, chosen_layers, replace_layers
+from memkernels.adapters.report import LoRAReport, report_of
 from memkernels.nn.lora_linear import LoRALinear, check_adapter
-
-ALL_LINEAR = "all-linear"
 
 
 def lora(
@@ -19,10 +19,11 @@ def lora(
     alpha: float = 32.0,
     dropout: float = 0.05,
     targets: str | Iterable[str] = ALL_LINEAR,
+    base: str | None = None,
     *,
     use_dora: bool = False,
     use_rslora: bool = False,
-) -> list[str]:
+) -> LoRAReport:
     """Puts a low-rank adapter on linear layers of a model, in place, and freezes everything else.
 
     Each becomes an `nn.LoRALinear`: y = x W^T + scaling (m * x) A^T B^T, at first the layer's own y.
@@ -35,23 +36,32 @@ def lora(
         dropout: probability with which an element of A's input is dropped in training, in [0, 1).
         targets: names of layers, or what their names end in after a dot ("q_proj"); "all-linear": every one but a
             language model's output head.
+        base: "nf4" quantises the weights of these layers (QLoRA: Dettmers et al. 2023, arXiv 2305.14314), by
+            `quant.quantize_nf4`, one after the other: each dense weight is freed before the next is quantised, unless
+            something else holds it. A weight that is quantised already stays as it is. None: the weights as they are.
         use_dora: weight-decomposed adapters.
         use_rslora: rank-stabilised scaling.
 
     Returns:
-        The names of the layers that now carry an adapter.
+        A report: the names of the layers that now carry an adapter, and what their weights take.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, or a layer's weight is not of a floating dtype.
-        ValueError: r or dropout is out of its range; a target that matches no layer, or no layer at all; a model with
-            adapters already. It is unchanged.
+        TypeError: model is not a torch.nn.Module, or a layer's weight is not of a floating dtype or, with base, not a
+            plain tensor of float32, bfloat16 or float16.
+        ValueError: r or dropout is out of its range, or base unknown; a target that matches no layer, or no layer at
+            all; a model with adapters already; with base, a weight that is not finite. It is unchanged.
     """
     check_module(model)
     check_adapter(r, dropout)
+    check_base(base)
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has adapters already.")
-    layers = _chosen(model, targets)
+    layers = chosen_layers(model, targets)
     options: dict[str, Any] = {"alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
+    if base is not None:
+        check_quantizable(layers)
+        quantize_layers(model, layers)
+        layers = {name: model.get_submodule(name) for name in layers}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         adapted = {layer: LoRALinear(layer, r, **options) for layer in layers.values()}
@@ -62,20 +72,4 @@ def lora(
     for layer, of in adapted.items():
         of.train(layer.training)
     replace_layers(model, adapted)
-    return list(layers)
-
-
-def _chosen(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
-    layers = linear_layers(model)
-    if targets == ALL_LINEAR:
-        output: Any = getattr(model, "get_output_embeddings", lambda: None)
-        head = output()
-        chosen = {name: layer for name, layer in layers.items() if layer is not head}
-        if not chosen:
-            raise ValueError(f"targets: {type(model).__name__} has no linear layer.")
-        return chosen
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    for target in wanted:
-        if not any(matches(name, [target]) for name in layers):
-            raise ValueError(f"targets: {type(model).__name__} has no linear layer {target!r}.")
-    return {name: layer for name, layer in layers.items() if matches(name, wanted)}
+    return report_of(model, {name: adapted[layer] for name, layer in layers.items()})

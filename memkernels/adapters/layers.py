@@ -9,6 +9,8 @@ from torch import nn
 
 from memkernels.nn.lora_linear import LoRALinear, is_adaptable
 
+ALL_LINEAR = "all-linear"
+
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """By name, the layers that carry an adapter.
@@ -32,6 +34,27 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         if name and is_adaptable(module) and not name.startswith(inside)
     }
+
+
+def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Any]:
+    """By name, the linear layers that `targets` name; "all-linear": every one but a language model's output head.
+
+    Raises:
+        ValueError: a target that matches no layer, or no layer at all.
+    """
+    layers = linear_layers(model)
+    if targets == ALL_LINEAR:
+        output: Any = getattr(model, "get_output_embeddings", lambda: None)
+        head = output()
+        chosen = {name: layer for name, layer in layers.items() if layer is not head}
+        if not chosen:
+            raise ValueError(f"targets: {type(model).__name__} has no linear layer.")
+        return chosen
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    for target in wanted:
+        if not any(matches(name, [target]) for name in layers):
+            raise ValueError(f"targets: {type(model).__name__} has no linear layer {target!r}.")
+    return {name: layer for name, layer in layers.items() if matches(name, wanted)}
 
 
 def matches(name: str, targets: Iterable[str]) -> bool:

@@ -10,7 +10,8 @@ from memkernels.adapters.layers import adapted_layers
 def merge_adapter(model: nn.Module) -> None:
     """Merges every adapter of a model into its layer's weight: W = g (W + scaling B A), rounded to W's dtype once.
 
-    In place, by `nn.LoRALinear.merge`; above the model are needed a tile of rows and, with DoRA, a few rows a layer.
+    In place, by `nn.LoRALinear.merge`; above the model are needed a tile of rows and, with DoRA, a few rows a layer. A
+    quantised weight becomes a dense one, layer by layer, so that the model grows to its dense size, and is kept beside.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -29,6 +30,8 @@ def merge_adapter(model: nn.Module) -> None:
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Takes every adapter of a model out of its layer's weight again, to the weight's rounding.
+
+    Quantised weights are put back exactly.
 
     Raises:
         TypeError: model is not a torch.nn.Module.

@@ -113,11 +113,12 @@ def _is_causal_sdpa(attention: Any, attention_mask: Tensor | None, kwargs: dict)
 
 def fits_block(attention: Any, family: Family) -> bool:
     """Whether an op may take the tensors of the projections, and of the norms of q and k."""
-    projections = [getattr(attention, name) for name in (*family.qkv, "o_proj")]
+    in_parts = len(family.qkv) == 1
     return (
         type(attention) is family.attention
         and not has_hooks(attention)
-        and all(is_linear(projection) for projection in projections)
+        and all(is_linear(getattr(attention, name), in_parts=in_parts) for name in family.qkv)
+        and is_linear(attention.o_proj)
         and all(type(norm) is family.norm and not has_hooks(norm) for norm in _head_norms(attention))
     )
 

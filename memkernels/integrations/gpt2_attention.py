@@ -49,7 +49,8 @@ def fits_block(attention: Any) -> bool:
         type(attention) is GPT2Attention
         and not has_hooks(attention)
         and not has_hooks(attention.attn_dropout)
-        and all(is_linear(projection) for projection in (attention.c_attn, attention.c_proj))
+        and is_linear(attention.c_attn, in_parts=True)
+        and is_linear(attention.c_proj)
     )
 
 

@@ -12,13 +12,14 @@ from memkernels.integrations import peft_lora
 from memkernels.integrations.plain import has_foreign_forward, has_hooks, is_plain_linear, replaced_slot
 from memkernels.nn.lora_linear import LoRALinear
 from memkernels.ops.lora_linear.weight import LoRAWeight
+from memkernels.ops.quantized.tensor import QuantizedTensor
 from memkernels.ops.weights import Weight
 
-_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
-
-def is_linear(module: Any) -> bool:
-    """Whether an op may take the module's tensors in this call, and not call it."""
+def is_linear(module: Any, *, in_parts: bool = False) -> bool:
+    """Whether an op may take the module's tensors in this call, with `in_parts` by `parts`, and not call it."""
+    if in_parts and not _has_parts(module):
+        return False
     if not _is_adapted(module):
         return _is_plain(module)
     foreign = has_foreign_forward(module) and replaced_slot(module) is None
@@ -53,5 +54,10 @@ def _is_adapted(module: Any) -> bool:
     return type(module) is LoRALinear or peft_lora.is_lora(module)
 
 
+def _has_parts(module: Any) -> bool:
+    weight = (module.base_layer if _is_adapted(module) else module).weight
+    return not isinstance(weight, QuantizedTensor) or weight.encoding.has_whole_rows
+
+
 def _is_plain(module: Any) -> bool:
-    return any(is_plain_linear(module, kind) for kind in _KINDS)
+    return is_plain_linear(module, nn.Linear, quantized=True) or is_plain_linear(module, Conv1D)

@@ -66,8 +66,13 @@ def fits_block(mlp: Any, family: Family | VisionTower) -> bool:
 
 def is_linear_mlp(mlp: Any, family: Family | VisionTower) -> bool:
     """Whether an op may take the projections' tensors."""
-    projections = [getattr(mlp, name) for name in (*family.gate_up, family.down) if name is not None]
-    return not has_hooks(_activation(mlp, family)) and all(is_linear(projection) for projection in projections)
+    gate_up = [getattr(mlp, name) for name in family.gate_up if name is not None]
+    in_parts = len(family.gate_up) == 1
+    return (
+        not has_hooks(_activation(mlp, family))
+        and all(is_linear(projection, in_parts=in_parts) for projection in gate_up)
+        and is_linear(getattr(mlp, family.down))
+    )
 
 
 def mlp_arguments(mlp: Any, family: Family | VisionTower, activation: str) -> dict[str, Any]:

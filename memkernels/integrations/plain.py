@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from memkernels.ops.quantized.tensor import QuantizedTensor
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs more than its class's forward: hooks, or weights that accelerate moves in."""
@@ -21,11 +23,17 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_plain_linear(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
-    """A torch.nn.Linear (or `kind`) with a plain weight: no adapter, no quantised or distributed weight, no hooks."""
+def is_plain_linear(module: Any, kind: type[nn.Module] = nn.Linear, *, quantized: bool = False) -> bool:
+    """A torch.nn.Linear (or `kind`) with a plain weight: no adapter, no quantised or distributed weight, no hooks.
+
+    With `quantized` its weight may also be one of `memkernels.quant`.
+    """
     return (
         type(module) is kind
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and (
+            type(module.weight) in (nn.Parameter, torch.Tensor)
+            or (quantized and isinstance(module.weight, QuantizedTensor))
+        )
         and not has_hooks(module)
         and not has_foreign_forward(module)
     )

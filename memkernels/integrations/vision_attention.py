@@ -46,7 +46,7 @@ def fits_block(attention: Any, tower: VisionTower) -> bool:
     return (
         type(attention) is tower.attention
         and not has_hooks(attention)
-        and is_linear(attention.qkv)
+        and is_linear(attention.qkv, in_parts=True)
         and is_linear(attention.proj)
     )
 

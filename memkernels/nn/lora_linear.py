@@ -11,6 +11,7 @@ from memkernels.ops.checks import check_floating
 from memkernels.ops.lora_linear.norm import adapted_row_norms, row_squares, row_tiles
 from memkernels.ops.lora_linear.op import adapted_linear
 from memkernels.ops.lora_linear.weight import LoRAWeight
+from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
 class Magnitude(torch.nn.Module):
@@ -30,7 +31,8 @@ class LoRALinear(torch.nn.Module):
     dropout mask is drawn from torch's generator as a seed. The base layer is frozen.
 
     Args:
-        base_layer: torch.nn.Linear, or transformers' Conv1D, whose weight is (K, N).
+        base_layer: torch.nn.Linear, whose weight may be one of `memkernels.quant`, or transformers' Conv1D, whose
+            weight is (K, N).
         r: rank, from 1 up.
         alpha: scaling is alpha / r.
         dropout: probability with which an element of A's input is dropped in training, in [0, 1).
@@ -66,7 +68,9 @@ class LoRALinear(torch.nn.Module):
         self.adapter_name = adapter_name
         self.merged = False
         self._merged_scale: Tensor | None = None
+        self._quantized: Tensor | None
         self._row_squares: tuple[tuple, Tensor] | None = None
+        self.register_buffer("_quantized", None, persistent=False)  # the base's weight, while a merged one is there
         dtype = dtype or torch.promote_types(self.weight.dtype, torch.float32)
         options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}
         out_features, in_features = self.weight.shape
@@ -81,7 +85,7 @@ class LoRALinear(torch.nn.Module):
     def weight(self) -> Tensor:
         """W, (N, K)."""
         weight = self.base_layer.weight
-        return weight.t() if _is_conv1d(self.base_layer) else weight
+        return weight.t() if is_conv1d(self.base_layer) else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -118,29 +122,36 @@ class LoRALinear(torch.nn.Module):
     def merge(self) -> None:
         """W becomes that with the adapter, rounded to its dtype, a tile of rows at a time; A and B stay as they are.
 
+        A quantised W becomes a dense one, since an adapter is finer than its steps, and is kept for `unmerge`.
+
         Raises:
             ValueError: it is merged already, or an adapter that is not finite. W is unchanged.
         """
-        scale = self.merged_scale()
-        for tile, rows in row_tiles(self.weight):
+        scale, weight = self.merged_scale(), self.weight
+        quantized = isinstance(weight, QuantizedTensor)
+        merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if quantized else weight
+        for tile, rows in row_tiles(weight):
             rows = rows.addmm_(*self._factors(tile, rows.dtype), alpha=self.scaling)
-            self.weight[tile].copy_(rows if scale is None else rows.mul_(scale[tile, None]))
+            merged[tile].copy_(rows if scale is None else rows.mul_(scale[tile, None]))
+        if quantized:
+            self._quantized = weight.detach()
+            self.base_layer.weight = torch.nn.Parameter(merged, requires_grad=False)
         self.merged, self._merged_scale = True, scale
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the adapter out of W again: to W's rounding, since `merge` rounded.
+        """Takes the adapter out of W again: to W's rounding, since `merge` rounded; a quantised W is put back.
 
         Raises:
             ValueError: it is not merged.
         """
         if not self.merged:
             raise ValueError("LoRALinear: it is not merged.")
-        scale = self._merged_scale
-        for tile, rows in row_tiles(self.weight):
-            rows = rows if scale is None else rows.div_(scale[tile, None])
-            self.weight[tile].copy_(rows.addmm_(*self._factors(tile, rows.dtype), alpha=-self.scaling))
-        self.merged, self._merged_scale = False, None
+        if self._quantized is not None:
+            self.base_layer.weight = torch.nn.Parameter(self._quantized, requires_grad=False)
+        else:
+            self._subtract()
+        self.merged, self._merged_scale, self._quantized = False, None, None
 
     @torch.no_grad()
     def merged_scale(self) -> Tensor | None:
@@ -160,6 +171,12 @@ class LoRALinear(torch.nn.Module):
             raise ValueError("lora_magnitude_vector: expected rows and magnitudes other than zero to merge.")
         return scale
 
+    def _subtract(self) -> None:
+        scale = self._merged_scale
+        for tile, rows in row_tiles(self.weight):
+            rows = rows if scale is None else rows.div_(scale[tile, None])
+            self.weight[tile].copy_(rows.addmm_(*self._factors(tile, rows.dtype), alpha=-self.scaling))
+
     def _factors(self, tile: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.adapter["lora_B"][tile].to(dtype), self.adapter["lora_A"].to(dtype)
 
@@ -168,7 +185,8 @@ class LoRALinear(torch.nn.Module):
         weight = self.base_layer.weight
         if weight.requires_grad or torch.compiler.is_compiling():
             return None
-        key = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
+        stored = weight.parts[0] if isinstance(weight, QuantizedTensor) else weight
+        key = (stored.data_ptr(), weight._version, weight.device, weight.dtype)
         if self._row_squares is None or self._row_squares[0] != key:
             self._row_squares = key, row_squares(self.weight)
         return self._row_squares[1]
@@ -182,7 +200,7 @@ class LoRALinear(torch.nn.Module):
 
 def is_adaptable(module: Any) -> bool:
     """Whether it is a linear layer that LoRALinear takes."""
-    return type(module) is torch.nn.Linear or _is_conv1d(module)
+    return type(module) is torch.nn.Linear or is_conv1d(module)
 
 
 def check_adapter(r: int, dropout: float) -> None:
@@ -192,6 +210,6 @@ def check_adapter(r: int, dropout: float) -> None:
         raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}.")
 
 
-def _is_conv1d(module: Any) -> bool:
+def is_conv1d(module: Any) -> bool:
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

@@ -84,6 +84,10 @@ class NF4Encoding(Encoding):
             return dataclasses.replace(self, shape=shape), (packed, parts[1][start:end], nested_absmax, *parts[3:])
         return dataclasses.replace(self, shape=shape, nested=False), (packed, dequantize_absmax(*parts[1:])[start:end])
 
+    @property
+    def has_whole_rows(self) -> bool:
+        return self.row_size % self.block_size == 0
+
     def _is_nested_slice(self, first: int, last: int) -> bool:
         unit = NESTED_BLOCK * self.block_size
         return first * self.row_size % unit == 0 and (last == self.rows or last * self.row_size % unit == 0)

@@ -95,14 +95,16 @@ def test_names_that_end_others(tmp_path):
 
 def test_targets_and_what_is_trained():
     model = make_model()
-    names = memkernels.lora(model, 2, targets=["q_proj", "layers.1.mlp.up_proj"])
-    assert names == [
+    report = memkernels.lora(model, 2, targets=["q_proj", "layers.1.mlp.up_proj"])
+    assert report.adapted == [
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
     ]  # fmt: skip
+    assert report.trained == 2 * (2 * 48 + 64) and not report.quantized
+    assert str(report) == "LlamaForCausalLM: 3 layers with adapters, 0.00032 million parameters"
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 6 and all("lora_" in name for name in trained)
     assert type(model.lm_head) is torch.nn.Linear
-    assert "lm_head" not in memkernels.lora(make_model())
+    assert "lm_head" not in memkernels.lora(make_model()).adapted
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])

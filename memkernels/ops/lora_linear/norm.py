@@ -36,11 +36,15 @@ def adapted_row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: f
 
 
 def row_tiles(weight: Tensor):
-    """(slice, those rows in float32 or wider, a copy) of a weight, a tile at a time."""
+    """(slice, those rows in float32 or wider, which may be written) of a weight, a tile at a time."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if isinstance(weight, QuantizedTensor):
+        yield from weight.encoding.row_tiles(weight.parts, dtype)
+        return
     rows = max(1, _TILE_ELEMENTS // max(1, weight.shape[1]))
     for first in range(0, weight.shape[0], rows):
         tile = slice(first, first + rows)
-        yield tile, weight[tile].to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        yield tile, weight[tile].to(dtype, copy=True)
 
 
 def _row_squares(weight: Tensor) -> Tensor:

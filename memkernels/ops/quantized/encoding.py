@@ -59,6 +59,11 @@ class Encoding:
     def row_slice(self, parts: Sequence[Tensor], first: int, last: int) -> tuple[Encoding, tuple[Tensor, ...]]:
         """Rows first to last: views of the parts, where they can be."""
 
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether `row_slice` takes any rows."""
+        return True
+
     @abstractmethod
     def zeros(self, parts: Sequence[Tensor], shape: Sequence[int]) -> tuple[Encoding, tuple[Tensor, ...]]:
         """A tensor of zeros of another shape, stored as a `row_slice` of as many rows would be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -157,6 +158,11 @@ def _split(self: QuantizedTensor, size: int, dim: int = 0) -> list[QuantizedTens
     return [_slice(self, 0, first, first + size) for first in range(0, rows, size)]
 
 
+def _split_with_sizes(self: QuantizedTensor, sizes: Sequence[int], dim: int = 0) -> list[QuantizedTensor]:
+    ends = list(itertools.accumulate(sizes))
+    return [_slice(self, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
 def _new_zeros(self: QuantizedTensor, size: Sequence[int], **kwargs: Any) -> Tensor:
     if kwargs.get("dtype") not in (None, self.dtype) or tuple(size[1:]) != tuple(self.shape[1:]):
         raise NotImplementedError(f"{type(self).__name__} has new_zeros of its own kind of rows, got {tuple(size)}.")
@@ -190,6 +196,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.copy_.default: _copy_,
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split_with_sizes,
     aten.new_zeros.default: _new_zeros,
     aten.view.default: _view,
     aten.as_strided.default: _as_strided,

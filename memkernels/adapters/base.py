@@ -1,0 +1,74 @@
+"""Quantised bases: the weights under adapters in few bits, one layer after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memkernels._library import FLOATING
+from memkernels.nn.lora_linear import is_conv1d
+from memkernels.ops.quantized.tensor import QuantizedTensor
+from memkernels.quant.nf4 import quantize_nf4
+
+BASES = ("nf4", None)
+
+
+def check_base(base: str | None) -> None:
+    if base not in BASES:
+        raise ValueError(f"base: expected one of {', '.join(map(repr, BASES))}, got {base!r}.")
+
+
+def check_quantizable(layers: Mapping[str, Any]) -> None:
+    """That each layer's weight is quantised, or may be: plain, finite, of float32, bfloat16 or float16.
+
+    Raises:
+        TypeError, ValueError: one is not; it is named.
+    """
+    for name, layer in layers.items():
+        weight = layer.weight
+        if isinstance(weight, QuantizedTensor):
+            continue
+        if type(weight) not in (nn.Parameter, Tensor):
+            raise TypeError(f"base: {name}.weight: expected a plain tensor, got {type(weight).__name__}.")
+        if weight.dtype not in FLOATING:
+            raise TypeError(f"base: {name}.weight: expected float32, bfloat16 or float16, got {weight.dtype}.")
+        if weight.is_meta:
+            raise ValueError(f"base: {name}.weight: expected values, got a tensor on the meta device.")
+        # Not isfinite(), which makes several tensors of the weight's size.
+        if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise ValueError(f"base: {name}.weight: expected finite values.")
+
+
+def quantize_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Weights in NF4, in place, where they are not quantised yet: each dense one is freed before the next is quantised.
+
+    A Conv1D becomes the torch.nn.Linear that computes the same, since storage is by rows of (N, K).
+    """
+    for layer in layers.values():
+        if isinstance(layer.weight, QuantizedTensor):
+            continue
+        if is_conv1d(layer):
+            linear = _as_linear(layer)
+            for parent, name in list(_places(model, layer)):
+                setattr(parent, name, linear)
+            del layer.weight
+        else:
+            layer.weight = nn.Parameter(quantize_nf4(layer.weight.detach()), requires_grad=False)
+
+
+def _as_linear(layer: Any) -> nn.Linear:
+    k, n = layer.weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta").train(layer.training)
+    linear.weight = nn.Parameter(quantize_nf4(layer.weight.detach().t().contiguous()), requires_grad=False)
+    linear.bias = layer.bias
+    return linear
+
+
+def _places(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is layer:
+                yield parent, name
