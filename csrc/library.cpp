@@ -9,11 +9,18 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(attention_fwd);
   MEMKERNELS_IMPL(cross_entropy_grad_);
   MEMKERNELS_IMPL(cross_entropy_stats);
+  MEMKERNELS_IMPL(expert_activation_bwd);
+  MEMKERNELS_IMPL(expert_activation_bwd_);
+  MEMKERNELS_IMPL(expert_activation_fwd);
   MEMKERNELS_IMPL(gated_activation_bwd);
   MEMKERNELS_IMPL(gated_activation_bwd_);
   MEMKERNELS_IMPL(gated_activation_fwd);
   MEMKERNELS_IMPL(layer_norm_bwd);
   MEMKERNELS_IMPL(layer_norm_fwd);
+  MEMKERNELS_IMPL(moe_combine);
+  MEMKERNELS_IMPL(moe_combine_bwd);
+  MEMKERNELS_IMPL(moe_dispatch);
+  MEMKERNELS_IMPL(moe_plan);
   MEMKERNELS_IMPL(nf4_dequantize_);
   MEMKERNELS_IMPL(nf4_quantize);
   MEMKERNELS_IMPL(rms_norm_bwd);

@@ -7,9 +7,8 @@
 
 #include "common/kernel_table.h"
 #include "common/tensors.h"
+#include "cpu/activations.h"
 #include "cpu/outputs.h"
-#include "cpu/vec.h"
-#include "cpu/vec_math.h"
 
 namespace memkernels::cpu {
 namespace {
@@ -17,60 +16,6 @@ namespace {
 constexpr int64_t kElementsPerTask = 16384;
 // Fresh results from here on go past the caches: whoever reads them next would not find them there.
 constexpr int64_t kStreamedBytes = 16 << 20;
-
-struct Activated {
-  Vec value;
-  Vec derivative;
-};
-
-struct Silu {
-  static Activated at(Vec x) {
-    const Vec s = sigmoid(x), y = x * s;
-    return {y, s + y * (1.0f - s)};
-  }
-};
-
-struct Gelu {
-  static Activated at(Vec x) {
-    const Normal n = normal(x);
-    return {x * n.cdf, n.cdf + x * n.density};
-  }
-};
-
-// x (1 + tanh u) / 2 = x sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
-struct GeluTanh {
-  static Activated at(Vec x) {
-    const Vec squared = x * x;
-    const Vec twice_u = 1.59576912f * x * (1.0f + 0.044715f * squared);
-    const Vec s = sigmoid(twice_u), y = x * s;
-    // sigmoid(-2u), since the cubic would magnify the rounding of 1 - s.
-    return {y, s + y * sigmoid(-twice_u) * (1.59576912f * (1.0f + 0.134145f * squared))};
-  }
-};
-
-// `x <= 0`, not `x > 0`: a NaN comes out as NaN.
-struct Relu {
-  static Activated at(Vec x) { return {x <= 0.0f ? Vec{} : x, x <= 0.0f ? Vec{} : broadcast(1.0f)}; }
-};
-
-struct ReluSquared {
-  static Activated at(Vec x) {
-    const Vec positive = Relu::at(x).value;
-    return {positive * positive, 2.0f * positive};
-  }
-};
-
-template <typename Body>
-void dispatch(ScalarType dtype, const std::string& activation, Body&& body) {
-  dispatch_floating(dtype, [&]<typename T>() {
-    if (activation == "silu") return body.template operator()<T, Silu>();
-    if (activation == "gelu") return body.template operator()<T, Gelu>();
-    if (activation == "gelu_tanh") return body.template operator()<T, GeluTanh>();
-    if (activation == "relu") return body.template operator()<T, Relu>();
-    if (activation == "relu_squared") return body.template operator()<T, ReluSquared>();
-    STD_TORCH_CHECK(false, "activation: expected silu, gelu, gelu_tanh, relu or relu_squared, got ", activation);
-  });
-}
 
 // Calls body(first, count) for parts of n elements; `first` keeps the alignment of an array's start.
 template <typename Body>
@@ -116,7 +61,7 @@ Tensor gated_activation_fwd(const Tensor& gate_in, const std::optional<Tensor>& 
   const Tensor gate = as_contiguous(gate_in);
   const std::optional<Tensor> up = as_contiguous(up_in);
   Tensor h = output_like(gate);
-  dispatch(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
+  dispatch_activation(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
     const auto run = gate.numel() * sizeof(T) >= kStreamedBytes ? forward<T, Act, true> : forward<T, Act, false>;
     run(gate.const_data_ptr<T>(), data_or_null<T>(up), h.mutable_data_ptr<T>(), gate.numel());
   });
@@ -129,7 +74,7 @@ std::tuple<Tensor, Tensor> gated_activation_bwd(const Tensor& dh_in, const Tenso
   const std::optional<Tensor> up = as_contiguous(up_in);
   Tensor dgate = output_like(gate);
   Tensor dup = up.has_value() ? output_like(gate) : torch::stable::new_empty(gate, {0});
-  dispatch(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
+  dispatch_activation(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
     const auto run = gate.numel() * sizeof(T) >= kStreamedBytes ? backward<T, Act, true> : backward<T, Act, false>;
     run(dh.const_data_ptr<T>(), gate.const_data_ptr<T>(), data_or_null<T>(up), dgate.mutable_data_ptr<T>(),
         dup.mutable_data_ptr<T>(), nullptr, gate.numel());
@@ -141,7 +86,7 @@ void gated_activation_bwd_(const Tensor& dh, const Tensor& gate, const std::opti
                            const std::string& activation) {
   STD_TORCH_CHECK(dh.is_contiguous() && gate.is_contiguous() && (!up.has_value() || up->is_contiguous()),
                   "dh, gate, up: expected contiguous tensors, since they are written in place");
-  dispatch(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
+  dispatch_activation(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
     T* up_data = up.has_value() ? up->mutable_data_ptr<T>() : nullptr;
     T* gate_data = gate.mutable_data_ptr<T>();
     T* dh_data = dh.mutable_data_ptr<T>();

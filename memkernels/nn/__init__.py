@@ -5,16 +5,23 @@ from memkernels.nn.decoder_layer import DecoderLayer
 from memkernels.nn.lora_linear import LoRALinear
 from memkernels.nn.loss import LinearCrossEntropy
 from memkernels.nn.mlp import GatedMLP
+from memkernels.nn.moe import MoE, SwitchFFN
 from memkernels.nn.norm import LayerNorm, RMSNorm
 from memkernels.nn.rotary import RotaryEmbedding
+from memkernels.nn.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
 
 __all__ = [
     "Attention",
     "DecoderLayer",
+    "ExpertChoiceRouter",
     "GatedMLP",
     "LayerNorm",
     "LinearCrossEntropy",
     "LoRALinear",
+    "MoE",
     "RMSNorm",
     "RotaryEmbedding",
+    "SwitchFFN",
+    "SwitchRouter",
+    "TopKRouter",
 ]

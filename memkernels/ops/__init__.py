@@ -10,10 +10,15 @@ from memkernels.ops.linear_cross_entropy.op import linear_cross_entropy
 from memkernels.ops.lora_linear.norm import row_squares
 from memkernels.ops.lora_linear.op import lora_linear
 from memkernels.ops.lora_linear.weight import LoRAWeight
+from memkernels.ops.moe.dispatch import moe_combine, moe_dispatch
+from memkernels.ops.moe.grouped_matmul import grouped_matmul
+from memkernels.ops.moe.op import moe_mlp
+from memkernels.ops.moe.plan import DispatchPlan, moe_plan
 from memkernels.ops.rms_norm.op import rms_norm
 from memkernels.ops.rotary.op import apply_rotary
 
 __all__ = [
+    "DispatchPlan",
     "LoRAWeight",
     "apply_rotary",
     "attention",
@@ -21,9 +26,14 @@ __all__ = [
     "decoder_layer",
     "gated_activation",
     "gated_mlp",
+    "grouped_matmul",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_mlp",
+    "moe_plan",
     "rms_norm",
     "row_squares",
 ]

@@ -1,0 +1,196 @@
+// Rows to their experts and back. Token t's choice j has row r = row_of_pair[t, j] of the grouped rows, or none (-1):
+//   dispatch:     x_grouped[r] = w[t, j] * x[t]                     combine:  y[t] = sum over j of w[t, j] *
+//   y_grouped[r] combine_bwd:  dy_grouped[r] = w[t, j] * dy[t]                   dw[t, j] = <dy[t], y_grouped[r]>
+// w is 1 where there are no weights. Each row of tokens is read or written once; sums are float32, in the order of j.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/kernel_table.h"
+#include "common/tensors.h"
+#include "cpu/outputs.h"
+#include "cpu/vec.h"
+
+namespace memkernels::cpu {
+namespace {
+
+constexpr int64_t kElementsPerTask = 32768;
+// Choices of a token that are summed at a time: sums stay in registers.
+constexpr int64_t kChoices = 8;
+
+int64_t tokens_per_task(int64_t size, int64_t choices) {
+  return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, size * choices));
+}
+
+// The rows of the tokens' choices, checked against the rows there are.
+struct Rows {
+  Tensor table;
+  const int32_t* of_pair;
+  int64_t tokens, choices;
+
+  Rows(const Tensor& row_of_pair, int64_t rows)
+      : table(as_contiguous(row_of_pair)),
+        of_pair(table.const_data_ptr<int32_t>()),
+        tokens(table.size(0)),
+        choices(table.size(1)) {
+    int32_t least = -1, most = -1;
+    for (int64_t pair = 0; pair < tokens * choices; ++pair) {
+      least = std::min(least, of_pair[pair]);
+      most = std::max(most, of_pair[pair]);
+    }
+    STD_TORCH_CHECK(least >= -1 && most < rows, "plan: expected rows from -1 to ", rows - 1, ", got ", least, " to ",
+                    most);
+  }
+
+  const int32_t* of_token(int64_t token) const { return of_pair + token * choices; }
+};
+
+// The first row that belongs to no expert.
+int64_t rows_in_use(const Tensor& offsets, int64_t rows) {
+  const int64_t end = offsets.const_data_ptr<int32_t>()[offsets.numel() - 1];
+  STD_TORCH_CHECK(end >= 0 && end <= rows, "plan: expected offsets up to ", rows, ", got ", end);
+  return end;
+}
+
+template <typename T>
+void fill_rows_with_zero(T* grouped, int64_t first, int64_t rows, int64_t size) {
+  std::memset(static_cast<void*>(grouped + first * size), 0, (rows - first) * size * sizeof(T));
+}
+
+void check_tokens(const char* name, const Tensor& tensor, const Rows& rows) {
+  STD_TORCH_CHECK(tensor.size(0) == rows.tokens, name, ": expected ", rows.tokens, " tokens, as the plan has, got ",
+                  tensor.size(0));
+}
+
+Tensor moe_dispatch(const Tensor& x_in, const std::optional<Tensor>& weights_in, const Tensor& row_of_pair,
+                    const Tensor& offsets, int64_t num_rows) {
+  const Tensor x = as_contiguous(x_in);
+  const std::optional<Tensor> weights = as_contiguous(weights_in);
+  const Rows rows(row_of_pair, num_rows);
+  check_tokens("x", x, rows);
+  const int64_t size = x.size(1), end = rows_in_use(as_contiguous(offsets), num_rows);
+  Tensor grouped = new_output(x, {num_rows, size});
+  dispatch_floating(x.scalar_type(), [&]<typename T>() {
+    const T* from = x.const_data_ptr<T>();
+    const float* factors = data_or_null<float>(weights);
+    T* to = grouped.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, rows.tokens, tokens_per_task(size, rows.choices), [&](int64_t begin, int64_t last) {
+      for (int64_t token = begin; token < last; ++token) {
+        const T* source = from + token * size;
+        for (int64_t choice = 0; choice < rows.choices; ++choice) {
+          const int64_t row = rows.of_token(token)[choice];
+          if (row < 0) continue;
+          T* target = to + row * size;
+          if (factors == nullptr) {
+            std::memcpy(target, source, size * sizeof(T));
+          } else {
+            const float factor = factors[token * rows.choices + choice];
+            for_each_vec(size, [=](auto at, auto store) { store(target, at(source) * factor); });
+          }
+        }
+      }
+    });
+    fill_rows_with_zero(to, end, num_rows, size);
+  });
+  return grouped;
+}
+
+template <typename T>
+void combine_token(const T* grouped, const float* factors, const int32_t* rows, int64_t choices, T* y, int64_t size) {
+  const T* sources[kChoices];
+  float weights[kChoices];
+  int64_t count = 0;
+  for (int64_t choice = 0; choice < choices; ++choice) {
+    if (rows[choice] < 0) continue;
+    sources[count] = grouped + rows[choice] * size;
+    weights[count++] = factors == nullptr ? 1.0f : factors[choice];
+  }
+  for_each_vec(size, [&](auto at, auto to) {
+    Vec sum{};
+    for (int64_t i = 0; i < count; ++i) sum += at(sources[i]) * weights[i];
+    to(y, sum);
+  });
+}
+
+// More choices than are held at once: sums in float32 beside the result.
+template <typename T>
+void combine_many(const T* grouped, const float* factors, const int32_t* rows, int64_t choices, T* y, float* sums,
+                  int64_t size) {
+  std::fill_n(sums, size, 0.0f);
+  for (int64_t choice = 0; choice < choices; ++choice) {
+    if (rows[choice] < 0) continue;
+    const T* source = grouped + rows[choice] * size;
+    const float factor = factors == nullptr ? 1.0f : factors[choice];
+    for_each_vec(size, [=](auto at, auto to) { to(sums, at(static_cast<const float*>(sums)) + at(source) * factor); });
+  }
+  for_each_vec(size, [=](auto at, auto to) { to(y, at(static_cast<const float*>(sums))); });
+}
+
+Tensor moe_combine(const Tensor& y_grouped_in, const std::optional<Tensor>& weights_in, const Tensor& row_of_pair) {
+  const Tensor y_grouped = as_contiguous(y_grouped_in);
+  const std::optional<Tensor> weights = as_contiguous(weights_in);
+  const Rows rows(row_of_pair, y_grouped.size(0));
+  const int64_t size = y_grouped.size(1);
+  Tensor y = new_output(y_grouped, {rows.tokens, size});
+  dispatch_floating(y.scalar_type(), [&]<typename T>() {
+    const T* grouped = y_grouped.const_data_ptr<T>();
+    const float* all_factors = data_or_null<float>(weights);
+    T* to = y.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, rows.tokens, tokens_per_task(size, rows.choices), [&](int64_t begin, int64_t last) {
+      std::vector<float> sums(rows.choices > kChoices ? size : 0);
+      for (int64_t token = begin; token < last; ++token) {
+        const float* factors = all_factors == nullptr ? nullptr : all_factors + token * rows.choices;
+        if (rows.choices <= kChoices) {
+          combine_token(grouped, factors, rows.of_token(token), rows.choices, to + token * size, size);
+        } else {
+          combine_many(grouped, factors, rows.of_token(token), rows.choices, to + token * size, sums.data(), size);
+        }
+      }
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> moe_combine_bwd(const Tensor& dy_in, const Tensor& y_grouped_in, const Tensor& weights_in,
+                                           const Tensor& row_of_pair, const Tensor& offsets) {
+  const Tensor dy = as_contiguous(dy_in), y_grouped = as_contiguous(y_grouped_in), weights = as_contiguous(weights_in);
+  const int64_t num_rows = y_grouped.size(0), size = y_grouped.size(1);
+  const Rows rows(row_of_pair, num_rows);
+  check_tokens("dy", dy, rows);
+  const int64_t end = rows_in_use(as_contiguous(offsets), num_rows);
+  Tensor dy_grouped = output_like(y_grouped);
+  Tensor dweights = torch::stable::empty_like(weights);
+  dispatch_floating(dy.scalar_type(), [&]<typename T>() {
+    const T *from = dy.const_data_ptr<T>(), *values = y_grouped.const_data_ptr<T>();
+    const float* factors = weights.const_data_ptr<float>();
+    T* to = dy_grouped.mutable_data_ptr<T>();
+    float* products = dweights.mutable_data_ptr<float>();
+    torch::stable::parallel_for(0, rows.tokens, tokens_per_task(size, rows.choices), [&](int64_t begin, int64_t last) {
+      for (int64_t pair = begin * rows.choices; pair < last * rows.choices; ++pair) {
+        products[pair] = 0.0f;
+        const int64_t row = rows.of_pair[pair];
+        if (row < 0) continue;
+        const T *grad = from + pair / rows.choices * size, *value = values + row * size;
+        T* target = to + row * size;
+        const float factor = factors[pair];
+        products[pair] = sum_each_vec<1>(size, [=](auto at, auto store, Vec* sums) {
+          const Vec g = at(grad);
+          store(target, g * factor);
+          sums[0] += g * at(value);
+        })[0];
+      }
+    });
+    fill_rows_with_zero(to, end, num_rows, size);
+  });
+  return {dy_grouped, dweights};
+}
+
+MEMKERNELS_CPU_KERNEL(moe_dispatch);
+MEMKERNELS_CPU_KERNEL(moe_combine);
+MEMKERNELS_CPU_KERNEL(moe_combine_bwd);
+
+}  // namespace
+}  // namespace memkernels::cpu

@@ -1,0 +1,56 @@
+"""The router by which experts choose tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkernels.nn.routers.router import Router, Routing, check_padding_mask, largest
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert takes the tokens that score highest with it. Zhou et al. 2022, arXiv 2202.09368.
+
+    S = softmax(logits) over the experts; expert e takes the capacity tokens of the highest S[:, e], of equal ones the
+    earlier, with weight S[t, e]. capacity = capacity_factor T / E (section 3.1: the factor is the experts a token has
+    on average), rounded down, at least 1 and at most T. Balanced by construction: the load balance loss is zero. A
+    token's experts depend on later tokens, so this is no router for a causal language model.
+
+    Args:
+        hidden_size: d.
+        num_experts: E.
+        capacity_factor: experts a token has on average.
+        jitter: as `Router`.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, *, capacity_factor: float = 2.0, jitter: float = 0.0, device=None,
+        dtype=None,
+    ):  # fmt: skip
+        super().__init__(hidden_size, num_experts, jitter=jitter, device=device, dtype=dtype)
+        if not capacity_factor > 0:
+            raise ValueError(f"capacity_factor: expected a positive number, got {capacity_factor}.")
+        self.capacity_factor = capacity_factor
+
+    def capacity(self, tokens: int) -> int:
+        """The tokens an expert takes of this many."""
+        return max(1, min(tokens, int(self.capacity_factor * tokens / self.num_experts)))
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        """Of x (T, d); padding_mask (T,), bool, is True where a token is padding: no expert takes it.
+
+        `expert_ids` and `expert_weights` of the result are (T, E): e, or E (nowhere) where expert e does not take t.
+
+        Raises:
+            ValueError: a shape or dtype other than those.
+        """
+        logits = self.logits(x)
+        check_padding_mask(padding_mask, x.shape[0])
+        scores = logits.softmax(1)
+        order = scores.detach() if padding_mask is None else scores.detach().masked_fill(padding_mask[:, None], -1.0)
+        capacity = self.capacity(x.shape[0])
+        tokens = largest(order.t(), capacity)
+        taken = torch.zeros_like(order.t(), dtype=torch.bool).scatter_(1, tokens, True).t()
+        experts = torch.arange(self.num_experts, device=x.device).expand_as(taken)
+        ids = torch.where(taken, experts, self.num_experts)
+        return self.routing(logits, ids, scores, logits.new_zeros(()), padding_mask, capacity)

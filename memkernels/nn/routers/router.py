@@ -1,0 +1,124 @@
+"""What every router does: logits in float32, jitter, padding, and its two losses."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memkernels.ops.moe.plan import DispatchPlan, moe_plan
+
+
+class Routing(NamedTuple):
+    """Where the tokens of one call go.
+
+    Args:
+        plan: the dispatch; `plan.dropped` and `plan.counts` report what each expert got.
+        expert_ids: (T, k), int64; num_experts means nowhere.
+        expert_weights: (T, k), float32, with gradient to the router.
+        load_balance_loss: a scalar, as the router defines it, not yet scaled by a coefficient.
+        z_loss: the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5), not yet scaled.
+        logits: (T, E), float32.
+    """
+
+    plan: DispatchPlan
+    expert_ids: Tensor
+    expert_weights: Tensor
+    load_balance_loss: Tensor
+    z_loss: Tensor
+    logits: Tensor
+
+
+class Router(torch.nn.Module):
+    """The base of the routers: logits = x' weight^T in float32, whatever x's dtype, autocast off.
+
+    x' is x, in training times noise uniform in [1 - jitter, 1 + jitter] (Switch Transformers, section 2.4).
+
+    Args:
+        hidden_size: d.
+        num_experts: E.
+        jitter: the noise's half width; 0: none.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, *, jitter: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts: expected at least 1, got {num_experts}.")
+        if not 0.0 <= jitter < 1.0:
+            raise ValueError(f"jitter: expected at least 0 and less than 1, got {jitter}.")
+        self.num_experts = num_experts
+        self.jitter = jitter
+        self.weight = torch.nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal of variance 0.1 / d (Switch Transformers, section 2.4)."""
+        std = math.sqrt(0.1 / self.weight.shape[1])
+        torch.nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(T, E), float32, of x (T, d)."""
+        if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"x: expected shape (T, {self.weight.shape[1]}), got {tuple(x.shape)}.")
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.training and self.jitter > 0:
+                x = x * torch.empty_like(x).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
+            return torch.nn.functional.linear(x, self.weight.float())
+
+    def routing(
+        self,
+        logits: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        load_balance_loss: Tensor,
+        padding_mask: Tensor | None,
+        capacity: int | None,
+    ) -> Routing:
+        plan = moe_plan(hide(expert_ids, padding_mask, self.num_experts), self.num_experts, capacity=capacity)
+        z_loss = mean_over_tokens(logits.logsumexp(1).square(), padding_mask)
+        return Routing(plan, expert_ids, expert_weights, load_balance_loss, z_loss, logits)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, num_experts={self.num_experts}, jitter={self.jitter}"
+
+
+def check_padding_mask(padding_mask: Tensor | None, tokens: int) -> None:
+    """(T,), bool: True where a token is padding."""
+    if padding_mask is None:
+        return
+    if padding_mask.dtype != torch.bool or tuple(padding_mask.shape) != (tokens,):
+        raise ValueError(
+            f"padding_mask: expected bool of shape ({tokens},), True where a token is padding, got"
+            f" {padding_mask.dtype} of shape {tuple(padding_mask.shape)}."
+        )
+
+
+def hide(expert_ids: Tensor, padding_mask: Tensor | None, num_experts: int) -> Tensor:
+    """Padding goes nowhere."""
+    return expert_ids if padding_mask is None else expert_ids.masked_fill(padding_mask[:, None], num_experts)
+
+
+def mean_over_tokens(values: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """The mean over the first dimension, padding left out; zero where there is no token."""
+    if padding_mask is None:
+        return values.sum(0) / max(values.shape[0], 1)
+    visible = ~padding_mask
+    kept = torch.where(visible.view(-1, *(1,) * (values.dim() - 1)), values, 0.0)
+    return kept.sum(0) / visible.sum().clamp(min=1)
+
+
+def choices_per_expert(expert_ids: Tensor, num_experts: int, padding_mask: Tensor | None) -> Tensor:
+    """(E,): the mean over tokens of the choices of each expert, before capacity drops any; they sum to k."""
+    chosen = expert_ids.unsqueeze(-1) == torch.arange(num_experts, device=expert_ids.device)
+    return mean_over_tokens(chosen.sum(1).float(), padding_mask)
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """The indices (T, k) of each row's k largest scores, largest first; of equal ones the lower index comes first.
+
+    `torch.topk` leaves the order of equal scores open, which differs between devices and releases.
+    """
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]

@@ -1,0 +1,126 @@
+"""Products of groups of rows, each by its expert's matrix: operators, autograd Function and public function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from memkernels._library import define, has_kernel, implement_with_python
+from memkernels.ops.checks import check_floating, check_same_device
+from memkernels.ops.moe import reference
+from memkernels.ops.moe.dispatch import check_grouped
+from memkernels.ops.moe.plan import DispatchPlan
+from memkernels.ops.projection import as_right_operand
+
+
+def _product_fake(x, rows, weights, offsets, num_rows):
+    return x.new_empty(num_rows, weights.shape[2])
+
+
+def _weight_grad_fake(dy, dy_rows, x, x_rows, offsets):
+    return x.new_empty(offsets.shape[0] - 1, dy.shape[1], x.shape[1])
+
+
+def _groups(offsets: Tensor) -> Iterator[slice]:
+    return (slice(begin, end) for begin, end in pairwise(offsets.tolist()))
+
+
+def _rows(x: Tensor, rows: Tensor | None, group: slice) -> Tensor:
+    return x[group] if rows is None else x.index_select(0, rows[group])
+
+
+def _product(x: Tensor, rows: Tensor | None, weights: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    y = x.new_empty(num_rows, weights.shape[2])
+    end = 0
+    for weight, group in zip(weights, _groups(offsets), strict=True):
+        if group.stop > group.start:
+            torch.mm(_rows(x, rows, group), as_right_operand(weight), out=y[group])
+        end = group.stop
+    y[end:].zero_()
+    return y
+
+
+def _weight_grad(dy: Tensor, dy_rows: Tensor | None, x: Tensor, x_rows: Tensor | None, offsets: Tensor) -> Tensor:
+    dweights = x.new_empty(offsets.shape[0] - 1, dy.shape[1], x.shape[1])
+    for dweight, group in zip(dweights, _groups(offsets), strict=True):
+        if group.stop > group.start:
+            torch.mm(_rows(dy, dy_rows, group).t(), _rows(x, x_rows, group), out=dweight)
+        else:
+            dweight.zero_()
+    return dweights
+
+
+# y[r] = x[rows[r]] weights[e] for the rows r of group e, x[r] without `rows`; zero beyond the last group. weights are
+# (E, in, out), of any strides.
+define(
+    "grouped_product(Tensor x, Tensor? rows, Tensor weights, Tensor offsets, SymInt num_rows) -> Tensor", _product_fake
+)
+# dweights[e] = sum over the rows r of group e of dy[dy_rows[r]]^T x[x_rows[r]], (E, out, in)
+define(
+    "grouped_weight_grad(Tensor dy, Tensor? dy_rows, Tensor x, Tensor? x_rows, Tensor offsets) -> Tensor",
+    _weight_grad_fake,
+)
+implement_with_python("grouped_product", _product)
+implement_with_python("grouped_weight_grad", _weight_grad)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_grouped, weights, offsets):
+        x_needed, weights_needed = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x_grouped if weights_needed else None, weights if x_needed else None, offsets)
+        return torch.ops.memkernels.grouped_product(
+            x_grouped, None, weights.transpose(1, 2), offsets, x_grouped.shape[0]
+        )
+
+    @staticmethod
+    def backward(ctx, dy):
+        x_grouped, weights, offsets = ctx.saved_tensors
+        dx = dweights = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.memkernels.grouped_product(dy, None, weights, offsets, dy.shape[0])
+        if ctx.needs_input_grad[1]:
+            dweights = torch.ops.memkernels.grouped_weight_grad(dy, None, x_grouped, None, offsets)
+        return dx, dweights, None
+
+
+def check_expert_weights(name: str, weights: Tensor, x_name: str, x: Tensor, plan: DispatchPlan) -> None:
+    """(E, out, in) of a plan's E experts, for x's last dimension, on its device."""
+    check_floating(name, weights)
+    if weights.dim() != 3 or weights.shape[0] != plan.num_experts or weights.shape[2] != x.shape[1]:
+        raise ValueError(
+            f"{name}: expected shape ({plan.num_experts}, out, {x.shape[1]}) (experts, out, the last dimension of"
+            f" {x_name}), got {tuple(weights.shape)}."
+        )
+    check_same_device(x_name, x, **{name: weights})
+
+
+def grouped_matmul(x_grouped: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
+    """Multiplies each expert's rows by its weight, with no padding of groups to a capacity.
+
+    y[r] = x_grouped[r] weights[e]^T for the rows r of expert e.
+
+    Args:
+        x_grouped: (R, in); float32, bfloat16 or float16 (float64 is computed by the reference).
+        weights: (E, out, in), x_grouped's dtype.
+        plan: that of the dispatch.
+
+    Returns:
+        y, (R, out); rows that belong to no expert are zero.
+
+    Raises:
+        TypeError: a dtype other than those above, or that of weights is not x_grouped's.
+        ValueError: a shape or device that does not fit.
+
+    Saved for backward: x_grouped where weights need a gradient, weights where x_grouped does, and offsets.
+    """
+    check_grouped("x_grouped", x_grouped, plan)
+    check_expert_weights("weights", weights, "x_grouped", x_grouped, plan)
+    if weights.dtype != x_grouped.dtype:
+        raise TypeError(f"weights: expected {x_grouped.dtype}, as x_grouped, got {weights.dtype}.")
+    if not has_kernel("moe_dispatch", x_grouped):
+        return reference.grouped_matmul(x_grouped, weights, plan.offsets)
+    return _GroupedMatmul.apply(x_grouped, weights, plan.offsets)

@@ -1,0 +1,172 @@
+"""The experts' feed-forward layer: autograd Function and public function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memkernels._library import has_kernel
+from memkernels.ops.autocast import as_product_dtype, product_dtype
+from memkernels.ops.checks import check_shape
+from memkernels.ops.gated_activation.op import check_activation
+from memkernels.ops.gradient_sum import gradient_sums, results
+from memkernels.ops.moe import activation as _activation  # noqa: F401  defines the operators
+from memkernels.ops.moe import reference
+from memkernels.ops.moe.dispatch import check_tokens, check_weights
+from memkernels.ops.moe.grouped_matmul import check_expert_weights
+from memkernels.ops.moe.plan import DispatchPlan, moe_plan
+from memkernels.ops.moe.projection import DenseExpertsProjection, GroupedDescription, GroupedProjection, Groups
+from memkernels.ops.projection import split_by
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is static of one call."""
+
+    gate_up: GroupedDescription
+    down: GroupedDescription
+    gated: bool
+    activation: str
+    recompute: bool
+
+    def bind(self, tensors: Sequence[Tensor]) -> tuple[GroupedProjection, GroupedProjection]:
+        gate_up, down = split_by((self.gate_up, self.down), tensors)
+        return self.gate_up.bind(gate_up), self.down.bind(down)
+
+
+def _row_weight(expert_weights: Tensor, plan: DispatchPlan) -> Tensor:
+    """(R,): the router's weight of each row; zero where it belongs to no expert."""
+    pair = plan.pair_of_row
+    return torch.where(pair >= 0, expert_weights.reshape(-1)[pair.clamp(min=0)], 0.0)
+
+
+class _MoEMLP(torch.autograd.Function):
+    """Saves x, the routing and the parameters; the pre-activation too unless it is recomputed."""
+
+    @staticmethod
+    def forward(ctx, layer, x, expert_weights, row_of_pair, pair_of_row, offsets, counts, *tensors):
+        ctx.layer = layer
+        plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts)
+        groups = Groups(offsets, pair_of_row.shape[0])
+        with torch.autocast(x.device.type, enabled=False):
+            gate_up_projection, down = layer.bind(tensors)
+            gate_up = gate_up_projection.forward(x, plan.token_of_row, groups)
+            ctx.save_for_backward(x, expert_weights, *plan, None if layer.recompute else gate_up, *tensors)
+            h = torch.ops.memkernels.expert_activation_fwd(
+                gate_up, _row_weight(expert_weights, plan), layer.gated, layer.activation
+            )
+            del gate_up
+            return torch.ops.memkernels.moe_combine(down.forward(h, None, groups), None, row_of_pair)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        layer = ctx.layer
+        x, expert_weights, row_of_pair, pair_of_row, offsets, counts, gate_up, *tensors = ctx.saved_tensors
+        plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts)
+        groups = Groups(offsets, pair_of_row.shape[0])
+        tokens = plan.token_of_row
+        x_needed, weights_needed = ctx.needs_input_grad[1:3]
+        sums = gradient_sums(tensors, ctx.needs_input_grad[7:])
+        gate_up_sums, down_sums = split_by((layer.gate_up, layer.down), sums)
+        with torch.autocast(x.device.type, enabled=False):
+            gate_up_projection, down = layer.bind(tensors)
+            dy = dy.contiguous()
+            activated = _row_weight(expert_weights, plan), layer.gated, layer.activation
+            dh = down.input_grad(dy, tokens, groups)
+            if gate_up is None:
+                dgate_up = gate_up_projection.forward(x, tokens, groups)
+                h = dh
+                drow_weight = torch.ops.memkernels.expert_activation_bwd_(dh, dgate_up, *activated)
+            else:
+                h, dgate_up, drow_weight = torch.ops.memkernels.expert_activation_bwd(dh, gate_up, *activated)
+            del dh, gate_up
+            down.add_gradients(dy, tokens, h, None, groups, down_sums)
+            del h
+            gate_up_projection.add_gradients(dgate_up, None, x, tokens, groups, gate_up_sums)
+            dx = dexpert_weights = None
+            if x_needed:
+                dx_grouped = gate_up_projection.input_grad(dgate_up, None, groups)
+                dx = torch.ops.memkernels.moe_combine(dx_grouped, None, row_of_pair)
+            if weights_needed and drow_weight.shape[0] == 0:
+                dexpert_weights = torch.zeros_like(expert_weights)
+            elif weights_needed:
+                dexpert_weights = torch.where(row_of_pair >= 0, drow_weight[row_of_pair.clamp(min=0)], 0.0)
+        return None, dx, dexpert_weights, None, None, None, None, *results(sums)
+
+
+def moe_mlp(
+    x: Tensor,
+    expert_ids: Tensor | DispatchPlan,
+    expert_weights: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str = "silu",
+    capacity: int | None = None,
+    recompute: bool = True,
+) -> Tensor:
+    """The experts of a mixture-of-experts layer, dispatch and combine included, that keeps its input and the routing.
+
+    y[t] = sum over j of expert_weights[t, j] f_e(x[t]) with e = expert_ids[t, j] and
+    f_e(x) = (act(x W_gate^T) * (x W_up^T)) w_down[e]^T, W_gate and W_up the halves of w_gate_up[e]. With w_gate_up of n
+    rows an expert instead of 2 n, f_e(x) = act(x w_gate_up[e]^T) w_down[e]^T. Shazeer et al. 2017, arXiv 1701.06538.
+
+    The router's weight is applied to the activation, in front of the down product, and its gradient is the inner
+    product of the activation with its gradient: neither the experts' inputs nor their outputs are kept. (Guo et al.
+    2025, SonicMoE, arXiv 2512.14080.) Under autocast x and the experts' weights are cast as
+    `torch.nn.functional.linear` casts them.
+
+    Args:
+        x: (T, d); float32, bfloat16 or float16 (float64 is computed by the reference).
+        expert_ids: (T, k), int64 or int32, 0 to E; E itself means nowhere. Or the `DispatchPlan` of `moe_plan`.
+        expert_weights: (T, k), any of those dtypes, computed with in float32.
+        w_gate_up: (E, 2 n, d), or (E, n, d); x's dtype.
+        w_down: (E, d, n), x's dtype.
+        activation: silu, gelu (by erf), gelu_tanh, relu or relu_squared.
+        capacity: the most rows an expert takes, as `moe_plan` has it; None: dropless.
+        recompute: compute the pre-activation again in backward instead of keeping it.
+
+    Returns:
+        y, like x (under autocast, of autocast's dtype). A token that goes nowhere is zero.
+
+    Raises:
+        TypeError: a dtype other than those above.
+        ValueError: a shape, device, activation or capacity that does not fit; a capacity beside a plan.
+        RuntimeError: an expert id out of range.
+
+    Saved for backward: x (d elements a token), expert_weights and the plan (12 bytes a choice), and the parameters.
+    Without `recompute` also the pre-activation, 2 n elements a choice; with it backward has two products' worth more
+    than the nine that keep it (a product: T k n d multiplications).
+    """
+    check_activation(activation)
+    if isinstance(expert_ids, DispatchPlan):
+        if capacity is not None:
+            raise ValueError(f"capacity: expected None beside a plan, which has its own, got {capacity}.")
+        plan = expert_ids
+    else:
+        num_experts = w_down.shape[0] if isinstance(w_down, Tensor) and w_down.dim() else 0
+        plan = moe_plan(expert_ids, num_experts, capacity=capacity)
+    check_tokens("x", x, plan)
+    check_weights("expert_weights", expert_weights, plan)
+    check_expert_weights("w_gate_up", w_gate_up, "x", x, plan)
+    size = w_down.shape[-1]
+    check_shape("w_down", w_down, (plan.num_experts, x.shape[1], size), "experts, the last dimension of x, n")
+    if w_gate_up.shape[1] not in (size, 2 * size):
+        raise ValueError(
+            f"w_gate_up: expected shape ({plan.num_experts}, {2 * size}, {x.shape[1]}), or {size} in the middle where"
+            f" there is no gate, got {tuple(w_gate_up.shape)}."
+        )
+    dtype = product_dtype(x)
+    weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
+    x = x.to(dtype)
+    if not has_kernel("moe_dispatch", x):
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.moe_mlp(x, *plan[:3], expert_weights, **weights, activation=activation)
+    gate_up, down = DenseExpertsProjection(weights["w_gate_up"]), DenseExpertsProjection(weights["w_down"])
+    layer = Layer(gate_up.description, down.description, w_gate_up.shape[1] != size, activation, recompute)
+    return _MoEMLP.apply(layer, x, expert_weights.float(), *plan, *gate_up.tensors, *down.tensors)

@@ -1,0 +1,95 @@
+"""Which row of the grouped rows each token's choice of expert has."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memkernels._library import define, missing
+from memkernels.ops.moe import reference
+
+
+def _plan_fake(expert_ids, num_experts, capacity):
+    int32 = {"dtype": torch.int32}
+    pairs = expert_ids.numel()
+    return (
+        expert_ids.new_empty(expert_ids.shape, **int32),
+        expert_ids.new_empty(min(pairs, num_experts * capacity), **int32),
+        expert_ids.new_empty(num_experts + 1, **int32),
+        expert_ids.new_empty(num_experts + 1, **int32),
+    )
+
+
+define(
+    "moe_plan(Tensor expert_ids, int num_experts, int capacity)"
+    " -> (Tensor row_of_pair, Tensor pair_of_row, Tensor offsets, Tensor counts)",
+    _plan_fake,
+)
+
+
+class DispatchPlan(NamedTuple):
+    """Where the choices of T tokens, k each, go: R grouped rows, in E groups, one an expert. All tensors are int32.
+
+    R is T k, or E capacity where that is less: rows from offsets[E] on belong to no expert.
+
+    Args:
+        row_of_pair: (T, k): the grouped row of a token's choice; -1 where it was dropped or goes nowhere.
+        pair_of_row: (R,): the choice of a row, token * k + choice; -1 where the row belongs to no expert.
+        offsets: (E + 1,): the rows of expert e are offsets[e] to offsets[e + 1].
+        counts: (E + 1,): choices of each expert before capacity drops any; the last of those that go nowhere.
+    """
+
+    row_of_pair: Tensor
+    pair_of_row: Tensor
+    offsets: Tensor
+    counts: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def dropped(self) -> Tensor:
+        """(E,): choices of each expert that capacity dropped."""
+        return self.counts[:-1] - self.offsets.diff()
+
+    @property
+    def token_of_row(self) -> Tensor:
+        """(R,): the token of a row; -1 where the row belongs to no expert."""
+        return self.pair_of_row.div(self.row_of_pair.shape[1], rounding_mode="floor").int()
+
+
+def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = None) -> DispatchPlan:
+    """The plan of a dispatch: a counting sort of the tokens' choices by expert.
+
+    It is stable: the rows of an expert are in the order of the tokens, and of choices of one token in theirs. With
+    `capacity` each expert takes its first `capacity` choices in that order, and the rest is dropped (Switch
+    Transformers, arXiv 2101.03961, section 2.2, and GShard, arXiv 2006.16668, drop in the order of tokens too).
+
+    Args:
+        expert_ids: (T, k), int64 or int32, 0 to num_experts; num_experts itself means nowhere.
+        num_experts: E, at least 1.
+        capacity: the most rows an expert takes, at least 1; None: all of them (dropless).
+
+    Raises:
+        TypeError: a dtype other than those above.
+        ValueError: a shape, number of experts or capacity that does not fit.
+        RuntimeError: an id out of range; on a GPU a device-side assertion.
+    """
+    if not isinstance(expert_ids, Tensor) or expert_ids.dtype not in (torch.int64, torch.int32):
+        got = expert_ids.dtype if isinstance(expert_ids, Tensor) else type(expert_ids).__name__
+        raise TypeError(f"expert_ids: expected int64 or int32, got {got}.")
+    if expert_ids.dim() != 2 or expert_ids.shape[1] == 0:
+        raise ValueError(f"expert_ids: expected shape (T, k) with k at least 1, got {tuple(expert_ids.shape)}.")
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected at least 1, got {num_experts}.")
+    if expert_ids.shape[1] > num_experts:
+        raise ValueError(f"expert_ids: expected k of at most num_experts = {num_experts}, got {expert_ids.shape[1]}.")
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity: expected at least 1 or None, got {capacity}.")
+    pairs = expert_ids.numel()
+    rows = pairs if capacity is None else min(capacity, pairs)
+    compute = reference.plan if missing("moe_plan", expert_ids.device.type) else torch.ops.memkernels.moe_plan
+    return DispatchPlan(*compute(expert_ids, num_experts, rows))

@@ -1,0 +1,79 @@
+"""Mixture of experts in plain PyTorch: the specification, the oracle in float64, and what runs where no kernel does."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from memkernels.ops.gated_activation.reference import gated_activation
+
+
+def plan(expert_ids: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """row_of_pair, pair_of_row, offsets and counts of a `DispatchPlan`."""
+    ids = expert_ids.reshape(-1).long()
+    if ids.numel() and (ids.min() < 0 or ids.max() > num_experts):
+        raise RuntimeError(f"expert_ids: expected 0 to {num_experts} (num_experts: nowhere), got an id out of range")
+    order = torch.argsort(ids, stable=True)
+    counts = torch.bincount(ids, minlength=num_experts + 1)
+    place = torch.arange(ids.numel(), device=ids.device) - (counts.cumsum(0) - counts)[ids[order]]
+    offsets = torch.cat([counts.new_zeros(1), counts[:num_experts].clamp(max=capacity).cumsum(0)])
+    kept = (ids[order] < num_experts) & (place < capacity)
+    row = torch.where(kept, offsets[ids[order]] + place, -1)
+    row_of_pair = torch.empty_like(row)
+    row_of_pair[order] = row
+    pair_of_row = torch.full((min(ids.numel(), num_experts * capacity),), -1, device=ids.device)
+    pair_of_row[row[kept]] = order[kept]
+    return row_of_pair.view(expert_ids.shape).int(), pair_of_row.int(), offsets.int(), counts.int()
+
+
+def dispatch(x: Tensor, weights: Tensor | None, row_of_pair: Tensor, pair_of_row: Tensor) -> Tensor:
+    """x_grouped; rows that belong to no expert are zero."""
+    token = pair_of_row.div(row_of_pair.shape[1], rounding_mode="floor").long()
+    grouped = _with_zero_row(x)[token]
+    if weights is not None:
+        grouped = grouped * weights.reshape(-1)[pair_of_row.clamp(min=0).long(), None]
+    return grouped.to(x.dtype)
+
+
+def combine(y_grouped: Tensor, weights: Tensor | None, row_of_pair: Tensor) -> Tensor:
+    """y; summed in float32 or wider."""
+    wide = y_grouped.to(torch.promote_types(y_grouped.dtype, torch.float32))
+    rows = _with_zero_row(wide)[row_of_pair.long()]
+    if weights is not None:
+        rows = rows * weights[:, :, None]
+    return rows.sum(1).to(y_grouped.dtype)
+
+
+def _with_zero_row(rows: Tensor) -> Tensor:
+    """The rows and, last, where -1 points, one of zeros."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+
+
+def grouped_matmul(x_grouped: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Row r of group e is x_grouped[r] weights[e]^T; zero beyond the last group."""
+    ends = offsets.tolist()
+    groups = [x_grouped[a:b] @ weight.t() for weight, (a, b) in zip(weights, pairwise(ends), strict=True)]
+    rest = x_grouped.new_zeros(x_grouped.shape[0] - ends[-1], weights.shape[1])
+    return torch.cat([*groups, rest])
+
+
+def moe_mlp(
+    x: Tensor,
+    row_of_pair: Tensor,
+    pair_of_row: Tensor,
+    offsets: Tensor,
+    expert_weights: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    activation: str,
+) -> Tensor:
+    """The experts' feed-forward layer, each step an op of its own."""
+    x_grouped = dispatch(x, None, row_of_pair, pair_of_row)
+    gate_up = grouped_matmul(x_grouped, w_gate_up, offsets)
+    if w_gate_up.shape[1] == w_down.shape[2]:
+        h = gated_activation(gate_up, None, activation)
+    else:
+        h = gated_activation(*gate_up.chunk(2, dim=1), activation)
+    return combine(grouped_matmul(h, w_down, offsets), expert_weights, row_of_pair)

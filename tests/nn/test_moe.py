@@ -1,0 +1,274 @@
+"""Routers by their definitions, and the layers over them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memkernels import nn
+from memkernels.testing import random_tensor
+
+T, D, E = 24, 8, 6
+
+
+def tokens(count: int = T, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return random_tensor(count, D, dtype=dtype)
+
+
+def with_weight(router, seed: int = 5):
+    router.weight.data.copy_(random_tensor(*router.weight.shape, dtype=torch.float64, seed=seed).detach())
+    return router
+
+
+def probabilities(router, x) -> torch.Tensor:
+    """In float64."""
+    return (x.detach().double() @ router.weight.detach().double().t()).softmax(1)
+
+
+def test_switch_router_is_the_papers():
+    router = with_weight(nn.SwitchRouter(D, E, capacity_factor=1.0))
+    x = tokens()
+    routing = router(x)
+    p = probabilities(router, x)
+    ids = p.argmax(1)
+    assert torch.equal(routing.expert_ids[:, 0], ids)
+    torch.testing.assert_close(routing.expert_weights[:, 0].double(), p.amax(1), rtol=1e-5, atol=1e-6)
+    fraction = torch.bincount(ids, minlength=E).double() / T
+    torch.testing.assert_close(routing.load_balance_loss.double(), E * (fraction * p.mean(0)).sum(), rtol=1e-5, atol=0)
+    z = (x.detach().double() @ router.weight.detach().double().t()).logsumexp(1).square().mean()
+    torch.testing.assert_close(routing.z_loss.double(), z, rtol=1e-5, atol=0)
+    # Capacity: the first T / E tokens of each expert have a row, in their order; the rest is dropped.
+    for expert in range(E):
+        kept = (routing.plan.row_of_pair[ids == expert, 0] >= 0).tolist()
+        assert kept == [place < math.ceil(T / E) for place in range(len(kept))]
+    assert routing.plan.dropped.tolist() == [max(0, int((ids == e).sum()) - math.ceil(T / E)) for e in range(E)]
+
+
+def test_a_balanced_load_has_loss_one_and_its_gradient_evens_the_load():
+    router = nn.SwitchRouter(E, E)
+    router.weight.data = torch.eye(E)
+    assert abs(router(30 * torch.eye(E)).load_balance_loss.item() - 1) < 1e-6
+    crowded = torch.eye(E)[torch.zeros(12, dtype=torch.int64)]
+    loss = router(crowded).load_balance_loss
+    assert loss > 1
+    (grad,) = torch.autograd.grad(loss, router.weight)
+    assert grad[0, 0] > 0 and (grad[1:, 0] < 0).all()  # a step against it takes the crowded expert's logit down
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_capacity_factor_of_training_and_evaluation(training):
+    router = nn.SwitchRouter(D, E, capacity_factor=1.25, eval_capacity_factor=None).train(training)
+    assert router.capacity(100) == (21 if training else None)
+    assert nn.SwitchRouter(D, E, capacity_factor=0.1).capacity(3) == 1
+
+
+def test_softmax_router_is_mixtrals():
+    x = tokens()
+    router = with_weight(nn.TopKRouter(D, E, 2, normalize=True))
+    routing = router(x)
+    p = probabilities(router, x)
+    weights, ids = p.topk(2, 1)
+    assert torch.equal(routing.expert_ids, ids)
+    torch.testing.assert_close(
+        routing.expert_weights.double(), weights / weights.sum(1, keepdim=True), rtol=1e-5, atol=1e-6
+    )
+    after = with_weight(nn.TopKRouter(D, E, 2, scores="softmax_of_top_k"))(x)
+    torch.testing.assert_close(after.expert_weights, routing.expert_weights, rtol=1e-5, atol=1e-6)
+    plain = with_weight(nn.TopKRouter(D, E, 2, scaling=3.0))(x)
+    torch.testing.assert_close(plain.expert_weights.double(), 3 * weights, rtol=1e-5, atol=1e-6)
+    assert routing.plan.dropped.sum() == 0 and routing.plan.counts[:E].sum() == 2 * T
+
+
+def test_load_balance_loss_is_transformers():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    routing = with_weight(nn.TopKRouter(D, E, 2))(tokens())
+    expected = load_balancing_loss_func((routing.logits.detach(),), E, 2)
+    torch.testing.assert_close(routing.load_balance_loss.detach(), expected)
+
+
+def test_sigmoid_router_with_groups_and_bias_is_deepseeks():
+    from transformers.models.deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    config = DeepseekV3Config(
+        hidden_size=16, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+    )  # fmt: skip
+    theirs = DeepseekV3TopkRouter(config)
+    theirs.weight.data.copy_(random_tensor(12, 16, dtype=torch.float32, seed=3).detach())
+    theirs.e_score_correction_bias.copy_(torch.linspace(-0.3, 0.3, 12))
+    ours = nn.TopKRouter(
+        16, 12, 3, scores="sigmoid", normalize=True, scaling=2.5, num_groups=4, top_groups=2, score_bias=True
+    )
+    ours.weight.data.copy_(theirs.weight)
+    ours.score_bias.copy_(theirs.e_score_correction_bias)
+    x = random_tensor(40, 16, dtype=torch.float32)
+    _, weights, ids = theirs(x)
+    routing = ours(x)
+    order, their_order = routing.expert_ids.argsort(1), ids.argsort(1)
+    assert torch.equal(routing.expert_ids.gather(1, order), ids.gather(1, their_order))
+    torch.testing.assert_close(routing.expert_weights.gather(1, order), weights.gather(1, their_order))
+
+
+def test_bias_update_takes_load_from_crowded_experts():
+    router = with_weight(nn.TopKRouter(D, E, 2, scores="sigmoid", score_bias=True), seed=9)
+    x = random_tensor(400, D, dtype=torch.float32)
+    before = router(x).plan.counts[:E]
+    for _ in range(200):
+        router.update_bias(router(x).plan.counts[:E], rate=1e-2)
+    after = router(x).plan.counts[:E]
+    assert after.float().std() < 0.3 * before.float().std()
+    assert "score_bias" in router.state_dict()
+
+
+def test_equal_scores_go_to_the_lower_expert():
+    for router in (nn.SwitchRouter(D, E), nn.TopKRouter(D, E, 3), nn.TopKRouter(D, E, 3, scores="sigmoid")):
+        router.weight.data.zero_()
+        ids = router(tokens()).expert_ids
+        assert torch.equal(ids, torch.arange(ids.shape[1]).expand_as(ids))
+
+
+def test_expert_choice_router_is_the_papers():
+    router = with_weight(nn.ExpertChoiceRouter(D, E, capacity_factor=2.0))
+    x = tokens()
+    routing = router(x)
+    scores = probabilities(router, x)
+    for expert in range(E):
+        chosen = scores[:, expert].topk(2 * T // E).indices.sort().values
+        taken = (routing.expert_ids[:, expert] == expert).nonzero()[:, 0]
+        assert torch.equal(taken, chosen)
+    assert routing.plan.dropped.sum() == 0 and routing.plan.pair_of_row.shape[0] == 2 * T
+    torch.testing.assert_close(routing.expert_weights.double(), scores, rtol=1e-5, atol=1e-6)
+
+
+ROUTERS = {
+    "switch": lambda **options: nn.SwitchRouter(D, E, capacity_factor=None, **options),
+    "top_k": lambda **options: nn.TopKRouter(D, E, 2, normalize=True, **options),
+    "sigmoid": lambda **options: nn.TopKRouter(D, E, 2, scores="sigmoid", **options),
+    "expert_choice": lambda **options: nn.ExpertChoiceRouter(D, E, **options),
+}
+every_router = pytest.mark.parametrize("make", ROUTERS.values(), ids=ROUTERS)
+
+
+@every_router
+def test_padding_goes_nowhere_and_counts_in_no_loss(make):
+    router = with_weight(make())
+    x, padding = tokens(), torch.zeros(T, dtype=torch.bool)
+    padding[[2, 3, 20]] = True
+    routing = router(x, padding)
+    assert (routing.plan.row_of_pair[padding] == -1).all()
+    if isinstance(router, nn.ExpertChoiceRouter):
+        return  # its capacity is of all tokens, padding included
+    alone = router(x[~padding])
+    torch.testing.assert_close(routing.load_balance_loss, alone.load_balance_loss)
+    torch.testing.assert_close(routing.z_loss, alone.z_loss)
+    assert torch.equal(routing.plan.counts[:E], alone.plan.counts[:E])
+    router(x, torch.ones(T, dtype=torch.bool)).load_balance_loss.backward()  # nothing but padding
+    assert not router.weight.grad.isnan().any()
+
+
+@every_router
+def test_routing_is_float32_under_autocast_and_of_bfloat16(make):
+    router = with_weight(make())
+    x = tokens().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = router(x)
+    assert routing.logits.dtype == routing.expert_weights.dtype == torch.float32
+    assert torch.equal(routing.logits, router(x.float()).logits)
+
+
+@every_router
+def test_jitter_is_noise_in_training_alone(make):
+    router = with_weight(make(jitter=0.1))
+    x = tokens()
+    torch.manual_seed(0)
+    first, second = router(x).logits, router(x).logits
+    assert not torch.equal(first, second)
+    quiet = router.eval()(x).logits
+    bound = 0.1 * (x.abs() @ router.weight.abs().t())
+    assert ((first - quiet).abs() <= bound + 1e-5).all() and torch.equal(quiet, router(x).logits)
+
+
+@every_router
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_layer_is_the_sum_over_a_tokens_experts(make, gated):
+    torch.manual_seed(0)
+    shared = nn.GatedMLP(D, 5)
+    layer = nn.MoE(with_weight(make()), D, 7, gated=gated, shared=shared).double()
+    x = random_tensor(2, T // 2, D, dtype=torch.float64)
+    y, routing = layer(x)
+    rows, expected = x.reshape(-1, D), []
+    for token, row in enumerate(rows):
+        total = shared(row)
+        for choice, expert in enumerate(routing.expert_ids[token].tolist()):
+            if expert == E:
+                continue
+            hidden = layer.gate_up_proj[expert] @ row
+            h = F.silu(hidden[:7]) * hidden[7:] if gated else F.silu(hidden)
+            total = total + routing.expert_weights[token, choice].double() * (layer.down_proj[expert] @ h)
+        expected.append(total)
+    torch.testing.assert_close(y.reshape(-1, D), torch.stack(expected), rtol=1e-6, atol=1e-8)
+
+
+@every_router
+def test_every_parameter_gets_its_gradient(make):
+    layer = nn.MoE(with_weight(make()), D, 7, shared=nn.GatedMLP(D, 5))
+    y, routing = layer(tokens())
+    (y.square().sum() + routing.load_balance_loss + 1e-3 * routing.z_loss).backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
+
+
+def test_switch_ffn_learns_and_compiles_whole():
+    torch.manual_seed(0)
+    layer = nn.SwitchFFN(D, 16, 4, jitter=0.0)
+    target = torch.randn(D, D)
+    optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
+    losses = []
+    for step in range(150):
+        x = random_tensor(64, D, dtype=torch.float32, seed=step).detach()
+        y, routing = layer(x)
+        loss = (y - x @ target).square().mean() + 1e-2 * routing.load_balance_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    x = tokens()
+    compiled, _ = torch.compile(layer, fullgraph=True)(x)
+    torch.testing.assert_close(compiled, layer(x)[0])
+
+
+def test_a_dropped_token_is_zero_and_reported():
+    layer = nn.SwitchFFN(D, 16, 4, capacity_factor=0.25, jitter=0.0)
+    y, routing = layer(tokens())
+    dropped = routing.plan.row_of_pair[:, 0] < 0
+    assert dropped.sum() == routing.plan.dropped.sum() > 0
+    assert not y[dropped].any() and (y[~dropped].abs().sum(1) > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.SwitchRouter(D, 0), "num_experts: expected at least 1"),
+        (lambda: nn.SwitchRouter(D, E, jitter=1.0), "jitter: expected at least 0 and less than 1"),
+        (lambda: nn.SwitchRouter(D, E, capacity_factor=0.0), "capacity_factor: expected a positive number or None"),
+        (lambda: nn.ExpertChoiceRouter(D, E, capacity_factor=-1), "capacity_factor: expected a positive number"),
+        (lambda: nn.TopKRouter(D, E, 7), "k: expected 1 to 6"),
+        (lambda: nn.TopKRouter(D, E, 3, num_groups=3), "k: expected 1 to 2"),
+        (lambda: nn.TopKRouter(D, E, 2, num_groups=4), "num_groups: expected a divisor of num_experts"),
+        (lambda: nn.TopKRouter(D, E, 2, num_groups=2, top_groups=3), "top_groups: expected 1 to num_groups"),
+        (lambda: nn.TopKRouter(D, E, 2, scores="tanh"), "scores: expected one of"),
+        (lambda: nn.TopKRouter(D, E, 2).update_bias(torch.zeros(E)), "score_bias: this router has none"),
+        (lambda: nn.TopKRouter(D, E, 2, score_bias=True).update_bias(torch.zeros(5)), r"counts: expected shape \(6,\)"),
+        (lambda: nn.SwitchRouter(D, E)(torch.zeros(T, 5)), r"x: expected shape \(T, 8\)"),
+        (lambda: nn.SwitchRouter(D, E)(tokens(), torch.zeros(T)), r"padding_mask: expected bool of shape \(24,\)"),
+        (lambda: nn.MoE(nn.SwitchRouter(D, E), D, 7, "tanh"), "activation: expected one of"),
+    ],
+)
+def test_bad_input_names_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
