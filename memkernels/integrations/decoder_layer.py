@@ -20,7 +20,10 @@ from memkernels.integrations.sublayers import run_sublayers
 
 
 def plan_layer(layer: Any, family: Family, recompute: str) -> Replacement:
-    fits = {"attention": _attention_fits(layer, family), "MLP": family.mlp is None or _mlp_fits(layer, family)}
+    fits = {
+        "attention": _attention_fits(layer, family),
+        "MLP": type(layer.mlp) is not family.mlp or _mlp_fits(layer, family),
+    }
     others = " and ".join(name for name, fit in fits.items() if not fit)
     left = f"{others} with a hook, or an adapter, weight or activation that no op takes" if others else None
     return Replacement("decoder layer", bind(layer_forward, layer, family=family, whole=recompute == "layer"), left)

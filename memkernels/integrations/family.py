@@ -27,6 +27,11 @@ FAMILIES = {
     "qwen2_vl": (5, 24),
     "qwen2_5_vl": (5, 24),
     "qwen3_vl": (5, 24),
+    "mixtral": (5, 24),
+    "qwen2_moe": (5, 24),
+    "qwen3_moe": (5, 24),
+    "olmoe": (5, 24),
+    "deepseek_v3": (5, 24),
 }
 
 
@@ -67,7 +72,12 @@ class Family:
         norm: an RMS norm.
         attention: projections, norms over the heads if it has `q_norm` and `k_norm`, rotary embedding, attention with
             the module's `sinks` and `attn_logit_softcapping` if it has them.
-        mlp: down(act(gate(x)) * up(x)); None: another kind, which is called as it is.
+        mlp: down(act(gate(x)) * up(x)); None: another kind, which is called as it is, and so is what a layer has in
+            the place of one.
+        experts: the weights of a mixture of experts, within what a layer has in the place of an MLP.
+        router_loss: router_loss(router_logits, num_experts, k, attention_mask): the loss that
+            `output_router_logits` asks for, times the model's `router_aux_loss_coef`.
+        attention_left: why attention is transformers' own. `decoder_layer` and `model` are None then.
         decoder_layer: h = x + norm(self_attn(norm(x))), y = h + norm(mlp(norm(h))), with `norms`, and with the residual
             dropout of `dropouts`.
         model: embeddings, decoder layers and a norm.
@@ -95,11 +105,14 @@ class Family:
     norm: type[nn.Module]
     attention: type[nn.Module]
     mlp: type[nn.Module] | None
-    decoder_layer: type[nn.Module]
-    model: type[nn.Module]
+    decoder_layer: type[nn.Module] | None
+    model: type[nn.Module] | None
     causal_lm: type[nn.Module]
     eager_attention: Callable
+    attention_left: str | None = None
     outputs: type | None = None
+    experts: type[nn.Module] | None = None
+    router_loss: Callable[..., Tensor | int] | None = None
     norm_offset: float = 0.0
     norm_eps: str = "variance_epsilon"
     norms: tuple[str, str | None, str, str | None] = ("input_layernorm", None, "post_attention_layernorm", None)
@@ -127,8 +140,8 @@ class CustomFamily:
 
 
 def own_window(attention: Any) -> int | None:
-    """A `sliding_window` that is the module's."""
-    return attention.sliding_window
+    """A `sliding_window` that is the module's, if it has one."""
+    return getattr(attention, "sliding_window", None)
 
 
 def configured_window(attention: Any) -> int | None:

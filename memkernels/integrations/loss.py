@@ -33,21 +33,37 @@ def plan_loss(model: nn.Module, family: Family | None = None) -> Replacement:
 def causal_lm_forward(model: Any, *args, family: Family | None, **kwargs) -> ModelOutput:
     """In training with labels: the loss by `ops.linear_cross_entropy`, no logits, and no computation of padding.
 
-    Otherwise (evaluation, labels=None, positions chosen by a tensor, a loss function of the user's, the losses of
-    routers) transformers' own.
+    Otherwise (evaluation, labels=None, positions chosen by a tensor, a loss function of the user's, the routers' loss
+    of a family without `router_loss`) transformers' own.
     """
     labels, logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
     takes = model.training and isinstance(logits_to_keep, int) and len(args) <= len(_COMMON_ARGUMENTS)
-    if labels is None or not takes or _wants(model, kwargs, "output_router_logits") or why_not(model) is not None:
+    routed = _wants(model, kwargs, "output_router_logits")
+    takes = takes and not (routed and (family is None or family.router_loss is None))
+    if labels is None or not takes or why_not(model) is not None:
         return type(model).forward(model, *args, **kwargs)
+    attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     target = _target(**kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
-    if family is not None and not logits_to_keep:
+    if routed:
+        kwargs["output_router_logits"] = True
+    if family is not None and family.model is not None and not logits_to_keep:
         args, kwargs, target = _without_padding(model, family, args, kwargs, target)
     outputs = dict(model.base_model(*args, **kwargs))
     hidden_states = outputs.pop("last_hidden_state")[:, -logits_to_keep:]
+    loss = _loss(model, hidden_states, target, **kwargs)
+    if routed:
+        outputs["aux_loss"] = _router_loss(model, family, outputs["router_logits"], attention_mask)
+        loss = loss + model.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
     kind = None if family is None else family.outputs
-    return (kind or CausalLMOutputWithPast)(loss=_loss(model, hidden_states, target, **kwargs), **outputs)
+    return (kind or CausalLMOutputWithPast)(loss=loss, **outputs)
+
+
+def _router_loss(model: Any, family: Any, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+    """The mask hides padding, which is not among the tokens where they were packed."""
+    if attention_mask is not None and router_logits[0].shape[0] != attention_mask.numel():
+        attention_mask = None
+    return family.router_loss(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
 
 
 def _without_padding(

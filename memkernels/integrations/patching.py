@@ -79,6 +79,10 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     in evaluation too, unless a label, the pooler, a hook or an output of each layer reads them, or torch.compile runs.
     Its layers keep 4 d with "sublayer" and 3 d with "layer"; the masked-language head and loss stay transformers'.
 
+    The experts of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V3 are computed by `ops.moe_mlp`, which keeps their
+    input and the routing, with "none" the pre-activation too. Routers are transformers', and so is attention in OLMoE
+    and DeepSeek-V3. The routers' loss (output_router_logits) is added to a loss without logits.
+
     Patch before `fully_shard`, `torch.compile` and DistributedDataParallel; torch.nn.DataParallel is not supported.
 
     Args:
@@ -164,9 +168,14 @@ def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss
     if kind is family.norm:
         return plan_norm(module, family)
     if kind is family.attention:
-        return plan_attention(module, family)
+        return _left_attention(family) or plan_attention(module, family)
     if kind is family.mlp:
         return plan_mlp(module, family, recompute != "none")
+    if kind is family.experts:
+        from memkernels.integrations.experts import plan_experts
+
+        # With "layer" the sublayer is checkpointed: it runs again right before its backward.
+        return plan_experts(module, recompute != "none" and not (recompute == "layer" and family.decoder_layer))
     if kind is family.decoder_layer and recompute != "none":
         return plan_layer(module, family, recompute)
     if kind is family.model:
@@ -174,3 +183,7 @@ def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss
     if kind is family.causal_lm and loss:
         return plan_loss(module, family)
     return None
+
+
+def _left_attention(family: Family) -> Replacement | None:
+    return None if family.attention_left is None else Replacement("attention", left=family.attention_left)

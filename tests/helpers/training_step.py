@@ -26,8 +26,10 @@ def exact_step(model, batch):
                 x, norm.weight, getattr(norm, family.norm_eps), weight_offset=family.norm_offset
             )
     with mock.patch.object(F, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim)):
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+    loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    if outputs.get("aux_loss") is not None:
+        loss = loss + model.router_aux_loss_coef * outputs.aux_loss
     loss.backward()
     return _found(model, loss)
 

@@ -75,6 +75,7 @@ class TopKRouter(Router):
         self.scaling = scaling
         self.num_groups = num_groups
         self.top_groups = top_groups
+        self.score_bias: Tensor | None
         bias = torch.zeros(num_experts, dtype=torch.float32, device=device) if score_bias else None
         self.register_buffer("score_bias", bias)
 

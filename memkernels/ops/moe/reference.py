@@ -75,5 +75,6 @@ def moe_mlp(
     if w_gate_up.shape[1] == w_down.shape[2]:
         h = gated_activation(gate_up, None, activation)
     else:
-        h = gated_activation(*gate_up.chunk(2, dim=1), activation)
+        gate, up = gate_up.chunk(2, dim=1)
+        h = gated_activation(gate, up, activation)
     return combine(grouped_matmul(h, w_down, offsets), expert_weights, row_of_pair)
