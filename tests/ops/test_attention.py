@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from memkernels import ops
 from memkernels.ops.attention import reference
 from memkernels.ops.attention.checks import starts_fit
+from memkernels.ops.attention.configs import FLOAT32
 from memkernels.testing import check_op, implementations, random_tensor, saved_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,6 +69,21 @@ def check(inputs, **options):
 def test_matches_reference(implementation, shape, causal, dtype):
     with implementation.active() as device:
         check(make_inputs(dtype, device, **shape), causal=causal)
+
+
+@pytest.mark.parametrize("implementation", implementations("attention_fwd")[-1:], ids=str)
+@pytest.mark.parametrize(("size", "value_size"), [(96, 130), (256, 256)])
+@pytest.mark.parametrize("precision", ["exact", "tf32"])
+def test_large_heads_in_parts(implementation, size, value_size, precision, monkeypatch):
+    """The tiles of float32 that multiply queries and keys in parts of the head size."""
+    triton = pytest.importorskip("memkernels.ops.attention.triton", reason="Triton is not installed")
+    config = FLOAT32[precision][256]._replace(PRECISION="ieee")
+    assert all(tile.SPLIT > 1 for tile in (config.forward, config.dkdv, config.dq))
+    monkeypatch.setattr(triton, "select_config", lambda *args: config)
+    with implementation.active() as device:
+        shape = {"batch": 1, "queries": 50, "keys": 61, "heads": 2, "kv_heads": 1}
+        inputs = make_inputs(torch.float32, device, size=size, value_size=value_size, **shape)
+        check(inputs, causal=True, dropout_p=0.2, seed=3, softcap=2.0)
 
 
 @on_every_implementation

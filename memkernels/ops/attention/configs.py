@@ -1,7 +1,7 @@
 """Tiles of attention's Triton kernels, by GPU architecture, options, head size and pass.
 
-Each fits its architecture's shared memory and compiles without a spilled register, but for float32 heads on NVIDIA over
-64 without tf32 and over 128 with it. They are not tuned: no speed has been measured on a GPU.
+Each fits its architecture's shared memory and compiles without a spilled register. They are not tuned: no speed has
+been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ class Tile(NamedTuple):
     """BLOCK_M queries by BLOCK_N keys. A program keeps the one and streams the other.
 
     maxnreg: a bound of registers that lets NVIDIA's compiler use them all, where it would spill to fit more programs.
+    SPLIT: in how many parts of the head size products of queries and keys come (`triton_scores.row_products`).
     """
 
     BLOCK_M: int
@@ -24,6 +25,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    SPLIT: int = 1
 
     def options(self) -> dict[str, int]:
         """The kernel's compile-time arguments."""
@@ -44,7 +46,7 @@ def _config(forward: tuple, dkdv: tuple, dq: tuple, **options) -> Config:
     return Config(Tile(*forward), Tile(*dkdv), Tile(*dq), **options)
 
 
-# {architecture: {largest head size: (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dkdv and dq}}
+# {architecture: {largest head size: the fields of `Tile` for forward, dkdv and dq}}
 PLAIN = {
     "sm_80": {
         64: _config((128, 64, 4, 3), (32, 128, 8, 3), (128, 64, 8, 3)),
@@ -110,12 +112,17 @@ RICH = {
         256: _config((64, 16, 8, 1), (16, 32, 8, 1), (64, 16, 8, 1)),
     },
 }
-# float32 with every option; on NVIDIA, whose tensor cores have no exact float32, by tf32 where torch allows it.
+# float32 with every option. NVIDIA's tensor cores have no exact float32, but tf32, where torch allows it.
 FLOAT32 = {
-    "nvidia": {
+    "exact": {
         64: _config((32, 32, 4, 2, 255), (32, 32, 4, 2, 255), (32, 32, 4, 2, 255)),
-        128: _config((32, 32, 8, 2, 255), (32, 32, 8, 2, 255), (32, 32, 8, 2, 255)),
-        256: _config((16, 16, 8, 1, 255), (16, 16, 8, 1, 255), (16, 16, 8, 1, 255)),
+        128: _config((32, 32, 8, 1, 255, 8), (16, 32, 8, 1, 255, 8), (32, 16, 8, 1, 255, 8)),
+        256: _config((16, 16, 8, 1, 255, 8), (16, 16, 8, 1, 255, 8), (16, 16, 8, 1, 255, 8)),
+    },
+    "tf32": {
+        64: _config((32, 32, 4, 2, 255), (32, 32, 4, 2, 255), (32, 32, 4, 2, 255), PRECISION="tf32"),
+        128: _config((32, 32, 8, 2, 255), (32, 32, 8, 2, 255), (32, 32, 8, 2, 255), PRECISION="tf32"),
+        256: _config((32, 16, 8, 1, 255, 8), (16, 16, 8, 1, 255, 8), (32, 16, 8, 1, 255, 8), PRECISION="tf32"),
     },
     "amd": {
         64: _config((32, 32, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1)),
@@ -136,9 +143,7 @@ def select_config(block_size: int, rich: bool, dtype: torch.dtype, device: torch
         return INTERPRETER
     block_size = max(block_size, 64)
     if dtype == torch.float32:
-        if torch.version.hip:
-            return FLOAT32["amd"][block_size]
         # torch's own setting decides whether float32 products may round their operands.
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return FLOAT32["nvidia"][block_size]._replace(PRECISION="tf32" if tf32 else "ieee")
+        return FLOAT32["amd" if torch.version.hip else "tf32" if tf32 else "exact"][block_size]
     return (RICH if rich else PLAIN)[architecture(device)][block_size]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memkernels.ops.attention.triton_scores import LOG2E, alibi_slope, kept, score_unit, scores
+from memkernels.ops.attention.triton_scores import LOG2E, alibi_slope, kept, row_products, score_unit, scores
 from memkernels.ops.attention.triton_tiles import (
     load_rows,
     sequence_rows,
@@ -93,6 +93,7 @@ def _attention_dkdv_kernel(
     VALUE_SIZE: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -136,13 +137,13 @@ def _attention_dkdv_kernel(
             lse, delta = _row_statistics(lse_ptr, delta_ptr, lse_row, query, queries, LOG2_UNIT, EDGE)
             q_row = q_start + first_query
             q_tile = stream_rows(q, batch, head, q_row, q_end, SIZE, BLOCK_M, BLOCK_D, EDGE, PACKED)
-            products = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+            products = row_products(k_tile, q_tile, SPLIT, PRECISION)
             position = (query + keys - queries)[None, :]
             slope = alibi_slope(masks, sequence, head)
             score, derivative = scores(products, position, key, keys, slope, masks, NATURAL, EDGE)
             probability = tl.exp2((score * unit - lse[None, :]) * LOG2_UNIT)
             dout_tile = stream_rows(dout, batch, head, q_row, q_end, VALUE_SIZE, BLOCK_M, BLOCK_DV, EDGE, PACKED)
-            dprobability = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
+            dprobability = row_products(v_tile, dout_tile, SPLIT, PRECISION)
             seen = probability
             if masks.seed is not None:
                 stream = sequence * kv_heads * group + head
@@ -176,6 +177,7 @@ def _attention_dq_kernel(
     VALUE_SIZE: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -217,11 +219,11 @@ def _attention_dq_kernel(
             k_row = k_start + first_key
             k_tile = stream_rows(k, batch, head // group, k_row, k_end, SIZE, BLOCK_N, BLOCK_D, EDGE, PACKED)
             v_tile = stream_rows(v, batch, head // group, k_row, k_end, VALUE_SIZE, BLOCK_N, BLOCK_DV, EDGE, PACKED)
-            products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            products = row_products(q_tile, k_tile, SPLIT, PRECISION)
             key = (first_key + tl.arange(0, BLOCK_N))[None, :]
             score, derivative = scores(products, position, key, keys, slope, masks, NATURAL, EDGE)
             probability = tl.exp2((score * unit - lse[:, None]) * LOG2_UNIT)
-            dprobability = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
+            dprobability = row_products(dout_tile, v_tile, SPLIT, PRECISION)
             if masks.seed is not None:
                 keep = kept(masks, sequence * heads + head, first, first_key, BLOCK_M, BLOCK_N)
                 dprobability = tl.where(keep, dprobability * masks.keep_scale, 0.0)

@@ -1,9 +1,9 @@
 """The configurations of attention's Triton kernels that the checks without a GPU compile and count.
 
-Every tile of every architecture: without options on a batch, and with all of them at once on packed sequences, causal;
-those of float32 with all of them. Missing are float32 heads on NVIDIA that spill: over 64 exactly, over 128 by tf32.
-The least bytes are those of flash attention at the tile's size: what a tile keeps and writes once, and of the other
-side what it sees, tile by tile.
+Every tile of every architecture, causal: without options on a batch, with all of them at once on packed sequences and,
+where rows come by TMA, on a batch, whose edges then do too; those of float32 with all of them. The least bytes are
+those of flash attention at the tile's size: what a tile keeps and writes once, and of the other side what it sees, tile
+by tile.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from memkernels.ops.attention.triton import attention_bwd, attention_fwd
 from memkernels.testing.cases import TARGETS, KernelCase, Target
 
 SEQUENCES, LENGTH, HEADS, KV_HEADS = 2, 256, 2, 1
+NONE, PACKED, BATCH = "", " all options", " all options on a batch"
 
 
-def _inputs(size: int, rich: bool, dtype: torch.dtype, device: str) -> tuple[list[Tensor], tuple]:
+def _inputs(size: int, options: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], tuple]:
     """q, k, v and what the operators take after them."""
-    lead = (SEQUENCES * LENGTH,) if rich else (SEQUENCES, LENGTH)
+    packed = options == PACKED
+    lead = (SEQUENCES * LENGTH,) if packed else (SEQUENCES, LENGTH)
     inputs = [torch.ones(*lead, heads, size, dtype=dtype, device=device) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    if not rich:
+    if options == NONE:
         return inputs, (None, None, None, None, None, LENGTH, LENGTH, 0.1, -1, 0, 0.0, 0.0)
-    starts = torch.arange(0, (SEQUENCES + 1) * LENGTH, LENGTH, dtype=torch.int32, device=device)
+    starts = torch.arange(0, (SEQUENCES + 1) * LENGTH, LENGTH, dtype=torch.int32, device=device) if packed else None
     slopes, sinks = (torch.ones(HEADS, device=device) for _ in range(2))
     seed = torch.zeros((), dtype=torch.int64, device=device)
     return inputs, (starts, starts, slopes, sinks, seed, LENGTH, LENGTH, 0.1, -1, 0, 30.0, 0.1)
@@ -45,16 +47,16 @@ def _seen(block: int, *tensors: Tensor, later: bool = False) -> Iterator[Tensor]
             yield rows[:, first:] if later else rows[:, : first + block]
 
 
-def _forward(config: Config, size: int, rich: bool, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    (q, k, v), masks = _inputs(size, rich, dtype, device)
+def _forward(config: Config, size: int, options: str, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    (q, k, v), masks = _inputs(size, options, dtype, device)
     out, lse = attention_fwd(q, k, v, *masks, config=config)
     return q, out, lse, *_seen(config.forward.BLOCK_M, *(k, v) * (HEADS // KV_HEADS))
 
 
-def _backward(config: Config, size: int, rich: bool, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    (q, k, v), masks = _inputs(size, rich, dtype, device)
+def _backward(config: Config, size: int, options: str, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    (q, k, v), masks = _inputs(size, options, dtype, device)
     out, dout = torch.ones_like(q), torch.ones_like(q)
-    lse = torch.ones(*((HEADS, len(q)) if rich else (SEQUENCES, HEADS, LENGTH)), device=device)
+    lse = torch.ones(*((HEADS, len(q)) if options == PACKED else (SEQUENCES, HEADS, LENGTH)), device=device)
     dq, dk, dv, _ = attention_bwd(dout, None, q, k, v, out, lse, *masks, True, config=config)
     delta = torch.empty_like(lse)
     of_delta = out, dout, lse, delta
@@ -64,12 +66,17 @@ def _backward(config: Config, size: int, rich: bool, dtype: torch.dtype, device:
 
 
 def _cases(
-    name: str, config: Config, size: int, rich: bool, targets: tuple[Target, ...], dtype: torch.dtype = torch.bfloat16
+    name: str,
+    config: Config,
+    size: int,
+    options: str,
+    targets: tuple[Target, ...],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[KernelCase]:
-    label = f"{str(dtype)[6:]} {size} {name}{' all options' if rich else ''}"
+    label = f"{str(dtype)[6:]} {size} {name}{options}"
     return [
-        KernelCase(f"forward {label}", partial(_forward, config, size, rich, dtype), targets=targets),
-        KernelCase(f"backward {label}", partial(_backward, config, size, rich, dtype), targets=targets),
+        KernelCase(f"forward {label}", partial(_forward, config, size, options, dtype), targets=targets),
+        KernelCase(f"backward {label}", partial(_backward, config, size, options, dtype), targets=targets),
     ]
 
 
@@ -87,16 +94,13 @@ NVIDIA, AMD = (tuple(t for t in TARGETS if t.backend == backend) for backend in 
 KERNEL_CASES = [
     case
     for architecture, size in product(PLAIN, (64, 96, 128, 256))
-    for rich, configs in ((False, PLAIN), (True, RICH))
-    for case in _cases(architecture, configs[architecture][_block(size)], size, rich, _targets(architecture))
+    for options, configs in ((NONE, PLAIN), (PACKED, RICH), (BATCH, RICH))
+    if options != BATCH or configs[architecture][_block(size)].TMA
+    for case in _cases(architecture, configs[architecture][_block(size)], size, options, _targets(architecture))
 ]
 KERNEL_CASES += [
     case
-    for name, configs, precision, sizes, targets in (
-        ("exact", FLOAT32["nvidia"], "ieee", (64,), NVIDIA),
-        ("tf32", FLOAT32["nvidia"], "tf32", (64, 128), NVIDIA),
-        ("gfx942", FLOAT32["amd"], "ieee", (64, 128, 256), AMD),
-    )
-    for size in sizes
-    for case in _cases(name, configs[size]._replace(PRECISION=precision), size, True, targets, torch.float32)
+    for name, targets in (("exact", NVIDIA), ("tf32", NVIDIA), ("amd", AMD))
+    for size in (64, 96, 128, 256)
+    for case in _cases(name, FLOAT32[name][_block(size)], size, PACKED, targets, torch.float32)
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memkernels.ops.attention.triton_scores import LN2, LOG2E, alibi_slope, kept, score_unit, scores
+from memkernels.ops.attention.triton_scores import LN2, LOG2E, alibi_slope, kept, row_products, score_unit, scores
 from memkernels.ops.attention.triton_tiles import (
     load_rows,
     sequence_rows,
@@ -33,6 +33,7 @@ def _attention_fwd_kernel(
     VALUE_SIZE: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -77,7 +78,7 @@ def _attention_fwd_kernel(
             first_key = tile_at(index, begin, full_begin, full_end, EDGE) * BLOCK_N
             row, k_end = k_start + first_key, k_start + keys
             k_tile = stream_rows(k, batch, head // group, row, k_end, SIZE, BLOCK_N, BLOCK_D, EDGE, PACKED)
-            products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            products = row_products(q_tile, k_tile, SPLIT, PRECISION)
             key = (first_key + tl.arange(0, BLOCK_N))[None, :]
             score, _ = scores(products, position, key, keys, slope, masks, NATURAL, EDGE)
             larger = tl.maximum(largest, tl.max(score, 1) * unit)

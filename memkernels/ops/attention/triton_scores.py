@@ -35,6 +35,22 @@ class Masks(NamedTuple):
 
 
 @triton.jit
+def row_products(rows, columns, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """rows columns^T over the head size, which SPLIT > 1 cuts into parts that warps multiply apart and then add.
+
+    Without it each thread holds whole rows of float32, for which large heads leave no registers.
+    """
+    if SPLIT == 1:
+        products = tl.dot(rows, columns.T, input_precision=PRECISION)
+    else:
+        SIZE: tl.constexpr = rows.shape[1] // SPLIT
+        left = rows.reshape(rows.shape[0], SPLIT, SIZE).permute(1, 0, 2)
+        right = columns.reshape(columns.shape[0], SPLIT, SIZE).permute(1, 2, 0)
+        products = tl.sum(tl.dot(left, right, input_precision=PRECISION), 0)
+    return products
+
+
+@triton.jit
 def alibi_slope(masks, sequence, head):
     """The slope of a head; 0 without ALiBi."""
     slope = 0.0
