@@ -6,10 +6,19 @@ Importing memkernels loads neither Triton nor transformers.
 """
 
 from memkernels import nn, ops
-from memkernels.adapters import load_adapter, lora, merge_adapter, save_adapter, unmerge_adapter
+from memkernels.adapters import (
+    load_adapter,
+    load_base,
+    lora,
+    merge_adapter,
+    parameters_on_meta,
+    save_adapter,
+    unmerge_adapter,
+)
 from memkernels.integrations import patch, unpatch
 
 __all__ = [
-    "load_adapter", "lora", "merge_adapter", "nn", "ops", "patch", "save_adapter", "unmerge_adapter", "unpatch",
+    "load_adapter", "load_base", "lora", "merge_adapter", "nn", "ops", "parameters_on_meta", "patch", "save_adapter",
+    "unmerge_adapter", "unpatch",
 ]  # fmt: skip
 __version__ = "0.1.0"
