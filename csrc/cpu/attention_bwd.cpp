@@ -1,7 +1,10 @@
 // Attention backward. With P = exp(S - lse), delta = rowsum(dO * O) - dlse and slope = d S / d (Q K^T):
 //   dV = P^T dO      dS = P * (dO V^T - delta) * slope      dQ = dS K      dK = dS^T Q
-// P and dO V^T are those of dropout where there is dropout. Each task owns the gradients of one head of k and v, walks
-// its keys, and for each the queries that see them: no atomics, the same result for any number of threads.
+// P and dO V^T are those of dropout where there is dropout. A tile of keys owns its dK and dV, and walks the queries
+// that see it. To dQ of a query the tiles add in the order of the keys, each after the one before it: no sums by
+// atomics, and the same result bit for bit for any number of threads.
+#include <numeric>
+#include <thread>
 #include <tuple>
 
 #include "common/kernel_table.h"
@@ -23,6 +26,8 @@ struct Gradients {
 // What all queries of one head bring to the products, packed once: tile t starts at t * (its size).
 template <typename U>
 struct PackedQueries {
+  static constexpr int64_t kUnits = kQueries / kDepth<U>;
+
   PackedQueries(int64_t tiles, const Padded<U>& size, const Padded<U>& value)
       : q_columns(tiles * size.depth * kQueries),
         q_rows(tiles * kUnits * size.lanes),
@@ -32,9 +37,51 @@ struct PackedQueries {
         delta(tiles * kQueries),
         dq(tiles * size.rows * kQueries) {}
 
-  static constexpr int64_t kUnits = kQueries / kDepth<U>;
   Buffer<U> q_columns, q_rows, dout_columns, dout_rows;  // units along the head or, for _rows, along queries
   Buffer<float> lse, delta, dq;                          // dq: [tile][size.rows][kQueries]
+};
+
+// What a thread holds of the tile of keys that it is at.
+template <typename U>
+struct KeyTile {
+  static constexpr int64_t kUnits = kKeys / kDepth<U>, kQueryUnits = kQueries / kDepth<U>;
+
+  KeyTile(const Padded<U>& size, const Padded<U>& value)
+      : k_rows(kKeys * size.depth),
+        k_units(kUnits * size.rows),
+        k_columns(size.rows * kUnits),
+        v_rows(kKeys * value.depth),
+        p_rows(kKeys * kQueryUnits),
+        ds_rows(kKeys * kQueryUnits),
+        ds_units(kUnits * kQueries),
+        products(kKeys * kQueries),
+        dp(kKeys * kQueries),
+        dk(kKeys * size.lanes),
+        dv(kKeys * value.lanes) {}
+
+  Buffer<U> k_rows, k_units, k_columns, v_rows;
+  Buffer<U> p_rows, ds_rows, ds_units;  // P^T and dS^T as rows, the A operands of dV and dK; dS^T as dQ's B
+  Buffer<float> products, dp, dk, dv;
+};
+
+// The order in which tiles of keys come to a tile of queries. Tiles are begun in order, so the first that is not
+// finished waits for none.
+class KeyOrder {
+ public:
+  explicit KeyOrder(int64_t key_tiles) : passed_(key_tiles) {}
+
+  // Until the tile of keys before this one, and so all before, have passed the tile of queries.
+  void wait(int64_t key_tile, int64_t query_tile) const {
+    if (key_tile == 0) return;
+    while (passed_[key_tile - 1].load(std::memory_order_acquire) <= query_tile) std::this_thread::yield();
+  }
+  void pass(int64_t key_tile, int64_t query_tile) {
+    passed_[key_tile].store(query_tile + 1, std::memory_order_release);
+  }
+  void finish(int64_t key_tile) { pass(key_tile, kUnlimited); }
+
+ private:
+  std::vector<std::atomic<int64_t>> passed_;
 };
 
 template <typename T>
@@ -48,8 +95,11 @@ class Backward {
       : call_(call), grads_(gradients), size_(call.shape.size), value_(call.shape.value_size) {}
 
   void run() const {
-    const int64_t heads = call_.shape.kv_heads;
-    parallel_tasks(static_cast<int64_t>(call_.sequences.size()) * heads, [&](int64_t i) { run(i / heads, i % heads); });
+    const int64_t heads = call_.shape.kv_heads, tasks = static_cast<int64_t>(call_.sequences.size()) * heads;
+    const auto task = [&](int64_t i) { run(i / heads, i % heads); };
+    // A parallel region within another is serial: a head is one thread's, or, with too few for that, all threads'.
+    if (tasks >= torch::stable::get_num_threads()) return parallel_tasks(tasks, task);
+    for (int64_t i = 0; i < tasks; ++i) task(i);
   }
 
  private:
@@ -57,62 +107,69 @@ class Backward {
     const Sequence& s = call_.sequences[sequence];
     const int64_t key_tiles = (s.k_len + kKeys - 1) / kKeys, query_tiles = (s.q_len + kQueries - 1) / kQueries;
     const int64_t group = call_.shape.group();
-    // Sums over the heads that share these keys; with one head a single tile is enough.
-    const int64_t kept_tiles = group > 1 ? key_tiles : 1;
+    // Sums over the heads that share these keys; those of one head alone stay in its KeyTile.
+    const int64_t kept_tiles = group > 1 ? key_tiles : 0;
     Buffer<float> dk(kept_tiles * kKeys * size_.lanes), dv(kept_tiles * kKeys * value_.lanes);
-    Buffer<U> k_rows(kKeys * size_.depth), k_units(kKeyUnits * size_.rows), k_columns(size_.rows * kKeyUnits),
-        v_rows(kKeys * value_.depth), ds_units(kKeyUnits * kQueries);
-    // P^T and dS^T as rows [kKeys][kQueryUnits]: the A operands of dV and dK.
-    Buffer<U> p_rows(kKeys * kQueryUnits), ds_rows(kKeys * kQueryUnits);
-    Buffer<float> products(kKeys * kQueries), dp(kKeys * kQueries);
     PackedQueries<U> queries(query_tiles, size_, value_);
 
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = kv_head * group + g;
       pack_queries(s, sequence, head, query_tiles, queries);
-      const Dropout dropout(call_.options, call_.stream(sequence, head));
-      for (int64_t t = 0; t < key_tiles; ++t) {
+      KeyOrder order(key_tiles);
+      const auto make_tile = [&] { return KeyTile<U>(size_, value_); };
+      parallel_tasks(key_tiles, make_tile, [&](KeyTile<U>& tile, int64_t t) {
         const int64_t key = t * kKeys, count = std::min(kKeys, s.k_len - key);
-        float* dk_tile = dk.get() + (group > 1 ? t : 0) * kKeys * size_.lanes;
-        float* dv_tile = dv.get() + (group > 1 ? t : 0) * kKeys * value_.lanes;
+        float* dk_tile = group > 1 ? &dk[t * kKeys * size_.lanes] : tile.dk.get();
+        float* dv_tile = group > 1 ? &dv[t * kKeys * value_.lanes] : tile.dv.get();
         if (g == 0) {
           std::fill_n(dk_tile, kKeys * size_.lanes, 0.0f);
           std::fill_n(dv_tile, kKeys * value_.lanes, 0.0f);
         }
-        pack_rows(call_.k.at(s.batch, s.k_start + key, kv_head), call_.k.row_stride, count, call_.shape.size,
-                  k_rows.get(), kKeys, size_.depth);
-        pack_rows(call_.v.at(s.batch, s.k_start + key, kv_head), call_.v.row_stride, count, call_.shape.value_size,
-                  v_rows.get(), kKeys, value_.depth);
-        pack_columns(call_.k.at(s.batch, s.k_start + key, kv_head), call_.k.row_stride, count, call_.shape.size,
-                     k_units.get(), kKeyUnits, size_.rows);
-        transpose(k_units.get(), kKeyUnits, size_.rows, k_columns.get(), kKeyUnits);
-
-        const KeyRange seen_by = seeing_queries(s, key, key + count);
-        for (int64_t q = seen_by.begin / kQueries; q * kQueries < seen_by.end; ++q) {
-          tile_matmul(kKeys, size_.depth, k_rows.get(), size_.depth, &queries.q_columns[q * size_.depth * kQueries],
-                      kQueries, products.get(), kQueries, false);
-          tile_matmul(kKeys, value_.depth, v_rows.get(), value_.depth,
-                      &queries.dout_columns[q * value_.depth * kQueries], kQueries, dp.get(), kQueries, false);
-          const ScoreTile tile{call_.options, call_.alibi(sequence, head), s.k_len - s.q_len, q * kQueries, key,
-                               s.k_len};
-          score_gradients(tile, dropout, products.get(), dp.get(), &queries.lse[q * kQueries],
-                          &queries.delta[q * kQueries], p_rows.get(), ds_rows.get(), ds_units.get());
-          wide_tile_matmul(kKeys, value_.lanes / kLanes, kQueryUnits, p_rows.get(), kQueryUnits,
-                           &queries.dout_rows[q * kQueryUnits * value_.lanes], value_.lanes, dv_tile, value_.lanes,
-                           true);
-          wide_tile_matmul(kKeys, size_.lanes / kLanes, kQueryUnits, ds_rows.get(), kQueryUnits,
-                           &queries.q_rows[q * kQueryUnits * size_.lanes], size_.lanes, dk_tile, size_.lanes, true);
-          tile_matmul(size_.rows, kKeyUnits, k_columns.get(), kKeyUnits, ds_units.get(), kQueries,
-                      &queries.dq[q * size_.rows * kQueries], kQueries, true);
-        }
+        pack_keys(s, kv_head, key, count, tile);
+        add_gradients(s, sequence, head, t, count, queries, order, tile, dk_tile, dv_tile);
         if (g == group - 1) {
           write_rows(dk_tile, size_.lanes, count, call_.shape.size, grads_.dk, s.batch, s.k_start + key, kv_head);
           write_rows(dv_tile, value_.lanes, count, call_.shape.value_size, grads_.dv, s.batch, s.k_start + key,
                      kv_head);
         }
-      }
-      write_dq(s, head, queries);
+      });
+      write_dq(s, head, query_tiles, queries);
     }
+  }
+
+  void pack_keys(const Sequence& s, int64_t kv_head, int64_t key, int64_t count, KeyTile<U>& to) const {
+    const T* k = call_.k.at(s.batch, s.k_start + key, kv_head);
+    const T* v = call_.v.at(s.batch, s.k_start + key, kv_head);
+    pack_rows(k, call_.k.row_stride, count, call_.shape.size, to.k_rows.get(), kKeys, size_.depth);
+    pack_rows(v, call_.v.row_stride, count, call_.shape.value_size, to.v_rows.get(), kKeys, value_.depth);
+    pack_columns(k, call_.k.row_stride, count, call_.shape.size, to.k_units.get(), kKeyUnits, size_.rows);
+    transpose(to.k_units.get(), kKeyUnits, size_.rows, to.k_columns.get(), kKeyUnits);
+  }
+
+  // What a tile of keys and one head's queries give to dK, dV and dQ.
+  void add_gradients(const Sequence& s, int64_t sequence, int64_t head, int64_t key_tile, int64_t count,
+                     const PackedQueries<U>& queries, KeyOrder& order, KeyTile<U>& keys, float* dk, float* dv) const {
+    const Dropout dropout(call_.options, call_.stream(sequence, head));
+    const int64_t key = key_tile * kKeys;
+    const KeyRange seen_by = seeing_queries(s, key, key + count);
+    for (int64_t q = seen_by.begin / kQueries; q * kQueries < seen_by.end; ++q) {
+      tile_matmul(kKeys, size_.depth, keys.k_rows.get(), size_.depth, &queries.q_columns[q * size_.depth * kQueries],
+                  kQueries, keys.products.get(), kQueries, false);
+      tile_matmul(kKeys, value_.depth, keys.v_rows.get(), value_.depth,
+                  &queries.dout_columns[q * value_.depth * kQueries], kQueries, keys.dp.get(), kQueries, false);
+      const ScoreTile tile{call_.options, call_.alibi(sequence, head), s.k_len - s.q_len, q * kQueries, key, s.k_len};
+      score_gradients(tile, dropout, keys.products.get(), keys.dp.get(), &queries.lse[q * kQueries],
+                      &queries.delta[q * kQueries], keys.p_rows.get(), keys.ds_rows.get(), keys.ds_units.get());
+      wide_tile_matmul(kKeys, value_.lanes / kLanes, kQueryUnits, keys.p_rows.get(), kQueryUnits,
+                       &queries.dout_rows[q * kQueryUnits * value_.lanes], value_.lanes, dv, value_.lanes, true);
+      wide_tile_matmul(kKeys, size_.lanes / kLanes, kQueryUnits, keys.ds_rows.get(), kQueryUnits,
+                       &queries.q_rows[q * kQueryUnits * size_.lanes], size_.lanes, dk, size_.lanes, true);
+      order.wait(key_tile, q);
+      tile_matmul(size_.rows, kKeyUnits, keys.k_columns.get(), kKeyUnits, keys.ds_units.get(), kQueries,
+                  &queries.dq[q * size_.rows * kQueries], kQueries, true);
+      order.pass(key_tile, q);
+    }
+    order.finish(key_tile);
   }
 
   // The queries that see any of the keys [first, last).
@@ -123,9 +180,9 @@ class Backward {
   }
 
   void pack_queries(const Sequence& s, int64_t sequence, int64_t head, int64_t tiles, PackedQueries<U>& to) const {
-    Buffer<U> rows(kQueries * std::max(size_.depth, value_.depth));
-    double sink_gradient = 0.0;
-    for (int64_t t = 0; t < tiles; ++t) {
+    std::vector<double> sink_gradients(tiles);
+    const auto make_rows = [&] { return Buffer<U>(kQueries * std::max(size_.depth, value_.depth)); };
+    parallel_tasks(tiles, make_rows, [&](const Buffer<U>& rows, int64_t t) {
       const int64_t first = t * kQueries, count = std::min(kQueries, s.q_len - first), row = s.q_start + first;
       const auto pack = [&](const Rows<const T>& x, int64_t size, const Padded<U>& padded, U* columns, U* across) {
         pack_rows(x.at(s.batch, row, head), x.row_stride, count, size, rows.get(), kQueries, padded.depth);
@@ -149,16 +206,17 @@ class Backward {
             lse = kInfinity;
             delta = 0.0f;
           }
-          if (grads_.dsinks != nullptr) sink_gradient -= std::exp(call_.sinks[head] - lse) * delta;
+          if (grads_.dsinks != nullptr) sink_gradients[t] -= std::exp(call_.sinks[head] - lse) * delta;
         }
         to.lse[first + i] = lse;
         to.delta[first + i] = delta;
       }
-    }
+      std::fill_n(&to.dq[t * size_.rows * kQueries], size_.rows * kQueries, 0.0f);
+    });
     if (grads_.dsinks != nullptr) {
-      grads_.dsinks[sequence * call_.shape.heads + head] = static_cast<float>(sink_gradient);
+      const double total = std::accumulate(sink_gradients.begin(), sink_gradients.end(), 0.0);
+      grads_.dsinks[sequence * call_.shape.heads + head] = static_cast<float>(total);
     }
-    std::fill_n(to.dq.get(), tiles * size_.rows * kQueries, 0.0f);
   }
 
   // Products and dP of a tile -> P^T and dS^T, both as rows over queries, dS^T also in units over keys.
@@ -212,13 +270,14 @@ class Backward {
     }
   }
 
-  void write_dq(const Sequence& s, int64_t head, const PackedQueries<U>& queries) const {
-    Buffer<float> rows(kQueries * size_.rows);
-    for (int64_t first = 0; first < s.q_len; first += kQueries) {
+  void write_dq(const Sequence& s, int64_t head, int64_t tiles, const PackedQueries<U>& queries) const {
+    const auto make_rows = [&] { return Buffer<float>(kQueries * size_.rows); };
+    parallel_tasks(tiles, make_rows, [&](const Buffer<float>& rows, int64_t t) {
+      const int64_t first = t * kQueries;
       transpose(&queries.dq[first * size_.rows], size_.rows, kQueries, rows.get(), size_.rows);
       write_rows(rows.get(), size_.rows, std::min(kQueries, s.q_len - first), call_.shape.size, grads_.dq, s.batch,
                  s.q_start + first, head);
-    }
+    });
   }
 
   const Call<T>& call_;

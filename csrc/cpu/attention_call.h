@@ -71,9 +71,11 @@ struct Call {
         q(rows_of<const T>(tensors[0])),
         k(rows_of<const T>(tensors[1])),
         v(rows_of<const T>(tensors[2])),
-        alibi_slopes(as_contiguous(alibi_slopes_in)),
+        slopes_tensor(as_contiguous(alibi_slopes_in)),
         sinks_tensor(as_contiguous(sinks_in)),
+        slopes(data_or_null<float>(slopes_tensor)),
         sinks(data_or_null<float>(sinks_tensor)),
+        slopes_by_sequence(alibi_slopes_in.has_value() && alibi_slopes_in->dim() == 2),
         options(options_in),
         shape{q_in.size(-2), k_in.size(-2), q_in.size(-1), v_in.size(-1)},
         packed_rows(q_in.dim() == 3 ? q_in.size(0) : -1),
@@ -82,9 +84,8 @@ struct Call {
 
   // (H,) or (B, H) slopes; 0 without.
   float alibi(int64_t sequence, int64_t head) const {
-    if (!alibi_slopes.has_value()) return 0.0f;
-    const float* slopes = alibi_slopes->const_data_ptr<float>();
-    return alibi_slopes->dim() == 1 ? slopes[head] : slopes[sequence * shape.heads + head];
+    if (slopes == nullptr) return 0.0f;
+    return slopes[slopes_by_sequence ? sequence * shape.heads + head : head];
   }
 
   int64_t stream(int64_t sequence, int64_t head) const { return sequence * shape.heads + head; }
@@ -96,8 +97,9 @@ struct Call {
 
   Tensor tensors[3];
   Rows<const T> q, k, v;
-  std::optional<Tensor> alibi_slopes, sinks_tensor;
-  const float* sinks;
+  std::optional<Tensor> slopes_tensor, sinks_tensor;
+  const float *slopes, *sinks;
+  bool slopes_by_sequence;
   Options options;
   Shape shape;
   int64_t packed_rows, rows;

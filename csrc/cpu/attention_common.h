@@ -159,14 +159,22 @@ struct Dropout {
   }
 };
 
-// Runs task(index) for each index, handing them out one by one: tasks differ in length under causal masks.
-template <typename Task>
-void parallel_tasks(int64_t count, Task&& task) {
+// Runs task(scratch, index) for each index, handing them out one by one, in order: tasks differ in length under causal
+// masks. Each thread makes its scratch before it takes a task: a failed allocation leaves none taken and not done.
+template <typename MakeScratch, typename Task>
+void parallel_tasks(int64_t count, MakeScratch&& make_scratch, Task&& task) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) task(i);
+    auto scratch = make_scratch();
+    for (int64_t i = next++; i < count; i = next++) task(scratch, i);
   });
+}
+
+// The same for tasks without scratch.
+template <typename Task>
+void parallel_tasks(int64_t count, Task&& task) {
+  parallel_tasks(count, [] { return nullptr; }, [&](std::nullptr_t, int64_t i) { task(i); });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -9,8 +9,8 @@
 namespace memkernels::cpu {
 namespace {
 
-// Queries of one task: enough that packing K and V for it costs little, few enough that threads find work.
-constexpr int64_t kTaskQueries = 16 * kQueries;
+// Tiles of queries of one task, at most: enough that packing K and V for it costs little.
+constexpr int64_t kTaskTiles = 16;
 
 struct Task {
   int64_t sequence, kv_head, first, last;  // queries [first, last)
@@ -24,13 +24,14 @@ class Forward {
   Forward(const Call<T>& call, const Rows<T>& out, float* lse) : call_(call), out_(out), lse_(lse) {}
 
   void run() const {
+    const int64_t queries = task_queries();
     std::vector<Task> tasks;
     for (size_t s = 0; s < call_.sequences.size(); ++s) {
       // The last queries see the most keys under a causal mask: they go first.
       const int64_t length = call_.sequences[s].q_len;
-      for (int64_t last = length; last > 0; last = (last - 1) / kTaskQueries * kTaskQueries) {
+      for (int64_t last = length; last > 0; last = (last - 1) / queries * queries) {
         for (int64_t head = 0; head < call_.shape.kv_heads; ++head) {
-          tasks.push_back({static_cast<int64_t>(s), head, (last - 1) / kTaskQueries * kTaskQueries, last});
+          tasks.push_back({static_cast<int64_t>(s), head, (last - 1) / queries * queries, last});
         }
       }
     }
@@ -38,6 +39,14 @@ class Forward {
   }
 
  private:
+  // Queries of one task: few enough that every thread finds two.
+  int64_t task_queries() const {
+    int64_t tiles = 0;
+    for (const Sequence& s : call_.sequences) tiles += (s.q_len + kQueries - 1) / kQueries;
+    const int64_t share = tiles * call_.shape.kv_heads / (2 * torch::stable::get_num_threads());
+    return std::clamp<int64_t>(share, 1, kTaskTiles) * kQueries;
+  }
+
   void run(const Task& task) const {
     const Sequence& s = call_.sequences[task.sequence];
     const Padded<U> size(call_.shape.size), value(call_.shape.value_size);
