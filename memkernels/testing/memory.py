@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -27,21 +29,35 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def saved_bytes(forward: Callable[[], object], *, exclude: tuple[Tensor, ...] = ()) -> int:
-    """Bytes of the distinct storages that autograd saves while `forward` runs; those of `exclude` do not count."""
-    seen = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    total = 0
-    alive = []  # A freed storage's address could come again and hide a second one.
+    """Bytes of the distinct storages that `forward` leaves alive for backward.
+
+    Those are what autograd saves and what Python objects still hold after the call: attributes of a Function's ctx, the
+    outputs that selective checkpointing keeps. Storages of `exclude` do not count, nor those of the result unless
+    autograd saves them.
+    """
+    gc.collect()
+    seen = {tensor.untyped_storage().data_ptr() for tensor in (*exclude, *_tensors_in_python())}
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    kept = {}  # Keeps storages alive: a freed one's address could come again and hide a second.
 
     def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            alive.append(storage)
-            total += storage.nbytes()
+        if storage.data_ptr() not in excluded:
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
-    del result
-    return total
+    gc.collect()
+    seen |= {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+    for tensor in _tensors_in_python():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            kept[storage.data_ptr()] = storage
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _tensors_in_python() -> list[Tensor]:
+    """Every tensor with memory of its own that a Python object stands for."""
+    found = (held for held in gc.get_objects() if type(held) in (Tensor, torch.nn.Parameter))
+    return [tensor for tensor in found if tensor.layout == torch.strided and tensor.device.type != "meta"]
