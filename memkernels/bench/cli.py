@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     for op, benchmark, case in selected:
         print(f"\n{op} {case.label}", flush=True)
         for mode in modes:
+            if mode == "time" and not benchmark.modes:
+                continue
             rows = measures[mode](benchmark, case)
             missing |= len({row.provider for row in rows}) < len(benchmark.providers)
             if rows:

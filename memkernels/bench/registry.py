@@ -62,7 +62,7 @@ class Benchmark:
             numbers; an ImportError makes that provider unavailable, with its message.
         work: least bytes and FLOPs of a mode of `TIME_MODES`, for GB/s and GFLOP/s; zero where it says nothing.
         baseline: the provider that ratios are taken to.
-        modes: which of `TIME_MODES` are timed.
+        modes: which of `TIME_MODES` are timed; none where the providers are compared by memory alone.
         path: the file it was loaded from; filled in by `load`.
     """
 

@@ -8,6 +8,7 @@ import torch
 
 from memkernels.bench import cli, machine
 from memkernels.bench.results import read
+from memkernels.bench.step import TIME_MODES
 
 BENCHMARK = """
     import torch
@@ -29,15 +30,16 @@ BENCHMARK = """
         providers=PROVIDERS,
         setup=setup,
         work=lambda case, mode: Work(bytes=2 * 4 * case.sizes["n"]),
+        modes=MODES,
     )
 """
 
 
 @pytest.fixture
 def run(tmp_path):
-    def run(providers, *arguments):
+    def run(providers, *arguments, modes=TIME_MODES):
         (tmp_path / "ops").mkdir(exist_ok=True)
-        source = textwrap.dedent(BENCHMARK).replace("PROVIDERS", repr(providers))
+        source = textwrap.dedent(BENCHMARK).replace("PROVIDERS", repr(providers)).replace("MODES", repr(modes))
         (tmp_path / "ops" / "total.py").write_text(source)
         parser = argparse.ArgumentParser()
         cli.add_arguments(parser)
@@ -67,6 +69,11 @@ def test_a_run_writes_every_mode_of_every_provider(run, tmp_path, monkeypatch):
         assert row.saved_bytes in (0, None)
         if row.mode == "forward":
             assert row.gb_per_s == pytest.approx(2 * tensor / row.median_ms / 1e6, rel=1e-3)
+
+
+def test_memory_alone_compares_providers_that_compute_different_things(run, tmp_path):
+    assert run(("eager", "wrong"), modes=()) == 0
+    assert {row.mode for row in results(tmp_path)} == {"memory", "memory_with_gradients"}
 
 
 def test_a_missing_provider_is_a_message_and_a_status(run, capsys):
