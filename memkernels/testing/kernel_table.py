@@ -38,6 +38,18 @@ TRAFFIC_HEADING = """## Traffic
 
 Bytes moved through global memory, caches or not, over the least possible: each input read once, each output written
 once.
+
+Attention has no such least without a cache that holds a whole head, so its own is the lower bound of flash attention
+at the tile's size, over the causal half that the cases have: a kernel reads and writes once what its tile keeps, and
+reads the rows of the other side that the tile sees, tile by tile. With Q, K, V, O for the bytes of a head's rows, S
+rows, tiles of M queries in forward and dQ and of N keys in dK and dV, and sums over heads of queries:
+
+- forward: Q + O + lse + (K + V) (S / M + 1) / 2; the larger M, the less.
+- backward, in three passes: O + dO + lse + delta; K + V + dK + dV, once for the heads that share them, and
+  (Q + dO + lse + delta) (S / N + 1) / 2; Q + dO + lse + delta + dQ + (K + V) (S / M + 1) / 2.
+
+A ratio of 1 so means that hidden tiles are skipped and that a tile reads nothing twice. How often tiles read the same
+rows, from caches or not, is in the bytes, and the choice of M and N.
 """
 
 
