@@ -10,7 +10,7 @@ from torch import Tensor
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, as `torch.nn.functional.linear` takes it; else x's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

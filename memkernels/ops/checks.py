@@ -23,7 +23,11 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str)
 
 def check_same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != reference.device:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}.")
+        if tensor.device != reference.device:
             raise ValueError(
                 f"{name}: expected device {reference.device}, that of {reference_name}, got {tensor.device}."
             )

@@ -42,4 +42,10 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """A 0-dim int64 tensor on `device`; without a seed, drawn from torch's generator of that device."""
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), device=device, dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        fits = seed.numel() == 1 and seed.device.type != "meta" and not seed.is_floating_point()
+    else:
+        fits = hasattr(seed, "__index__") and -(2**63) <= seed < 2**63
+    if not fits:
+        raise ValueError(f"seed: expected an integer of 64 bits, or a tensor of one, got {seed!r}.")
     return torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())

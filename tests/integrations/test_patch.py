@@ -76,7 +76,8 @@ def test_saved_bytes(make_model, make_batch, recompute):
     }
     assert saved(num_hidden_layers=3) - saved() == tokens * layer[recompute]
     if recompute == "layer":
-        assert saved("left", num_hidden_layers=3) - saved("left") == tokens * 4 * 2 * d
+        of_checkpoint = torch.get_rng_state().nbytes  # torch.utils.checkpoint keeps the generator's state
+        assert saved("left", num_hidden_layers=3) - saved("left") == tokens * 4 * 2 * d + of_checkpoint
         assert saved("right", num_hidden_layers=3) - saved("right") == (tokens - 9) * layer[recompute]
     assert saved(vocab_size=301) == saved()
 

@@ -7,9 +7,18 @@ from hypothesis import strategies as st
 
 from memkernels import ops
 from memkernels.ops.attention import reference
+from memkernels.ops.attention.backends import BACKENDS
 from memkernels.ops.attention.checks import starts_fit
 from memkernels.ops.attention.configs import FLOAT32
-from memkernels.testing import check_op, implementations, random_tensor, saved_bytes
+from memkernels.testing import (
+    assert_within_factor_two,
+    check_op,
+    implementations,
+    peak_bytes,
+    random_tensor,
+    run_in_child,
+    saved_bytes,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = implementations("attention_fwd")
@@ -26,6 +35,11 @@ def make_inputs(
         "v": (*lead, keys, kv_heads, value_size or size),
     }
     return {n: random_tensor(*s, dtype=dtype, device=device, seed=i) for i, (n, s) in enumerate(shapes.items())}
+
+
+def make_slopes(*shape, device):
+    """Positive, as ALiBi's are: negative ones make large scores, and lse rounds more than what a softmax subtracts."""
+    return random_tensor(*shape, dtype=torch.float32, device=device).detach().abs()
 
 
 def finite(result):
@@ -63,8 +77,11 @@ def check(inputs, **options):
         {"queries": 130, "keys": 50, "heads": 2, "kv_heads": 1, "size": 17, "value_size": 33},
         {"queries": 50, "keys": 130, "heads": 2, "size": 128, "value_size": 16},
         {"batch": 1, "queries": 49, "keys": 97, "heads": 1, "kv_heads": 1, "size": 16},
+        {"batch": 1, "queries": 33, "keys": 40, "heads": 2, "kv_heads": 1, "size": 96},
+        {"batch": 1, "queries": 33, "keys": 40, "heads": 3, "kv_heads": 3, "size": 192, "value_size": 128},
+        {"batch": 1, "queries": 33, "keys": 40, "heads": 2, "kv_heads": 1, "size": 256},
     ],
-    ids=["gqa", "one query", "odd sizes", "long keys", "one head"],
+    ids=["gqa", "one query", "odd sizes", "long keys", "one head", "96", "192 and 128", "256"],
 )
 def test_matches_reference(implementation, shape, causal, dtype):
     with implementation.active() as device:
@@ -108,22 +125,23 @@ def test_options_match_reference(implementation, options, dtype):
 
 
 @on_every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [50, 90], ids=["", "queries that see the sink alone"])
 @pytest.mark.parametrize("by_batch", [False, True], ids=["(H,)", "(B, H)"])
-def test_alibi_and_sinks_match_reference(implementation, by_batch):
+def test_alibi_and_sinks_match_reference(implementation, by_batch, queries, dtype):
     with implementation.active() as device:
-        inputs = make_inputs(torch.float32, device, queries=50, keys=60, size=16)
-        inputs["alibi_slopes"] = random_tensor(
-            *((2, 4) if by_batch else (4,)), dtype=torch.float32, device=device
-        ).detach()
+        inputs = make_inputs(dtype, device, queries=queries, keys=60, size=16)
+        inputs["alibi_slopes"] = make_slopes(*((2, 4) if by_batch else (4,)), device=device)
         inputs["sinks"] = random_tensor(4, dtype=torch.float32, device=device, seed=9)
         check(inputs, causal=True, window=(40, 0))
 
 
 @on_every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_packed_sequences_match_reference(implementation, dropout_p):
+def test_packed_sequences_match_reference(implementation, dropout_p, dtype):
     with implementation.active() as device:
-        inputs = make_inputs(torch.float32, device, queries=120, keys=140, size=24, packed=True)
+        inputs = make_inputs(dtype, device, queries=120, keys=140, size=24, packed=True)
         starts = {
             "cu_seqlens_q": torch.tensor([0, 1, 1, 60, 120], dtype=torch.int32, device=device),
             "cu_seqlens_k": torch.tensor([0, 50, 51, 60, 140], dtype=torch.int32, device=device),
@@ -132,9 +150,38 @@ def test_packed_sequences_match_reference(implementation, dropout_p):
 
 
 @on_every_implementation
-def test_queries_that_see_nothing_give_zero_and_zero_gradients(implementation):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_every_option_at_once_matches_reference(implementation, dtype):
     with implementation.active() as device:
-        inputs = make_inputs(torch.bfloat16, device, queries=100, keys=40, size=16)
+        inputs = make_inputs(dtype, device, queries=90, keys=110, size=24, value_size=40, packed=True)
+        inputs["alibi_slopes"] = make_slopes(3, 4, device=device)
+        inputs["sinks"] = random_tensor(4, dtype=torch.float32, device=device, seed=9)
+        starts = {
+            "cu_seqlens_q": torch.tensor([0, 20, 60, 90], dtype=torch.int32, device=device),
+            "cu_seqlens_k": torch.tensor([0, 20, 50, 110], dtype=torch.int32, device=device),
+        }
+        check(inputs, causal=True, window=(25, -1), softcap=4.0, scale=0.3, dropout_p=0.2, seed=11, **starts)
+
+
+@on_every_implementation
+@pytest.mark.parametrize(
+    "shape", [{"queries": 0}, {"keys": 0}, {"batch": 0}], ids=["no queries", "no keys", "no sequences"]
+)
+def test_nothing_to_attend(implementation, shape):
+    with implementation.active() as device:
+        inputs = make_inputs(torch.float32, device, **({"queries": 5, "keys": 7, "size": 16} | shape))
+        out, lse = ops.attention(**inputs, return_lse=True)
+        gradients = torch.autograd.grad(out.sum(), tuple(inputs.values()))
+        assert torch.equal(out, torch.zeros_like(inputs["q"])) and lse.isneginf().all()
+        for tensor, gradient in zip(inputs.values(), gradients, strict=True):
+            assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_that_see_nothing_give_zero_and_zero_gradients(implementation, dtype):
+    with implementation.active() as device:
+        inputs = make_inputs(dtype, device, queries=100, keys=40, size=16)
         out, lse = ops.attention(**inputs, causal=True, return_lse=True)
         (out.float().sum() + lse[..., 60:].sum()).backward()
         assert torch.equal(out[:, :60], torch.zeros_like(out[:, :60])) and lse[..., :60].isneginf().all()
@@ -184,14 +231,55 @@ def test_the_same_seed_gives_the_same_mask_and_torchs_generator_the_seed():
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
-def test_the_result_does_not_depend_on_threads():
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (70, 130)}, {}], ids=str)
+def test_the_result_depends_on_neither_threads_nor_run(set_threads, options, heads, dtype):
+    """With fewer heads than threads these share a head, and take turns at the gradients of its queries."""
     results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        inputs = make_inputs(torch.bfloat16, "cpu", queries=200, keys=200)
-        ops.attention(**inputs, causal=True).float().square().sum().backward()
-        results.append([tensor.grad for tensor in inputs.values()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for threads in (1, 2, 4, 4, 4):
+        set_threads(threads)
+        inputs = make_inputs(dtype, "cpu", batch=1, queries=600, keys=700, heads=heads[0], kv_heads=heads[1])
+        inputs["sinks"] = random_tensor(heads[0], dtype=torch.float32, seed=9)
+        out, lse = ops.attention(**inputs, **options, return_lse=True)
+        (out.float().square().sum() + lse.sum()).backward()
+        results.append([out, lse, *(tensor.grad for tensor in inputs.values())])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def transient_bytes(dtype, length):
+    """Peak of the forward and of the backward operator, each beyond its inputs and results."""
+    torch.set_num_threads(2)
+
+    def measure(length):
+        q, k, v, dout = (torch.randn(1, length, 8, 64).to(getattr(torch, dtype)) for _ in range(4))
+        masks = (None, None, None, None, None, length, length, 0.125, -1, 0, 0.0, 0.0)
+        results = []
+        forward = peak_bytes(lambda: results.extend(torch.ops.memkernels.attention_fwd(q, k, v, *masks)))
+        arguments = (dout, None, q, k, v, *results, *masks, True)
+        backward = peak_bytes(lambda: results.extend(torch.ops.memkernels.attention_bwd(*arguments)))
+        out, lse, *gradients = results
+        return [forward - out.nbytes - lse.nbytes, backward - sum(gradient.nbytes for gradient in gradients)]
+
+    measure(64)  # what comes once
+    return measure(length)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transient_memory_is_linear_in_the_sequence(dtype):
+    lengths = 4096, 16384
+    short, long = (run_in_child(transient_bytes, dtype, length) for length in lengths)
+    assert max(long) < 64e6
+    for of_short, of_long in zip(short, long, strict=True):
+        assert of_long <= of_short * lengths[1] / lengths[0] + (4 << 20)
 
 
 def test_saves_its_inputs_out_and_lse():
@@ -219,6 +307,29 @@ def test_opcheck(implementation):
         torch.library.opcheck(torch.ops.memkernels.attention_bwd.default, arguments)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_follows_torchs_attention(backend):
+    inputs = make_inputs(torch.float32, "cpu", heads=2, kv_heads=2)
+    inputs["k"] = inputs["k"].detach().bfloat16().requires_grad_()  # as a product under autocast leaves it
+
+    def torchs(q, k, v):
+        heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+
+    def run(function, dtype, **options):
+        copies = {name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() for name, tensor in inputs.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+            out = function(**copies, **options)
+        return [out, *torch.autograd.grad(out, tuple(copies.values()), torch.ones_like(out))]
+
+    exact, plain = run(torchs, torch.float64), run(torchs, None)
+    ours = run(ops.attention, None, causal=True, backend=backend)
+    for name, a, e, p in zip(("out", *inputs), ours, exact, plain, strict=True):
+        assert a.dtype == p.dtype, name
+        eps = torch.finfo(torch.bfloat16).eps / torch.finfo(a.dtype).eps
+        assert_within_factor_two(name, a, e, p, roundings=eps)
+
+
 def test_compiles_whole_and_equals_eager():
     def step(q, k, v):
         out, lse = ops.attention(q, k, v, causal=True, return_lse=True)
@@ -238,31 +349,50 @@ def starts(*values, dtype=torch.int32):
     return torch.tensor(values, dtype=dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"q": None}, TypeError, "q: expected a tensor, got NoneType"),
         ({"q": torch.zeros(2, 8, 4, 16, dtype=torch.int64)}, TypeError, "q: expected float32"),
         ({"k": torch.zeros(2, 8, 2, 16, dtype=torch.bfloat16)}, TypeError, "k: expected torch.float32, as q"),
         ({"q": torch.zeros(8, 4, 16)}, ValueError, r"q: expected \(B, S, H, D\)"),
+        ({"q": torch.zeros(2, 8, 0, 16)}, ValueError, "q: expected at least one head"),
         ({"k": torch.zeros(2, 8, 2, 8), "v": torch.zeros(2, 8, 2, 8)}, ValueError, "k: expected head size 16"),
         ({"k": torch.zeros(2, 8, 3, 16), "v": torch.zeros(2, 8, 3, 16)}, ValueError, "k: expected a number of heads"),
         ({"k": torch.zeros(1, 8, 2, 16), "v": torch.zeros(1, 8, 2, 16)}, ValueError, "k: expected batch size 2"),
         ({"v": torch.zeros(2, 7, 2, 16)}, ValueError, "v: expected shape"),
         ({"v": torch.zeros(2, 8, 2, 16, device="meta")}, ValueError, "v: expected device cpu"),
-        ({"window": (-2, 0)}, ValueError, "window: expected"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+        ({"window": (-2, 0)}, ValueError, "window: expected two numbers of keys"),
+        ({"window": (0, -3)}, ValueError, "window: expected two numbers of keys"),
+        ({"window": (1.5, 0)}, ValueError, "window: expected two numbers of keys"),
+        ({"window": (1, 2, 3)}, ValueError, "window: expected two numbers of keys"),
+        ({"window": 5}, ValueError, "window: expected two numbers of keys"),
         ({"softcap": -1.0}, ValueError, "softcap: expected"),
+        ({"softcap": float("nan")}, ValueError, "softcap: expected"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: expected"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p: expected"),
+        ({"dropout_p": 0.1, "seed": 0.5}, ValueError, "seed: expected an integer of 64 bits"),
+        ({"dropout_p": 0.1, "seed": 2**64}, ValueError, "seed: expected an integer of 64 bits"),
+        ({"dropout_p": 0.1, "seed": torch.zeros(2)}, ValueError, "seed: expected an integer of 64 bits"),
+        ({"max_seqlen_q": 8}, ValueError, "max_seqlen_q: expected None without cu_seqlens_q and cu_seqlens_k"),
+        ({"max_seqlen_k": 8}, ValueError, "max_seqlen_k: expected None without cu_seqlens_q and cu_seqlens_k"),
+        ({"sinks": [0.0] * 4}, TypeError, "sinks: expected a tensor, got list"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks: expected float32 of shape"),
+        ({"sinks": torch.zeros(4, dtype=torch.float64)}, ValueError, "sinks: expected float32 of shape"),
+        ({"alibi_slopes": torch.zeros(4, dtype=torch.float64)}, ValueError, "alibi_slopes: expected float32 of shape"),
         ({"alibi_slopes": torch.zeros(3, 4)}, ValueError, "alibi_slopes: expected float32 of shape"),
         ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "alibi_slopes: .*no gradient"),
     ],
 )  # fmt: skip
-def test_bad_input_names_the_argument(change, error, message):
+def test_bad_input_names_the_argument_on_every_backend(backend, change, error, message):
     arguments = {"q": torch.zeros(2, 8, 4, 16), "k": torch.zeros(2, 8, 2, 16), "v": torch.zeros(2, 8, 2, 16)} | change
     with pytest.raises(error, match=message):
-        ops.attention(**arguments)
+        ops.attention(**arguments, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("cu_seqlens_q", "cu_seqlens_k", "message"),
     [
@@ -274,16 +404,18 @@ def test_bad_input_names_the_argument(change, error, message):
         (starts(0, 8, dtype=torch.int64), starts(0, 8, dtype=torch.int64), "cu_seqlens_q: expected int32"),
     ],
 )
-def test_bad_sequence_starts_are_named(cu_seqlens_q, cu_seqlens_k, message):
+def test_bad_sequence_starts_are_named_on_every_backend(backend, cu_seqlens_q, cu_seqlens_k, message):
     q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
     with pytest.raises(ValueError, match=message):
-        ops.attention(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        ops.attention(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, backend=backend)
 
 
-def test_a_longest_sequence_that_is_too_short_is_named():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_longest_sequence_that_is_too_short_is_named_on_every_backend(backend):
     q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
+    options = {"cu_seqlens_q": starts(0, 3, 8), "cu_seqlens_k": starts(0, 3, 8), "backend": backend}
     with pytest.raises(ValueError, match="max_seqlen_q: expected at least 5"):
-        ops.attention(q, k, v, cu_seqlens_q=starts(0, 3, 8), cu_seqlens_k=starts(0, 3, 8), max_seqlen_q=4)
+        ops.attention(q, k, v, **options, max_seqlen_q=4)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ on_every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATI
 
 
 def make_inputs(shape, dtype, device="cpu", *, heads=4, kv_heads=2, size=12, v_size=None, d=20, norm=True,
-                norm_bias=False, bias=False, head_norms=False, rotary=0, sinks=False, post_norm=False):  # fmt: skip
+                norm_bias=False, bias=False, head_norms=False, rotary=0, sinks=False, post_norm=False,
+                alibi=False):  # fmt: skip
     """Arguments that are tensors; the first dimensions of x are `shape`."""
     v_size = v_size or size
     shapes = {"x": (*shape, d), "w_q": (heads * size, d), "w_k": (kv_heads * size, d), "w_v": (kv_heads * v_size, d),
@@ -35,6 +36,8 @@ def make_inputs(shape, dtype, device="cpu", *, heads=4, kv_heads=2, size=12, v_s
                             scale=of[1] ** -0.5 if name.startswith("w_") else 1.0)
         for seed, (name, of) in enumerate(shapes.items())
     }  # fmt: skip
+    if alibi:
+        inputs["alibi_slopes"] = 2.0 ** -torch.arange(1.0, heads + 1, device=device)
     if rotary:
         angles = torch.arange(shape[-1])[:, None] / 50.0 ** (torch.arange(rotary // 2) / rotary)
         tables = torch.cat((angles, angles), -1).to(dtype).to(device)
@@ -81,9 +84,13 @@ def test_matches_reference(implementation, dtype):
         ({"rotary": 8}, {"interleaved": True, "window": (5, 3)}),
         ({"sinks": True, "v_size": 10}, {"causal": True, "window": (6, -1), "softcap": 5.0}),
         ({"kv_heads": 1}, {"dropout_p": 0.3, "seed": 5, "scale": 0.5}),
+        ({"alibi": True}, {"causal": True}),
     ],
-    ids=["plain", "layer-norm-bias", "head-norms", "post-norm", "interleaved-window", "sinks-softcap", "dropout"],
-)
+    ids=[
+        "plain", "layer-norm-bias", "head-norms", "post-norm", "interleaved-window", "sinks-softcap", "dropout",
+        "alibi",
+    ],
+)  # fmt: skip
 def test_every_part(implementation, parts, options):
     with implementation.active() as device:
         seed = {"seed": torch.tensor(options["seed"])} if "seed" in options else {}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from memkernels.ops.checks import check_floating, check_same_device
+from memkernels.ops.checks import check_same_device
 
 
 def check_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    scale: float | None,
     window: tuple[int, int],
     softcap: float,
     alibi_slopes: Tensor | None,
@@ -28,8 +30,11 @@ def check_arguments(
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_heads(q, k, v, packed)
     check_same_device("q", q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check_scores("q", q, window, softcap, alibi_slopes, sinks, dropout_p)
+    check_scores("q", q, scale, window, softcap, alibi_slopes, sinks, dropout_p)
     if not packed:
+        for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            if longest is not None:
+                raise ValueError(f"{name}: expected None without cu_seqlens_q and cu_seqlens_k, got {longest}.")
         batch = q.shape[0]
         lengths = q.shape[1], k.shape[1]
     else:
@@ -44,13 +49,14 @@ def check_arguments(
             check_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q),
             check_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k),
         )
-    check_per_head(batch, q.shape[-2], alibi_slopes, sinks)
+    check_per_head(q.dtype, batch, q.shape[-2], alibi_slopes, sinks)
     return lengths
 
 
 def check_scores(
     name: str,
     x: Tensor,
+    scale: float | None,
     window: tuple[int, int],
     softcap: float,
     alibi_slopes: Tensor | None,
@@ -59,22 +65,29 @@ def check_scores(
 ) -> None:
     """What changes and hides scores, whatever the layout; `name` and x say on which device."""
     check_same_device(name, x, alibi_slopes=alibi_slopes, sinks=sinks)
-    if len(window) != 2 or min(window) < -1:
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number, got {scale}.")
+    is_pair = isinstance(window, (tuple, list)) and len(window) == 2
+    if not is_pair or not all(hasattr(bound, "__index__") and bound >= -1 for bound in window):
         raise ValueError(f"window: expected two numbers of keys, -1 for unbounded, got {window}.")
-    if not softcap >= 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected 0 (off) or a positive number, got {softcap}.")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}.")
 
 
-def check_per_head(batch: int, heads: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+def check_per_head(
+    dtype: torch.dtype, batch: int, heads: int, alibi_slopes: Tensor | None, sinks: Tensor | None
+) -> None:
+    """A number for each head: float32, beside float64 also float64, which the reference computes."""
+    dtypes = (torch.float32, torch.float64) if dtype == torch.float64 else (torch.float32,)
     for name, tensor, shapes in (
         ("alibi_slopes", alibi_slopes, ((heads,), (batch, heads))),
         ("sinks", sinks, ((heads,),)),
     ):
         if tensor is None:
             continue
-        if tensor.dtype not in (torch.float32, torch.float64) or tuple(tensor.shape) not in shapes:
+        if tensor.dtype not in dtypes or tuple(tensor.shape) not in shapes:
             wanted = " or ".join(str(shape) for shape in shapes)
             raise ValueError(f"{name}: expected float32 of shape {wanted}, got {tensor.dtype} {tuple(tensor.shape)}.")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
@@ -84,11 +97,12 @@ def check_per_head(batch: int, heads: int, alibi_slopes: Tensor | None, sinks: T
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     dims, layout = (3, "(T, H, D)") if packed else (4, "(B, S, H, D)")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_floating(name, tensor)
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected {q.dtype}, as q, got {tensor.dtype}.")
         if tensor.dim() != dims:
             raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}.")
+    if q.shape[-2] == 0:
+        raise ValueError(f"q: expected at least one head, got shape {tuple(q.shape)}.")
     if k.shape[-1] != q.shape[-1] or q.shape[-1] == 0:
         raise ValueError(f"k: expected head size {q.shape[-1]} > 0, as q, got {k.shape[-1]}.")
     if v.shape[:-1] != k.shape[:-1] or v.shape[-1] == 0:

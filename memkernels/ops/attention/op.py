@@ -9,6 +9,8 @@ from memkernels._library import define, implement_with_triton
 from memkernels.ops.attention import reference
 from memkernels.ops.attention.backends import Call, operators, select_implementation
 from memkernels.ops.attention.checks import check_arguments
+from memkernels.ops.autocast import product_dtype
+from memkernels.ops.checks import check_floating
 from memkernels.ops.philox import seed_tensor
 
 _MASKS = (
@@ -92,7 +94,7 @@ def attention(
     so a causal mask is aligned bottom-right. P = softmax over the visible keys, and the sink if there is one;
     out_i = sum_j dropout(P)_ij v_j. A query that sees nothing gives zero, with zero gradients. Dao 2023,
     arXiv 2307.08691; sinks as in gpt-oss; the mask of dropout is Philox (Salmon et al. 2011), the same on every backend
-    for one seed, and never stored.
+    for one seed, and never stored. Under autocast q, k and v are cast as `scaled_dot_product_attention` casts them.
 
     Args:
         q: (B, Sq, H, D), or packed (Tq, H, D) with cu_seqlens_q; float32, bfloat16 or float16 (float64 is computed by
@@ -108,7 +110,7 @@ def attention(
         dropout_p: in [0, 1).
         seed: of dropout; drawn from torch's generator by default.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starts of the packed sequences and their end.
-        max_seqlen_q, max_seqlen_k: their longest; given, they save a synchronisation on a GPU.
+        max_seqlen_q, max_seqlen_k: the longest of them; given, they save a synchronisation on a GPU.
         deterministic: the same gradients bit for bit on every run. Those of this package's kernels always are; on a
             GPU it keeps "auto" from torch's operators, which sum dq by atomics.
         return_lse: returns (out, lse), lse = log sum exp of the scores, (B, H, Sq) or (H, Tq), float32, differentiable;
@@ -121,15 +123,19 @@ def attention(
         out, (B, Sq, H, Dv) or (Tq, H, Dv), like q.
 
     Raises:
-        TypeError: a dtype other than those above, or dtypes that differ.
-        ValueError: shapes, devices, windows, sequence starts or a dropout_p that do not fit, or a backend that lacks
-            what the call needs.
+        TypeError: no tensor, a dtype other than those above, or dtypes that differ.
+        ValueError: shapes, devices, a scale, softcap, window, sequence starts, dropout_p or seed that do not fit, or a
+            backend that lacks what the call needs. Each names the argument, and is the same on every backend.
 
     Saved for backward: q, k, v, out and lse, 4 bytes a query and head.
     """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, tensor)
+    q, k, v = (tensor.to(product_dtype(tensor)) for tensor in (q, k, v))
     lengths = check_arguments(
-        q, k, v, window, softcap, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    )
+        q, k, v, scale, window, softcap, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k,
+    )  # fmt: skip
     seed = seed_tensor(seed, q.device) if dropout_p > 0 else None
     left, right = seen_window(window, causal)
     call = Call(
@@ -146,8 +152,9 @@ def attention(
         masks = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed)
         out, lse = _Attention.apply(q, k, v, sinks, *masks, options, deterministic, implementation)
     else:
-        out, lse = reference.attention(
-            q, k, v, scale=scale, window=(left, right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        )  # fmt: skip
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.attention(
+                q, k, v, scale=scale, window=(left, right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+                dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -172,8 +172,8 @@ def plan_attention_block(
         raise ValueError(f"{'cos' if cos is None else 'sin'}: expected with its counterpart, got None.")
     if cos is not None and sin is not None:
         check_tables(x, (rows, length, head_size), dtype, cos, sin)
-    check_scores("x", x, window, softcap, alibi_slopes, sinks, dropout_p)
-    check_per_head(batch, num_heads, alibi_slopes, sinks)
+    check_scores("x", x, scale, window, softcap, alibi_slopes, sinks, dropout_p)
+    check_per_head(x.dtype, batch, num_heads, alibi_slopes, sinks)
     weights = as_product_weights(x, dtype, **given, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o)
     q, k, v, o = (projection_of(weights[f"w_{name}"], weights[f"b_{name}"]) for name in "qkvo")
     q_norm, k_norm, post_norm = (
