@@ -23,6 +23,9 @@ struct Gradients {
   float* dsinks;  // (sequences, heads), null without sinks
 };
 
+// What the packed queries of all heads at work may take. One head at a time may take more.
+constexpr int64_t kHeadsBytes = 48 << 20;
+
 // What all queries of one head bring to the products, packed once: tile t starts at t * (its size).
 template <typename U>
 struct PackedQueries {
@@ -36,6 +39,11 @@ struct PackedQueries {
         lse(tiles * kQueries),
         delta(tiles * kQueries),
         dq(tiles * size.rows * kQueries) {}
+
+  static int64_t bytes(int64_t queries, const Padded<U>& size, const Padded<U>& value) {
+    const int64_t units = size.depth + size.lanes / kDepth<U> + value.depth + value.lanes / kDepth<U>;
+    return round_up(queries, kQueries) * (units * sizeof(U) + (size.rows + 2) * sizeof(float));
+  }
 
   Buffer<U> q_columns, q_rows, dout_columns, dout_rows;  // units along the head or, for _rows, along queries
   Buffer<float> lse, delta, dq;                          // dq: [tile][size.rows][kQueries]
@@ -97,8 +105,14 @@ class Backward {
   void run() const {
     const int64_t heads = call_.shape.kv_heads, tasks = static_cast<int64_t>(call_.sequences.size()) * heads;
     const auto task = [&](int64_t i) { run(i / heads, i % heads); };
-    // A parallel region within another is serial: a head is one thread's, or, with too few for that, all threads'.
-    if (tasks >= torch::stable::get_num_threads()) return parallel_tasks(tasks, task);
+    int64_t longest = 0;
+    for (const Sequence& s : call_.sequences) longest = std::max(longest, s.q_len);
+    // A parallel region within another is serial: a head is one thread's or all threads'. The first is faster, for no
+    // tile of dQ then goes from core to core, but needs a head for each thread, and memory for each such head.
+    const int64_t threads = torch::stable::get_num_threads();
+    if (tasks >= threads && threads * PackedQueries<U>::bytes(longest, size_, value_) <= kHeadsBytes) {
+      return parallel_tasks(tasks, task);
+    }
     for (int64_t i = 0; i < tasks; ++i) task(i);
   }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -35,9 +35,8 @@ def saved_bytes(forward: Callable[[], object], *, exclude: tuple[Tensor, ...] = 
     outputs that selective checkpointing keeps. Storages of `exclude` do not count, nor those of the result unless
     autograd saves them.
     """
-    gc.collect()
-    seen = {tensor.untyped_storage().data_ptr() for tensor in (*exclude, *_tensors_in_python())}
     excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    seen = excluded | _storages_in_python().keys()
     kept = {}  # Keeps storages alive: a freed one's address could come again and hide a second.
 
     def pack(tensor: Tensor) -> Tensor:
@@ -48,16 +47,18 @@ def saved_bytes(forward: Callable[[], object], *, exclude: tuple[Tensor, ...] = 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
-    gc.collect()
     seen |= {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
-    for tensor in _tensors_in_python():
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            kept[storage.data_ptr()] = storage
+    kept |= {address: storage for address, storage in _storages_in_python().items() if address not in seen}
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _tensors_in_python() -> list[Tensor]:
-    """Every tensor with memory of its own that a Python object stands for."""
-    found = (held for held in gc.get_objects() if type(held) in (Tensor, torch.nn.Parameter))
-    return [tensor for tensor in found if tensor.layout == torch.strided and tensor.device.type != "meta"]
+def _storages_in_python() -> dict[int, torch.UntypedStorage]:
+    """The memory of every tensor that some Python object holds, by its address."""
+    gc.collect()
+    found = {}
+    for held in gc.get_objects():
+        if type(held) in (Tensor, torch.nn.Parameter) and held.layout == torch.strided and held.device.type != "meta":
+            with suppress(RuntimeError):  # left over from a trace, without memory
+                storage = held.untyped_storage()
+                found[storage.data_ptr()] = storage
+    return found
