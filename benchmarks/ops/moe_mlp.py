@@ -1,7 +1,7 @@
-"""The experts of a mixture: transformers' implementations against `ops.moe_mlp`, and the products alone.
+"""The experts of a mixture: transformers' implementations against `ops.moe_mlp`, and the same rows through one MLP.
 
-"products" are the nine of a layer that keeps its pre-activation, each dense over all rows: the floor. They keep nothing
-and are no layer, so that their memory says nothing.
+All experts have the same weights, so that "dense", one MLP for all T k rows with `ops.gated_activation` between its
+products, gives the same y: it is the floor, the same products with no dispatch. It has one expert's parameters.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from memkernels.bench import Benchmark, Case, Step, Work
+from memkernels.ops import gated_activation, moe_mlp
 
 D, N, E, K = 512, 1024, 16, 2
 
@@ -25,37 +26,26 @@ def experts(implementation: str, dtype: torch.dtype, w_gate_up, w_down):
     return module
 
 
-class Products(torch.autograd.Function):
-    """The three products of forward and the six of backward, dense."""
-
-    @staticmethod
-    def forward(ctx, x, w_gate_up, w_down):
-        gate_up = x @ w_gate_up.t()
-        ctx.save_for_backward(x, gate_up, w_gate_up, w_down)
-        return gate_up[:, :N].contiguous() @ w_down.t()
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, gate_up, w_gate_up, w_down = ctx.saved_tensors
-        h = dy @ w_down
-        return gate_up @ w_gate_up, gate_up.t() @ x, dy.t() @ h
+def dense(x, w_gate, w_up, w_down):
+    """Every choice of every token through one MLP; the choices' weights sum to one."""
+    rows = x.repeat_interleave(K, dim=0)
+    linear = torch.nn.functional.linear
+    y = linear(gated_activation(linear(rows, w_gate), linear(rows, w_up)), w_down)
+    return y.view(-1, K, D).mean(1)
 
 
 def setup(case: Case, provider: str) -> Step:
     tokens, dtype = case.sizes["tokens"], case.dtype
     options = {"dtype": dtype, "device": case.device}
     x = torch.randn(tokens, D, **options).requires_grad_()
-    w_gate_up = torch.randn(E, 2 * N, D, **options) * D**-0.5
-    w_down = torch.randn(E, D, N, **options) * N**-0.5
+    w_gate_up = (torch.randn(1, 2 * N, D, **options) * D**-0.5).repeat(E, 1, 1)
+    w_down = (torch.randn(1, D, N, **options) * N**-0.5).repeat(E, 1, 1)
     weights, ids = torch.randn(tokens, E, device=case.device).softmax(1).topk(K, dim=1)
     weights = (weights / weights.sum(1, keepdim=True)).to(dtype).requires_grad_()
-    if provider == "products":
-        rows = torch.randn(tokens * K, D, **options).requires_grad_()
-        matrices = (w_gate_up[0].clone().requires_grad_(), w_down[0].clone().requires_grad_())
-        return Step(lambda: Products.apply(rows, *matrices), (rows,), matrices)
+    if provider == "dense":
+        matrices = [matrix.clone().requires_grad_() for matrix in (*w_gate_up[0].chunk(2), w_down[0])]
+        return Step(lambda: dense(x, *matrices), (x,), tuple(matrices))
     if provider.startswith("memkernels"):
-        from memkernels.ops import moe_mlp
-
         parameters = (w_gate_up.requires_grad_(), w_down.requires_grad_())
         recompute = provider == "memkernels-recompute"
         return Step(lambda: moe_mlp(x, ids, weights, *parameters, recompute=recompute), (x, weights), parameters)
@@ -74,7 +64,7 @@ benchmark = Benchmark(
     cases=tuple(
         Case(f"T4096-d{D}-n{N}-E{E}-k{K}", dtype, {"tokens": 4096}) for dtype in (torch.bfloat16, torch.float32)
     ),
-    providers=("grouped_mm", "eager", "products", "memkernels-keep", "memkernels-recompute"),
+    providers=("grouped_mm", "eager", "dense", "memkernels-keep", "memkernels-recompute"),
     setup=setup,
     work=work,
     baseline="grouped_mm",

@@ -36,6 +36,15 @@ least. e bytes an element.
 | `cross_entropy_grad_kernel` | e a logit, 16 a row | e a logit |
 | `nf4_quantize_kernel` | e a value | 1/2 a value, 4 a block |
 | `nf4_dequantize_kernel` | 1/2 a value, 4 a block, or nested 1 a block and 4 per 256 | e a value |
+| `moe_dispatch_kernel` | e an element of x, 4 a choice | e an element of the grouped rows |
+| `moe_combine_kernel` | e an element of the grouped rows, 4 a choice | e an element of y |
+| `moe_combine_bwd_kernel` | e an element of dy and of the grouped rows, 4 a choice | the latter, 4 a choice |
+| `moe_count_kernel` | 4 or 8 a choice | 4 an expert and 1024 choices |
+| `moe_scan_kernel` | 4 an expert and 1024 choices | as many, 8 an expert |
+| `moe_place_kernel` | 4 or 8 a choice, 4 an expert and 1024 choices | 8 a choice |
+
+A choice's weight adds 4 bytes. The plan's ids are read twice, since no choice can be placed before all are counted: 8
+bytes beside a row of thousands.
 
 ## Resources
 

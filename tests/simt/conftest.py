@@ -16,7 +16,11 @@ import memkernels.ops
 import memkernels.quant  # noqa: F401  both define operators
 
 CSRC = Path(__file__).parents[2] / "csrc"
-OPERATORS = ("cross_entropy_stats", "cross_entropy_grad_", "nf4_quantize", "nf4_dequantize_")
+OPERATORS = (
+    *("cross_entropy_stats", "cross_entropy_grad_"),
+    *("nf4_quantize", "nf4_dequantize_"),
+    *("moe_plan", "moe_dispatch", "moe_combine", "moe_combine_bwd"),
+)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_program(run_program: Run, name: str, build: str) -> None:
 
 
 @pytest.mark.parametrize("build", SANITIZERS)
-@pytest.mark.parametrize("name", ["linear_cross_entropy", "nf4"])
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "nf4", "moe"])
 def test_kernels(run_program: Run, name: str, build: str) -> None:
     # Which thread touches what hangs on the dtype by its size alone: one dtype has races enough.
     result = run_program(name, build, *(DTYPES if build != "thread" else ["bfloat16"]))

@@ -164,7 +164,7 @@ def moe_mlp(
     dtype = product_dtype(x)
     weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
     x = x.to(dtype)
-    if not has_kernel("moe_dispatch", x):
+    if not (has_kernel("moe_dispatch", x) and has_kernel("expert_activation_fwd", x)):
         with torch.autocast(x.device.type, enabled=False):
             return reference.moe_mlp(x, *plan[:3], expert_weights, **weights, activation=activation)
     gate_up, down = DenseExpertsProjection(weights["w_gate_up"]), DenseExpertsProjection(weights["w_down"])
