@@ -13,11 +13,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 CPU_ISAS = ("baseline", "avx2", "avx512")
+# Values of MEMKERNELS_PRODUCTS.
+PRODUCTS = ("auto", "triton", "matmul")
 
 _FOLDER = Path(__file__).parent
 _library = torch.library.Library("memkernels", "DEF")
@@ -78,6 +81,11 @@ if "MEMKERNELS_CPU" in os.environ:
     set_cpu_isa(os.environ["MEMKERNELS_CPU"])
 
 
+_products = os.environ.get("MEMKERNELS_PRODUCTS", "auto")
+if _products not in PRODUCTS:
+    raise ValueError(f"MEMKERNELS_PRODUCTS: got {_products!r}, it takes {', '.join(PRODUCTS)}.")
+
+
 def define(schema: str, fake: Callable) -> None:
     """Defines `memkernels::<schema>` and the fake that gives its outputs' shapes and dtypes."""
     name = schema.split("(", 1)[0]
@@ -92,11 +100,19 @@ def implement_with_python(operator: str, function: Callable) -> None:
     _library.impl(operator, function, "CompositeExplicitAutograd")
 
 
-def implement_with_triton(module: str, *operators: str) -> None:
-    """Registers functions of `module`, named as the operators are, for GPUs; imported when first called."""
+def implement_with_triton(module: str, *operators: str, otherwise: ModuleType | None = None) -> None:
+    """Registers functions of `module`, named as the operators are, for GPUs; imported when first called.
+
+    Args:
+        otherwise: a module of functions of the same names, by torch's matrix products, for calls that do not take the
+            kernels: in float32 (unless MEMKERNELS_PRODUCTS=triton) or float64, with MEMKERNELS_PRODUCTS=matmul, or
+            without Triton.
+    """
 
     def lazy(name: str) -> Callable:
         def call(*args, **kwargs):
+            if otherwise is not None and not _takes_triton(args):
+                return getattr(otherwise, name)(*args, **kwargs)
             # Triton launches on torch's current device, which need not be that of the tensors.
             with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
                 return getattr(importlib.import_module(module), name)(*args, **kwargs)
@@ -106,6 +122,14 @@ def implement_with_triton(module: str, *operators: str) -> None:
     for name in operators:
         triton_modules[name] = module
         _library.impl(name, lazy(name), "CUDA")
+
+
+def _takes_triton(args: tuple) -> bool:
+    """Whether a product with a choice is by Triton: as `ops.gated_mlp`'s, if operands are bfloat16 or float16."""
+    if _triton_missing is not None or _products == "matmul":
+        return False
+    dtypes = {arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point()}
+    return dtypes <= set(FLOATING) and (_products == "triton" or dtypes != {torch.float32})
 
 
 def missing(operator: str, device_type: str) -> str | None:

@@ -96,7 +96,10 @@ def _operators() -> dict[str, str]:
 
 def _implementations(operator: str) -> str:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"memkernels::{operator}", "CompositeExplicitAutograd"):
-        return "other operators and torch's matrix products"
+        everywhere = "other operators and torch's matrix products"
+        if _library.missing(operator, "cuda") is not None:
+            return everywhere
+        return f"cpu: {everywhere}; gpu: {_implementation(operator, 'cuda')} in bfloat16 and float16"
     return f"cpu: {_implementation(operator, 'cpu')}; gpu: {_implementation(operator, 'cuda')}"
 
 

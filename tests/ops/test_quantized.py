@@ -11,7 +11,7 @@ from memkernels.ops.decoder_layer import reference as layer_reference
 from memkernels.ops.gated_mlp import reference as mlp_reference
 from memkernels.ops.lora_linear import reference as lora_reference
 from memkernels.ops.quantized.encoding import _tile_size
-from memkernels.testing import check_op, peak_bytes, random_tensor, run_in_child, saved_bytes
+from memkernels.testing import check_op, implementations, peak_bytes, random_tensor, run_in_child, saved_bytes
 
 D, F_SIZE, HEADS, SIZE, RANK = 64, 96, 4, 16, 3
 OUT_IN = {"w_gate": (F_SIZE, D), "w_up": (F_SIZE, D), "w_down": (D, F_SIZE), "w_q": (HEADS * SIZE, D),
@@ -20,6 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTIZE = {"nf4": quant.quantize_nf4, "int8": quant.quantize_int8}
 kinds = pytest.mark.parametrize("kind", QUANTIZE)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# On CPU the products are torch's with tiles that native code dequantises; on GPUs all of it is Triton's.
+on_every_implementation = pytest.mark.parametrize(
+    "implementation", implementations("nf4_dequantize_") + implementations("quantized_linear"), ids=str
+)
 
 
 def weight(kind, *shape, dtype, seed):
@@ -45,22 +49,63 @@ def plain_linear(input, weight, bias=None):
     return F.linear(input, weight.dequantize(), bias)
 
 
+@on_every_implementation
 @kinds
 @dtypes
-@pytest.mark.parametrize(("rows", "columns"), [(70, 60), (1, 1), (300, 520)])
-def test_linear(kind, dtype, rows, columns):
-    inputs = {"input": random_tensor(3, 7, columns, dtype=dtype), "bias": random_tensor(rows, dtype=dtype, seed=1),
-              "weight": weight(kind, rows, columns, dtype=dtype, seed=2)}  # fmt: skip
-    check_op(F.linear, plain_linear, inputs, strided_grads=True)
-    inputs["input"] = random_tensor(0, columns, dtype=dtype)
-    check_op(F.linear, plain_linear, inputs)
+@pytest.mark.parametrize(("rows", "columns"), [(70, 60), (1, 1), (300, 520), (96, 128)])
+def test_linear(implementation, kind, dtype, rows, columns):
+    with implementation.active():
+        inputs = {"input": random_tensor(3, 7, columns, dtype=dtype), "bias": random_tensor(rows, dtype=dtype, seed=1),
+                  "weight": weight(kind, rows, columns, dtype=dtype, seed=2)}  # fmt: skip
+        check_op(F.linear, plain_linear, inputs, strided_grads=True)
+        inputs["input"] = random_tensor(0, columns, dtype=dtype)
+        check_op(F.linear, plain_linear, inputs)
 
 
+@on_every_implementation
+@pytest.mark.parametrize("options", [{}, {"double_quant": False}, {"block_size": 32}, {"block_size": 4096}, None])
+@dtypes
+@pytest.mark.parametrize(("rows", "columns"), [(70, 61), (96, 128), (3, 4096)])
+def test_products_see_the_values_of_dequantize_to_the_bit(implementation, options, dtype, rows, columns):
+    """Products by a unit matrix; options of NF4, None: int8."""
+    dense = random_tensor(rows, columns, dtype=dtype, seed=1).detach()
+    stored = quant.quantize_int8(dense) if options is None else quant.quantize_nf4(dense, **options)
+    values = stored.dequantize()
+    arguments = (list(stored.parts), stored.encoding.kind, stored.encoding.sizes)
+    kept = slice(0, 96)  # of the columns, so that the unit matrix stays small
+    with implementation.active():
+        unit = torch.eye(columns, dtype=dtype)[kept]
+        y = torch.ops.memkernels.quantized_linear(unit, None, *arguments)
+        assert torch.equal(y, values.t()[kept])
+        dx = torch.ops.memkernels.quantized_input_grad(torch.eye(rows, dtype=dtype), *arguments)
+        assert torch.equal(dx, values)
+
+
+@pytest.mark.parametrize("implementation", implementations("quantized_linear"), ids=str)
+@kinds
+def test_offsets_beyond_32_bits(implementation, kind):
+    """x and dy of three rows with four gigabytes of addresses; what lies between is never touched."""
+    w = weight(kind, 32, 64, dtype=torch.float16, seed=1)
+    arguments = (list(w.parts), w.encoding.kind, w.encoding.sizes)
+    with implementation.active():
+        for function, size in (
+            (torch.ops.memkernels.quantized_linear, 64),
+            (torch.ops.memkernels.quantized_input_grad, 32),
+        ):
+            near = random_tensor(3, size, dtype=torch.float16).detach()
+            far = torch.empty_strided((3, size), (2**30, 1), dtype=torch.float16).copy_(near)
+            bias = (None,) if size == 64 else ()
+            assert torch.equal(function(far, *bias, *arguments), function(near, *bias, *arguments))
+
+
+@pytest.mark.parametrize(
+    "implementation", implementations("nf4_dequantize_")[-1:] + implementations("quantized_linear"), ids=str
+)
 @kinds
 @dtypes
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
-def test_lora_linear(kind, dtype, dropout_p, magnitude):
+def test_lora_linear(implementation, kind, dtype, dropout_p, magnitude):
     inputs = {
         "x": random_tensor(33, 60, dtype=dtype),
         "weight": weight(kind, 70, 60, dtype=dtype, seed=1),
@@ -79,7 +124,8 @@ def test_lora_linear(kind, dtype, dropout_p, magnitude):
     def op(**tensors):
         return ops.lora_linear(**tensors, scaling=0.7, dropout_p=dropout_p, seed=7)
 
-    check_op(op, reference, inputs, roundings=2)
+    with implementation.active():
+        check_op(op, reference, inputs, roundings=2)
 
 
 @kinds

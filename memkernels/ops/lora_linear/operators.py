@@ -7,7 +7,7 @@ row in the whole.
 
 from __future__ import annotations
 
-from memkernels._library import define, implement_with_python
+from memkernels._library import define, implement_with_python, implement_with_triton
 from memkernels.ops.lora_linear import products
 
 _MASK = "Tensor? seed, float dropout_p, int first_row"
@@ -63,7 +63,9 @@ define(f"lora_input_add_(Tensor(a!) dx, Tensor p, Tensor lora_a, {_MASK}) -> ()"
 # lora_a's gradient p^T (m * x)
 define(f"lora_down_grad(Tensor p, Tensor x, {_MASK}) -> Tensor", _down_grad_fake)
 
-for _name in (
+_NAMES = (
     "lora_down", "lora_up", "lora_up_add_", "lora_up_grad", "lora_input_grad", "lora_input_add_", "lora_down_grad"
-):  # fmt: skip
+)  # fmt: skip
+for _name in _NAMES:
     implement_with_python(_name, getattr(products, _name))
+implement_with_triton("memkernels.ops.lora_linear.triton", *_NAMES, otherwise=products)

@@ -1,4 +1,4 @@
-"""The operators of a low-rank adapter by `torch.mm`, on any device and dtype.
+"""The operators of a low-rank adapter by `torch.mm`, on any device and dtype; on GPUs where Triton is not taken.
 
 With dropout, or where adapter and activations differ in dtype, they go tile by tile over tokens: what is dropped out or
 cast exists a tile at a time, and on CPU stays in cache between the two.

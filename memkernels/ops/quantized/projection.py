@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.gradient_sum import GradientSum
-from memkernels.ops.quantized import products  # noqa: F401  defines the operators
+from memkernels.ops.quantized import operators  # noqa: F401  defines the operators
 from memkernels.ops.quantized.encoding import Encoding
 
 

@@ -1,0 +1,56 @@
+"""Tiles of the adapter's narrow products: those by the rank's few columns, over one read of x or dy.
+
+Each compiles without a spilled register and fits the shared memory of every architecture. They are not tuned: no speed
+has been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from memkernels.ops.product_tiles import low_rank_precision
+
+
+@dataclass(frozen=True)
+class NarrowTile:
+    """A program's tile of x or dy, BLOCK_M rows by BLOCK_N columns.
+
+    maxnreg: a bound of registers that lets NVIDIA's compiler use them all, where it would spill to fit more programs.
+    PRECISION: how float32 operands are multiplied.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+    PRECISION: str = "ieee"
+
+    def options(self) -> dict[str, int | str]:
+        """The kernel's compile-time arguments."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _tiles(nvidia2: tuple, nvidia4: tuple, amd2: tuple, amd4: tuple) -> dict[str, dict[int, NarrowTile]]:
+    return {
+        "nvidia": {2: NarrowTile(*nvidia2), 4: NarrowTile(*nvidia4)},
+        "amd": {2: NarrowTile(*amd2), 4: NarrowTile(*amd4)},
+    }
+
+
+# By vendor and the bytes of an element of the adapter: BLOCK_M, BLOCK_N, num_warps, num_stages, maxnreg.
+DOWN = _tiles((64, 64, 4, 3), (32, 64, 8, 2, 255), (64, 64, 4, 1), (32, 64, 4, 1))
+UP_GRAD = _tiles((256, 32, 8, 2), (32, 32, 8, 2, 255), (128, 64, 8, 1), (64, 32, 8, 1))
+DOWN_GRAD = _tiles((64, 64, 4, 3), (32, 64, 8, 2, 255), (64, 64, 4, 1), (32, 64, 4, 1))
+# Several tiles each way at the sizes that tests use.
+INTERPRETER_TILE = NarrowTile(32, 64, num_warps=1, num_stages=1)
+
+
+def select_narrow(tiles: dict[str, dict[int, NarrowTile]], dtype: torch.dtype, device: torch.device) -> NarrowTile:
+    """The tile for an adapter of a dtype."""
+    if device.type != "cuda":
+        return INTERPRETER_TILE
+    tile = tiles["amd" if torch.version.hip else "nvidia"][dtype.itemsize]
+    return replace(tile, PRECISION=low_rank_precision(dtype, device))

@@ -1,0 +1,157 @@
+"""The configurations of the adapter's Triton kernels that the checks without a GPU compile and count.
+
+Every tile of every architecture, with dropout and without; adapters of x's dtype and in float32. The least bytes are
+those at the tile's size: x or dy once, and what its tiles need of the adapter and of the sums' terms, tile by tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from memkernels.ops.lora_linear import triton as kernels
+from memkernels.ops.lora_linear.tiles import DOWN, DOWN_GRAD, UP_GRAD, NarrowTile
+from memkernels.ops.product_tiles import SMALL_TILES, TF32_TILE, TILES, ProductTile
+from memkernels.testing.cases import TARGETS, KernelCase, Target
+
+ALIGNED, UNALIGNED = (512, 256, 512), (250, 130, 250)
+NVIDIA, AMD = (tuple(t for t in TARGETS if t.backend == backend) for backend in ("cuda", "hip"))
+DROPOUT_P, RANK, SCALING = 0.1, 16, 0.5
+
+
+class Inputs:
+    """Tensors of one call, (tokens, K, N) being `shape`."""
+
+    def __init__(self, shape, dtype, adapter_dtype, dropout, rank, device):
+        tokens, k, n = shape
+
+        def ones(*size, dtype=dtype):
+            return torch.ones(*size, dtype=dtype, device=device)
+
+        self.x, self.dy, self.weight, self.bias = ones(tokens, k), ones(tokens, n), ones(n, k), ones(n)
+        self.a, self.b = ones(rank, k, dtype=adapter_dtype), ones(n, rank, dtype=adapter_dtype)
+        self.s, self.p = (ones(tokens, rank, dtype=adapter_dtype) for _ in range(2))
+        seed = torch.zeros((), dtype=torch.int64, device=device) if dropout else None
+        self.mask = (seed, DROPOUT_P, 0)
+
+
+def _down(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    s = kernels.lora_down(inputs.x, inputs.a, *inputs.mask, tile)
+    return inputs.x, s, *[inputs.a] * -(-len(inputs.x) // tile.BLOCK_M)
+
+
+def _up_grad(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    kernels.lora_up_grad(inputs.dy, inputs.s, inputs.b, SCALING, True, tile)
+    tiles = -(-len(inputs.dy) // tile.BLOCK_M)
+    parts, _ = kernels.cut(inputs.dy, tiles, inputs.dy.shape[1], tile.BLOCK_N)
+    p = inputs.p if parts == 1 else inputs.p.float()
+    return inputs.dy, *[inputs.b, inputs.b.float()] * tiles, *[inputs.s, p] * parts
+
+
+def _down_grad(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    kernels.lora_down_grad(inputs.p, inputs.x, *inputs.mask, tile)
+    tiles = -(-inputs.x.shape[1] // tile.BLOCK_N)
+    parts, _ = kernels.cut(inputs.x, tiles, len(inputs.x), tile.BLOCK_M)
+    return inputs.x, *[inputs.p] * tiles, *[inputs.a if parts == 1 else inputs.a.float()] * parts
+
+
+def _up(tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    scale = torch.ones(len(inputs.bias), device=inputs.x.device)
+    y = kernels.lora_up(inputs.x, inputs.weight, inputs.bias, inputs.s, inputs.b, SCALING, scale, tile)
+    return inputs.x, inputs.weight, inputs.bias, inputs.s, inputs.b, scale, y
+
+
+def _up_add(tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    kernels.lora_up_add_(inputs.dy, inputs.s, inputs.b, SCALING, None, inputs.bias, tile)
+    return inputs.dy, inputs.s, inputs.b, inputs.bias, inputs.dy
+
+
+def _input_grad(tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    dx = kernels.lora_input_grad(inputs.dy, inputs.weight, inputs.p, inputs.a, *inputs.mask, tile)
+    return inputs.dy, inputs.weight, inputs.p, inputs.a, dx
+
+
+def _input_add(tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    kernels.lora_input_add_(inputs.x, inputs.p, inputs.a, *inputs.mask, tile)
+    return inputs.x, inputs.p, inputs.a, inputs.x
+
+
+def _case(
+    label: str,
+    function: Callable,
+    tile: NarrowTile | ProductTile,
+    targets: tuple[Target, ...],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    adapter: torch.dtype | None = None,
+    shape: tuple[int, int, int] = ALIGNED,
+    dropout: bool = True,
+    rank: int = RANK,
+    traffic_limit: float | None = None,
+) -> KernelCase:
+    adapter = adapter or dtype
+    label = f"{function.__name__[1:].replace('_', ' ')} {str(dtype)[6:]} {label}"
+    if adapter != dtype:
+        label += f" {str(adapter)[6:]} adapter"
+    if rank != RANK:
+        label += f" rank {rank}"
+    if not dropout:
+        label += " no dropout"
+
+    def launch(device: str) -> tuple[Tensor, ...]:
+        return function(tile, Inputs(shape, dtype, adapter, dropout, rank, device))
+
+    return KernelCase(label, launch, traffic_limit, targets)
+
+
+def _targets(architecture: str) -> tuple[Target, ...]:
+    names = ("sm_86", "sm_89") if architecture == "sm_86" else (architecture,)
+    return tuple(target for target in TARGETS if target.name in names)
+
+
+def _narrow_cases() -> list[KernelCase]:
+    cases = []
+    for function, by_vendor in ((_down, DOWN), (_up_grad, UP_GRAD), (_down_grad, DOWN_GRAD)):
+        for vendor, targets, precisions in (("nvidia", NVIDIA, ("tf32x3", "tf32")), ("amd", AMD, ("ieee",))):
+            tiles = by_vendor[vendor]
+            case = partial(_case, function=function, targets=targets, traffic_limit=1.05)
+            for rank in (RANK, 64):
+                cases.append(case(vendor, tile=tiles[2], rank=rank))
+            cases.append(case(f"unaligned {vendor}", tile=tiles[2], shape=UNALIGNED))
+            for dtype, precision in product((torch.bfloat16, torch.float32), precisions):
+                tile = replace(tiles[4], PRECISION=precision)
+                cases.append(case(precision, tile=tile, dtype=dtype, adapter=torch.float32, rank=64))
+            if function is not _up_grad:
+                cases.append(case(vendor, tile=tiles[2], dropout=False))
+    return cases
+
+
+def _product_cases() -> list[KernelCase]:
+    cases = []
+    for name, tile in TILES.items():
+        targets = _targets(name)
+        wide = replace(tile, LOW_RANK_PRECISION="ieee" if name == "gfx942" else "tf32x3")
+        for function in (_up, _input_grad):
+            cases.append(_case(name, function, tile, targets))
+            cases.append(_case(name, function, wide, targets, adapter=torch.float32))
+        cases.append(_case(name, _input_grad, tile, targets, dropout=False))
+        cases.append(_case(name, _input_grad, tile, targets, rank=64))
+    for function in (_up, _input_grad, _up_add, _input_add):
+        for vendor, targets, precision in (("nvidia", NVIDIA, "tf32x3"), ("amd", AMD, "ieee")):
+            tile = SMALL_TILES[vendor]
+            wide = replace(tile, LOW_RANK_PRECISION=precision)
+            cases.append(_case(f"small {vendor}", function, tile, targets, shape=UNALIGNED))
+            cases.append(_case(f"small {vendor}", function, wide, targets, shape=UNALIGNED, adapter=torch.float32))
+            cases.append(_case(f"exact {vendor}", function, tile, targets, dtype=torch.float32))
+        tile = replace(SMALL_TILES["nvidia"], LOW_RANK_PRECISION="tf32")
+        tile = TF32_TILE if function in (_up, _input_grad) else tile
+        cases.append(_case("tf32", function, tile, NVIDIA, dtype=torch.float32))
+    return cases
+
+
+KERNEL_CASES = [*_narrow_cases(), *_product_cases()]

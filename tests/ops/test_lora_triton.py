@@ -1,0 +1,172 @@
+"""The adapter's operators on GPUs, one by one: masks, layouts, addresses, and when they are taken."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memkernels import _library
+from memkernels.ops.lora_linear import operators, products, reference  # noqa: F401  (defines the operators)
+from memkernels.ops.lora_linear.tiles import DOWN, select_narrow
+from memkernels.ops.product_tiles import QUANTIZED_TILES, SMALL_TILES, TILES, select_tile
+from memkernels.testing import implementations, poisoned_memory, random_tensor
+
+OPERATORS = torch.ops.memkernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEED, DROPOUT_P, FIRST_ROW = torch.tensor(-1234567890123456789), 0.3, 5
+on_every_implementation = pytest.mark.parametrize("implementation", implementations("lora_down"), ids=str)
+
+
+def tensors(rows, k, n, rank, dtype, device):
+    """x, dy, weight, lora_a, lora_b, p (s too)."""
+    shapes = ((rows, k), (rows, n), (n, k), (rank, k), (n, rank), (rows, rank))
+    return [random_tensor(*shape, dtype=dtype, device=device, seed=i).detach() for i, shape in enumerate(shapes)]
+
+
+def every_operator(x, dy, weight, a, b, p):
+    mask = (SEED.to(x.device), DROPOUT_P, FIRST_ROW)
+    y, dx = dy.clone(), x.clone()
+    OPERATORS.lora_up_add_(y, p, b, 0.7, None, None)
+    OPERATORS.lora_input_add_(dx, p, a, *mask)
+    return [
+        OPERATORS.lora_down(x, a, *mask), OPERATORS.lora_up(x, weight, None, p, b, 0.7, None), y,
+        *OPERATORS.lora_up_grad(dy, p, b, 0.7, True), OPERATORS.lora_input_grad(dy, weight, p, a, *mask), dx,
+        OPERATORS.lora_down_grad(p, x, *mask),
+    ]  # fmt: skip
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 15, 64, 65, 130])
+def test_every_product_has_the_mask_of_the_reference(implementation, dtype, columns):
+    """Products by unit matrices, of which the other factor comes out with dropout."""
+    rows, mask = 37, (SEED, DROPOUT_P, FIRST_ROW)
+    x = random_tensor(rows, columns, dtype=dtype).detach()
+    expected = reference.row_dropout(x, *mask, torch.float32).to(dtype)
+    of_rows, of_columns = torch.eye(rows, dtype=dtype), torch.eye(columns, dtype=dtype)
+    with implementation.active() as device:
+        mask = (SEED.to(device), *mask[1:])
+        x, of_rows, of_columns = (tensor.to(device) for tensor in (x, of_rows, of_columns))
+        dx = torch.zeros_like(x)
+        OPERATORS.lora_input_add_(dx, of_rows, x, *mask)
+        no_dy, no_weight = x.new_zeros(rows, 3), x.new_zeros(3, columns)
+        results = [
+            OPERATORS.lora_down(x, of_columns, *mask), OPERATORS.lora_down_grad(of_rows, x, *mask), dx,
+            OPERATORS.lora_input_grad(no_dy, no_weight, of_rows, x, *mask),
+        ]  # fmt: skip
+    for result in results:
+        torch.testing.assert_close(result.cpu(), expected)
+        assert torch.equal(result.cpu() == 0, expected == 0)
+
+
+@on_every_implementation
+@pytest.mark.parametrize("size", [64, 15], ids=["descriptors", "pointers"])
+def test_offsets_beyond_32_bits(implementation, size):
+    with implementation.active() as device:
+        near = tensors(3, size, 32, 2, torch.float16, device)
+        far = list(near)
+        for index in (0, 1):
+            # Four gigabytes of addresses, of which three rows are ever touched.
+            sparse = torch.empty_strided(near[index].shape, (2**30, 1), dtype=torch.float16, device=device)
+            far[index] = sparse.copy_(near[index])
+        results = [every_operator(*of)[:1] + every_operator(*of)[3:] for of in (near, far)]
+        assert all(map(torch.equal, *results))
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(implementation, dtype):
+    """Rows apart with NaN between them, columns apart, a broadcast row: the same bits as contiguous tensors."""
+    with implementation.active() as device:
+        plain = tensors(35, 64, 48, 5, dtype, device)
+        laid_out = []
+        for tensor in plain:
+            around = torch.full((tensor.shape[0] + 3, tensor.shape[1] + 16), float("nan"), dtype=dtype, device=device)
+            around[: tensor.shape[0], : tensor.shape[1]] = tensor
+            laid_out.append(around[: tensor.shape[0], : tensor.shape[1]])
+        transposed = [tensor.t().contiguous().t() for tensor in plain]
+        with poisoned_memory():
+            results = [every_operator(*of) for of in (plain, laid_out, transposed)]
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
+        plain[1] = plain[1][:1].expand_as(plain[1])
+        repeated = [*plain[:1], plain[1].contiguous(), *plain[2:]]
+        assert torch.equal(OPERATORS.lora_up_grad(plain[1], plain[5], plain[4], 0.7, True)[1],
+                           OPERATORS.lora_up_grad(repeated[1], plain[5], plain[4], 0.7, True)[1])  # fmt: skip
+
+
+@on_every_implementation
+def test_empty_sizes(implementation):
+    with implementation.active() as device:
+        for shape in ((0, 16, 24, 3), (5, 0, 24, 3), (5, 16, 0, 3)):
+            of = tensors(*shape, torch.float32, device)
+            for result, expected in zip(every_operator(*of), plain_operators(*of), strict=True):
+                torch.testing.assert_close(result, expected)
+
+
+def plain_operators(x, dy, weight, a, b, p):
+    mask = (SEED.to(x.device), DROPOUT_P, FIRST_ROW)
+    y, dx = dy.clone(), x.clone()
+    products.lora_up_add_(y, p, b, 0.7, None, None)
+    products.lora_input_add_(dx, p, a, *mask)
+    return [
+        products.lora_down(x, a, *mask), products.lora_up(x, weight, None, p, b, 0.7, None), y,
+        *products.lora_up_grad(dy, p, b, 0.7, True), products.lora_input_grad(dy, weight, p, a, *mask), dx,
+        products.lora_down_grad(p, x, *mask),
+    ]  # fmt: skip
+
+
+@on_every_implementation
+def test_equal_inputs_give_equal_bits(implementation):
+    with implementation.active() as device:
+        of = tensors(200, 130, 70, 3, torch.float32, device)
+        assert all(map(torch.equal, every_operator(*of), every_operator(*of)))
+
+
+F32, BF16, F64 = (torch.zeros(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("setting", "tensors", "expected"),
+    [
+        ("auto", (BF16, BF16), True),
+        ("auto", (F32, BF16), True),
+        ("auto", (F32, torch.zeros(1, dtype=torch.int64), None, 0.5), False),
+        ("auto", (F64,), False),
+        ("triton", (F32,), True),
+        ("triton", (F64,), False),
+        ("matmul", (BF16,), False),
+    ],
+)
+def test_when_triton_is_taken(monkeypatch, setting, tensors, expected):
+    monkeypatch.setattr(_library, "_products", setting)
+    monkeypatch.setattr(_library, "_triton_missing", None)
+    assert _library._takes_triton(tensors) == expected
+    monkeypatch.setattr(_library, "_triton_missing", "Triton is not installed")
+    assert not _library._takes_triton(tensors)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((8, 0), "sm_80"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 3), "sm_100")]
+)
+def test_tiles_by_capability_and_dtype(monkeypatch, capability, name):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device, bf16, f32 = torch.device("cuda", 0), torch.bfloat16, torch.float32
+    assert select_tile(bf16, bf16, device, aligned=True) == TILES[name]
+    assert select_tile(bf16, bf16, device, aligned=True, tiles=QUANTIZED_TILES) == QUANTIZED_TILES[name]
+    assert select_tile(bf16, bf16, device, aligned=False) == SMALL_TILES["nvidia"]
+    assert select_narrow(DOWN, bf16, device) == DOWN["nvidia"][2]
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting, exact, narrow in (("ieee", "ieee", "tf32x3"), ("tf32", "tf32", "tf32")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert select_tile(bf16, f32, device, aligned=True) == replace(TILES[name], LOW_RANK_PRECISION=narrow)
+            small = replace(SMALL_TILES["nvidia"], PRECISION=exact, LOW_RANK_PRECISION=exact)
+            assert select_tile(f32, f32, device, aligned=False) == small
+            assert select_narrow(DOWN, f32, device) == replace(DOWN["nvidia"][4], PRECISION=narrow)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert select_tile(bf16, f32, device, aligned=True) == TILES["gfx942"]
+    assert select_narrow(DOWN, f32, device) == DOWN["amd"][4]
