@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(moe_plan);
   MEMKERNELS_IMPL(nf4_dequantize_);
   MEMKERNELS_IMPL(nf4_quantize);
+  MEMKERNELS_IMPL(nf4_quantize_absmax);
   MEMKERNELS_IMPL(rms_norm_bwd);
   MEMKERNELS_IMPL(rms_norm_fwd);
   MEMKERNELS_IMPL(rotary_bwd);

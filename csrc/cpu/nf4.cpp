@@ -9,6 +9,7 @@
 
 #include "common/kernel_table.h"
 #include "common/nf4_tensors.h"
+#include "cpu/outputs.h"
 #include "cpu/vec.h"
 
 namespace memkernels::cpu {
@@ -52,11 +53,22 @@ inline IntVec codes_of(Vec v) {
 
 #endif
 
-// kLanes / 2 bytes of kLanes codes. Two neighbours are one 64-bit lane, the first its low half.
-inline void store_codes(uint8_t* packed, IntVec codes) {
-  const PairVec pairs = bits_as<PairVec>(codes);
-  const PairBytes bytes = __builtin_convertvector((pairs << 4) | (pairs >> 32), PairBytes);
-  std::memcpy(packed, &bytes, sizeof(bytes));
+// kLanes bytes of twice as many codes.
+inline void store_codes(uint8_t* packed, IntVec first, IntVec second) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i codes =
+      _mm256_set_m128i(_mm512_cvtepi32_epi8(bits_as<__m512i>(second)), _mm512_cvtepi32_epi8(bits_as<__m512i>(first)));
+  const __m256i bytes = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_cvtepi16_epi8(bytes));
+#else
+  // Two neighbours are one 64-bit lane, the first its low half.
+  for (const IntVec& codes : {first, second}) {
+    const PairVec pairs = bits_as<PairVec>(codes);
+    const PairBytes bytes = __builtin_convertvector((pairs << 4) | (pairs >> 32), PairBytes);
+    std::memcpy(packed, &bytes, sizeof(bytes));
+    packed += sizeof(bytes);
+  }
+#endif
 }
 
 // The largest magnitude of n values, n a multiple of kLanes; as integers, so that a NaN is above infinity.
@@ -67,16 +79,22 @@ float absolute_maximum(const T* values, int64_t n) {
     const IntVec magnitude = bits_as<IntVec>(load(values + i)) & 0x7fffffff;
     largest = magnitude > largest ? magnitude : largest;
   }
-  int32_t bits = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) bits = std::max(bits, largest[lane]);
-  return std::bit_cast<float>(bits);
+  // By vectors of four, for a block may be two vectors long.
+  typedef int32_t Four __attribute__((vector_size(16)));
+  Four parts[kLanes / 4];
+  std::memcpy(parts, &largest, sizeof(largest));
+  Four four = parts[0];
+  for (const Four& part : parts) four = part > four ? part : four;
+  return std::bit_cast<float>(std::max(std::max(four[0], four[1]), std::max(four[2], four[3])));
 }
 
 template <typename T>
 float quantize_block(const T* values, int64_t n, uint8_t* packed) {
   const float absmax = absolute_maximum(values, n);
   const float inverse = 1.0f / std::max(absmax, kLeastAbsmax);
-  for (int64_t i = 0; i < n; i += kLanes) store_codes(packed + i / 2, codes_of(load(values + i) * inverse));
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    store_codes(packed + i / 2, codes_of(load(values + i) * inverse), codes_of(load(values + i + kLanes) * inverse));
+  }
   return absmax;
 }
 
@@ -86,9 +104,11 @@ float quantize_incomplete_block(const T* values, int64_t n, uint8_t* packed) {
   float scaled[kNf4MaxBlock] = {};
   uint8_t bytes[kNf4MaxBlock / 2];
   std::copy_n(values, n, scaled);
-  const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;
+  const int64_t whole = (n + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
   const float absmax = std::max(absolute_maximum(scaled, whole), kLeastAbsmax);
-  for (int64_t i = 0; i < whole; i += kLanes) store_codes(bytes + i / 2, codes_of(load(scaled + i) / absmax));
+  for (int64_t i = 0; i < whole; i += 2 * kLanes) {
+    store_codes(bytes + i / 2, codes_of(load(scaled + i) / absmax), codes_of(load(scaled + i + kLanes) / absmax));
+  }
   std::memcpy(packed, bytes, (n + 1) / 2);
   return absmax;
 }
@@ -97,7 +117,7 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& values_in, int64_t block_s
   check_nf4_block_size(block_size);
   const Tensor values = as_contiguous(values_in);
   const int64_t size = values.numel(), whole_blocks = size / block_size, rest = size % block_size;
-  Tensor packed = torch::stable::new_empty(values, {(size + 1) / 2}, ScalarType::Byte);
+  Tensor packed = new_output(values, {(size + 1) / 2}, ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(values, {whole_blocks + (rest != 0)}, ScalarType::Float);
   uint8_t* bytes = packed.mutable_data_ptr<uint8_t>();
   float* maxima = absmax.mutable_data_ptr<float>();
@@ -115,6 +135,74 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& values_in, int64_t block_s
     }
   });
   return {packed, absmax};
+}
+
+inline Vec gather(const float* table, IntVec index) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_i32gather_ps(bits_as<__m512i>(index), table, 4);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_i32gather_ps(table, bits_as<__m256i>(index), 4);
+#else
+  Vec v;
+  for (int64_t lane = 0; lane < kLanes; ++lane) v[lane] = table[index[lane]];
+  return v;
+#endif
+}
+
+// The midpoints between neighbours of the ascending 8-bit code, with a last one that no value is above.
+struct NestedMidpoints {
+  float value[256];
+
+  explicit NestedMidpoints(const float* code) {
+    for (int i = 0; i < 255; ++i) value[i] = (code[i] + code[i + 1]) / 2;
+    value[255] = std::numeric_limits<float>::infinity();
+  }
+
+  // How many are below each lane.
+  IntVec below(Vec v) const {
+    IntVec count{};
+    for (int half = 128; half > 0; half /= 2) count += (v > gather(value + half - 1, count)) & half;
+    return count;
+  }
+};
+
+// As blocks of NF4 are: the last one divides, if it is incomplete, and has an absmax of at least kLeastAbsmax.
+float quantize_nested_block(const float* absmax, int64_t n, float offset, const NestedMidpoints& midpoints,
+                            uint8_t* codes) {
+  float values[kNestedBlock] = {};
+  for (int64_t i = 0; i < n; ++i) values[i] = absmax[i] - offset;
+  const float largest = absolute_maximum(values, kNestedBlock);
+  const float divisor = std::max(largest, kLeastAbsmax), inverse = 1.0f / divisor;
+  const bool whole = n == kNestedBlock;
+  int32_t counts[kNestedBlock];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load(values + i);
+    const IntVec count = midpoints.below(whole ? v * inverse : v / divisor);
+    std::memcpy(counts + i, &count, sizeof(count));
+  }
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(counts[i]);
+  return whole ? largest : divisor;
+}
+
+std::tuple<Tensor, Tensor> nf4_quantize_absmax(const Tensor& absmax_in, const Tensor& offset, const Tensor& code_in) {
+  const Tensor absmax = as_contiguous(absmax_in), code = as_contiguous(code_in);
+  STD_TORCH_CHECK(code.numel() == 256, "nf4_quantize_absmax: code: expected 256 elements, got ", code.numel());
+  const int64_t n = absmax.numel(), blocks = (n + kNestedBlock - 1) / kNestedBlock;
+  Tensor codes = torch::stable::new_empty(absmax, {n}, ScalarType::Byte);
+  Tensor nested_absmax = torch::stable::new_empty(absmax, {blocks}, ScalarType::Float);
+  const float* values = absmax.const_data_ptr<float>();
+  const float shift = *offset.const_data_ptr<float>();
+  uint8_t* bytes = codes.mutable_data_ptr<uint8_t>();
+  float* maxima = nested_absmax.mutable_data_ptr<float>();
+  const NestedMidpoints midpoints(code.const_data_ptr<float>());
+  torch::stable::parallel_for(0, blocks, kElementsPerTask / kNestedBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kNestedBlock;
+      maxima[block] =
+          quantize_nested_block(values + first, std::min(kNestedBlock, n - first), shift, midpoints, bytes + first);
+    }
+  });
+  return {codes, nested_absmax};
 }
 
 inline float absmax_of(const Nf4Scales& scales, int64_t block) {
@@ -217,6 +305,7 @@ void nf4_dequantize_(Tensor out, const Tensor& packed, const Tensor& absmax, con
 }
 
 MEMKERNELS_CPU_KERNEL(nf4_quantize);
+MEMKERNELS_CPU_KERNEL(nf4_quantize_absmax);
 MEMKERNELS_CPU_KERNEL(nf4_dequantize_);
 
 }  // namespace

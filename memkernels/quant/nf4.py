@@ -13,8 +13,8 @@ from torch import Tensor
 from memkernels.ops.quantized.encoding import Encoding
 from memkernels.ops.quantized.tensor import QuantizedTensor
 from memkernels.quant.checks import check_values
-from memkernels.quant.operators import nf4_dequantize_, nf4_quantize
-from memkernels.quant.reference import NESTED_BLOCK, dequantize_absmax, nested_code, quantize_blocks
+from memkernels.quant.operators import nf4_dequantize_, nf4_quantize, nf4_quantize_absmax
+from memkernels.quant.reference import NESTED_BLOCK, dequantize_absmax, nested_code
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _TWO_ZEROS = 0x77  # a byte of two codes of the value 0
@@ -58,14 +58,15 @@ class NF4Encoding(Encoding):
 
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
         packed, absmax = nf4_quantize(values.detach(), self.block_size)
-        if not absmax.isfinite().all():
+        offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+        # One pass where the mean says it: it is finite only if they all are, and may overflow where they are.
+        if not (offset.isfinite() or absmax.isfinite().all()):
             raise ValueError("weight: expected finite values.")
         if not self.nested:
             return packed, absmax
-        offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-        code = nested_code()
-        codes, nested_absmax = quantize_blocks(absmax - offset, code, NESTED_BLOCK)
-        return packed, codes, nested_absmax, code.to(absmax.device), offset
+        code = nested_code().to(absmax.device)
+        codes, nested_absmax = nf4_quantize_absmax(absmax, offset, code)
+        return packed, codes, nested_absmax, code, offset
 
     def row_slice(self, parts: Sequence[Tensor], first: int, last: int) -> tuple[NF4Encoding, tuple[Tensor, ...]]:
         """Of nested maxima that the slice does not take in whole blocks of 256, their values, in float32."""

@@ -22,11 +22,21 @@ def _quantize_fake(values, block_size):
     return values.new_empty((n + 1) // 2, dtype=torch.uint8), absmax
 
 
+def _quantize_absmax_fake(absmax, offset, code):
+    n = absmax.numel()
+    return absmax.new_empty(n, dtype=torch.uint8), absmax.new_empty(-(-n // reference.NESTED_BLOCK))
+
+
 def _dequantize_fake(out, *stored_as):
     return None
 
 
 define("nf4_quantize(Tensor values, int block_size) -> (Tensor packed, Tensor absmax)", _quantize_fake)
+# absmax - offset in 8 bits.
+define(
+    "nf4_quantize_absmax(Tensor absmax, Tensor offset, Tensor code) -> (Tensor codes, Tensor nested_absmax)",
+    _quantize_absmax_fake,
+)
 # Fills out (rows, columns) with the rectangle at (first_row, first_column) of the tensor seen as rows of row_size.
 define(
     "nf4_dequantize_(Tensor(a!) out, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code,"
@@ -40,6 +50,13 @@ def nf4_quantize(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     if has_kernel("nf4_quantize", values):
         return torch.ops.memkernels.nf4_quantize(values, block_size)
     return reference.nf4_quantize(values, block_size)
+
+
+def nf4_quantize_absmax(absmax: Tensor, offset: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of absmax - offset, one a block, and their absolute maxima, one for 256."""
+    if has_kernel("nf4_quantize_absmax", absmax):
+        return torch.ops.memkernels.nf4_quantize_absmax(absmax, offset, code)
+    return reference.quantize_blocks(absmax - offset, code, reference.NESTED_BLOCK)
 
 
 def nf4_dequantize_(

@@ -53,6 +53,25 @@ def test_ties_go_to_the_lower_code(implementation):
     assert torch.equal(packed.cpu(), expected[0]) and torch.equal(absmax.cpu(), torch.ones(1))
 
 
+@on_every_implementation
+@pytest.mark.parametrize("size", [1, 255, 256, 700, 5000])
+def test_nested_codes_are_those_of_the_reference(implementation, size):
+    code = reference.nested_code()
+    middle = (code[:-1] + code[1:]) / 2
+    # Ties too, in the first block, whose absmax is 1.
+    absmax = torch.cat([middle, torch.ones(1), 3 * normal(size)])[:size]
+    for offset in (torch.zeros(()), absmax.mean()):
+        with implementation.active() as device, poisoned_memory():
+            ours = operators.nf4_quantize_absmax(absmax.to(device), offset.to(device), code.to(device))
+        expected = reference.quantize_blocks(absmax - offset, code, 256)
+        assert torch.equal(ours[0].cpu(), expected[0]) and torch.equal(ours[1].cpu(), expected[1])
+
+
+def test_finite_values_whose_mean_overflows_are_taken():
+    values = torch.full((4, 64), 3e38)
+    assert torch.equal(quant.quantize_nf4(values, double_quant=False).dequantize(), values)
+
+
 def test_nested_absmax_is_that_of_bitsandbytes():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     values = normal(1000, 640)
@@ -183,6 +202,8 @@ def test_operators_pass_opcheck(implementation):
     with implementation.active() as device:
         torch.library.opcheck(torch.ops.memkernels.nf4_quantize.default, (normal(8, 64).to(device), 64))
         parts = tensor.to(device).parts
+        absmax = (torch.ones(5, device=device), torch.zeros((), device=device), parts[3])
+        torch.library.opcheck(torch.ops.memkernels.nf4_quantize_absmax.default, absmax)
         out = torch.empty(8, 64, device=device)
         torch.library.opcheck(torch.ops.memkernels.nf4_dequantize_.default, (out, *parts, 64, 64, 0, 0))
         with pytest.raises(RuntimeError, match="outside of what packed and absmax hold"):
