@@ -21,4 +21,8 @@ def as_product_dtype(x: Tensor, dtype: torch.dtype, **weights: Tensor | None) ->
     for name, tensor in weights.items():
         if tensor is not None and tensor.dtype != dtype and not autocast:
             raise TypeError(f"{name}: expected {dtype}, as x, got {tensor.dtype}.")
-    return {name: None if tensor is None else tensor.to(dtype) for name, tensor in weights.items()}
+    # Not `.to` where there is nothing to do: the compiler reads a quantised weight's encoding off an input alone.
+    return {
+        name: tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+        for name, tensor in weights.items()
+    }

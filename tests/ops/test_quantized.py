@@ -167,7 +167,6 @@ def test_decoder_layer(kind, dtype, adapters):
 
 @kinds
 @pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
-@pytest.mark.xfail(reason="open: Dynamo does not trace the encoding of a quantised weight", strict=False)
 def test_compiles_whole_and_equals_eager(kind, magnitude):
     inputs = make_inputs((2, 11), ATTENTION + MLP, kind, torch.float32, ("w_q", "w_up"), magnitude)
     wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
