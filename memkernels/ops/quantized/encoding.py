@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-# Of each product with the dense matrix a tile at a time, on CPU in about these bytes: from 256 rows or columns on, the
-# products take as long as one of the whole. At most a quarter of the matrix, unless it is smaller than that.
+# Of each product with the dense matrix a tile at a time, on CPU in about these bytes, and at most half of the matrix:
+# from 512 rows or columns on the products take as long as one of the whole, by 256 a twentieth longer
+# (docs/design/nf4.md).
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 _LEAST_TILE = 256
 
@@ -117,5 +118,5 @@ class Encoding:
 def _tile_size(count: int, line_bytes: int, device: torch.device) -> int:
     """How many of `count` rows or columns, of `line_bytes` each, are a tile: a multiple of 64 if several."""
     budget = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"]) // max(1, line_bytes)
-    size = max(_LEAST_TILE, min(budget, count // 4)) // 64 * 64
+    size = max(_LEAST_TILE, min(budget, count // 2)) // 64 * 64
     return max(1, min(size, count))
