@@ -12,55 +12,47 @@ from memkernels import ops
 from memkernels._library import has_kernel
 from memkernels.integrations.family import Family
 from memkernels.integrations.linears import is_linear
-from memkernels.integrations.masks import CACHES, has_cache, is_told, sequences
+from memkernels.integrations.masks import has_cache, is_told, sequences
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.projections import projected, weights
-from memkernels.integrations.replacement import Replacement, bind
+from memkernels.integrations.replacement import Replacement, argument_names, bind
 
 
 def plan_attention(attention: nn.Module, family: Family) -> Replacement:
-    return Replacement("attention", bind(attention_forward, attention, family=family))
+    if getattr(attention, "is_cross_attention", False):
+        return Replacement("attention", left="cross attention")
+    names = argument_names(attention)[1:]
+    return Replacement("attention", bind(attention_forward, attention, family=family, names=names))
 
 
 def attention_forward(
-    attention: Any,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    *,
-    family: Family,
-    **kwargs,
+    attention: Any, hidden_states: Tensor, *args, family: Family, names: tuple[str, ...], **kwargs
 ) -> tuple[Tensor, Tensor | None]:
     """The module's own projections around `ops.apply_rotary`, and `ops.attention` where the mask is a told one.
 
     So it is where the implementation is "sdpa" and transformers gives no mask, which says that the mask is causal and
-    nothing more. Otherwise the model's attention implementation computes; generation from a cache, without gradient, is
-    left to transformers, whose releases give their caches different arguments.
+    nothing more. Otherwise the model's attention implementation computes; attention that fills or reads a cache is left
+    to transformers, whose releases give their caches different arguments.
     """
-    caches = {name: kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None}
-    if caches and not torch.is_grad_enabled():
-        kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
-        return type(attention).forward(attention, hidden_states, **caches, **kwargs)
+    kwargs |= dict(zip(names, args, strict=False))
+    if has_cache(kwargs):
+        return type(attention).forward(attention, hidden_states, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    position_embeddings, mask = (kwargs.pop(name, None) for name in ("position_embeddings", "attention_mask"))
     heads = (*hidden_states.shape[:-1], -1, attention.head_dim)
     states = projected(attention, family.qkv, hidden_states, _sizes(attention))
     query, key, value = (state.view(heads) for state in states)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key = ops.apply_rotary(query, key, *_tables(position_embeddings, family))
-    for cache in caches.values():
-        key, value = (
-            states.transpose(1, 2)
-            for states in cache.update(key.transpose(1, 2), value.transpose(1, 2), attention.layer_idx)
-        )
-    if is_told(attention_mask) or (
-        _is_causal_sdpa(attention, attention_mask, kwargs)
-        and query.shape[1] == key.shape[1]
-        and has_kernel("attention_fwd", query)
-    ):
-        out, weights_of_keys = _attend(attention, query, key, value, attention_mask, family), None
+    if position_embeddings is not None:
+        query, key = ops.apply_rotary(query, key, *_tables(position_embeddings, family))
+    if is_told(mask) or (_is_causal_sdpa(attention, mask, kwargs) and has_kernel("attention_fwd", query)):
+        out, weights_of_keys = _attend(attention, query, key, value, mask, family), None
     else:
-        out, weights_of_keys = _attend_as_transformers(attention, query, key, value, attention_mask, family, **kwargs)
-    return attention.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights_of_keys
+        out, weights_of_keys = _attend_as_transformers(attention, query, key, value, mask, family, **kwargs)
+    out = getattr(attention, family.o)(out.reshape(*hidden_states.shape[:-1], -1))
+    dropout = family.inner_dropouts[0]
+    return (out if dropout is None else getattr(attention, dropout)(out)), weights_of_keys
 
 
 def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, family: Family) -> Tensor:
@@ -84,9 +76,9 @@ def _attend_as_transformers(
     for name, attribute in (("s_aux", "sinks"), ("softcap", "attn_logit_softcapping")):
         if getattr(attention, attribute, None) is not None:
             kwargs[name] = getattr(attention, attribute)
+    kwargs |= {"dropout": _dropout(attention, family), "scaling": attention.scaling}
     attend = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation, family.eager_attention)
-    states = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return attend(attention, *states, mask, dropout=_dropout(attention), scaling=attention.scaling, **kwargs)
+    return attend(attention, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, **kwargs)
 
 
 def _score_options(attention: Any, family: Family) -> dict[str, Any]:
@@ -94,7 +86,7 @@ def _score_options(attention: Any, family: Family) -> dict[str, Any]:
     window = None if family.sliding_window is None else family.sliding_window(attention)
     sinks = getattr(attention, "sinks", None)
     return {
-        "causal": True, "scale": attention.scaling, "dropout_p": _dropout(attention),
+        "causal": True, "scale": attention.scaling, "dropout_p": _dropout(attention, family),
         "window": (-1, -1) if window is None else (window - 1, -1),
         "softcap": getattr(attention, "attn_logit_softcapping", None) or 0.0,
         "sinks": None if sinks is None else sinks.float(),
@@ -118,7 +110,7 @@ def fits_block(attention: Any, family: Family) -> bool:
         type(attention) is family.attention
         and not has_hooks(attention)
         and all(is_linear(getattr(attention, name), in_parts=in_parts) for name in family.qkv)
-        and is_linear(attention.o_proj)
+        and is_linear(getattr(attention, family.o))
         and all(type(norm) is family.norm and not has_hooks(norm) for norm in _head_norms(attention))
     )
 
@@ -133,15 +125,16 @@ def takes_block(attention: Any, x: Tensor, kwargs: dict) -> bool:
     )
 
 
-def block_arguments(attention: Any, position_embeddings: tuple[Tensor, Tensor], family: Family) -> dict[str, Any]:
+def block_arguments(
+    attention: Any, position_embeddings: tuple[Tensor, Tensor] | None, family: Family
+) -> dict[str, Any]:
     """What `ops.attention_block` takes of attention that fits."""
-    cos, sin = _tables(position_embeddings, family)
-    arguments = weights(attention, family.qkv, "qkv", _sizes(attention))
-    arguments |= weights(attention, ("o_proj",), "o", ())
+    arguments = weights(attention, family.qkv, "qkv", _sizes(attention)) | weights(attention, (family.o,), "o", ())
     for name, norm in zip("qk", _head_norms(attention), strict=False):
         arguments[f"{name}_norm_weight"] = norm.weight
-    heads = {"num_heads": attention.config.num_attention_heads, "cos": cos, "sin": sin}
-    return arguments | heads | _score_options(attention, family)
+    if position_embeddings is not None:
+        arguments |= dict(zip(("cos", "sin"), _tables(position_embeddings, family), strict=True))
+    return arguments | {"num_heads": attention.config.num_attention_heads} | _score_options(attention, family)
 
 
 def _tables(position_embeddings: tuple[Tensor, Tensor], family: Family) -> tuple[Tensor, Tensor]:
@@ -155,12 +148,12 @@ def _head_norms(attention: Any) -> tuple[Any, ...]:
 
 
 def _sizes(attention: Any) -> tuple[int, int, int]:
-    q, k = (
-        heads * attention.head_dim
-        for heads in (attention.config.num_attention_heads, attention.config.num_key_value_heads)
-    )
-    return q, k, k
+    """Of q, k and v where they are one projection."""
+    q = attention.config.num_attention_heads * attention.head_dim
+    kv = q // getattr(attention, "num_key_value_groups", 1)
+    return q, kv, kv
 
 
-def _dropout(attention: Any) -> float:
-    return attention.attention_dropout if attention.training else 0.0
+def _dropout(attention: Any, family: Family) -> float:
+    dropout = getattr(attention, family.attention_dropout)
+    return getattr(dropout, "p", dropout) if attention.training else 0.0

@@ -20,16 +20,15 @@ from memkernels.integrations.linears import is_linear
 from memkernels.integrations.mlp import activation_name
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.projections import weights
-from memkernels.integrations.replacement import Replacement, bind
+from memkernels.integrations.replacement import Replacement, bind, why_left
+from memkernels.integrations.sublayers import call
 
 
 def plan_layer(layer: Any, recompute: str) -> Replacement:
     activation = activation_name(layer.intermediate.intermediate_act_fn)
     fits = {"attention": fits_block(layer.attention), "MLP": _mlp_fits(layer, activation)}
-    others = " and ".join(name for name, fit in fits.items() if not fit)
-    left = f"{others} with a hook, or an adapter, weight or activation that no op takes" if others else None
     forward = bind(layer_forward, layer, activation=activation, whole=recompute == "layer")
-    return Replacement("encoder layer", forward, left)
+    return Replacement("encoder layer", forward, why_left(fits))
 
 
 def layer_forward(
@@ -52,7 +51,7 @@ def layer_forward(
 
 
 def _layer(layer: Any, x: Tensor, *, activation: str | None, whole: bool, **kwargs) -> Tensor:
-    run = partial(checkpoint, use_reentrant=False) if whole else _call
+    run = partial(checkpoint, use_reentrant=False) if whole else call
     attention, norm = layer.attention, layer.attention.output.LayerNorm
     mlp = _mlp_arguments(layer, activation) if activation is not None and _mlp_fits(layer, activation) else None
     if fits_block(attention) and _takes(attention.self, x, **kwargs):
@@ -68,10 +67,6 @@ def _layer(layer: Any, x: Tensor, *, activation: str | None, whole: bool, **kwar
 
 def _takes(attention: Any, x: Tensor, *, packed=None, attention_mask=None, cache=None, **kwargs) -> bool:
     return packed is not None or takes_attention(attention, x, attention_mask, cache, kwargs)
-
-
-def _call(sublayer: Any, hidden_states: Tensor) -> Tensor:
-    return sublayer(hidden_states)
 
 
 def _attention_sublayer(attention: Any, hidden_states: Tensor, **kwargs) -> Tensor:

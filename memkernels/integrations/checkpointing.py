@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memkernels.integrations.attention import CACHES, has_cache
+from memkernels.integrations.masks import CACHES, has_cache
 
 
 def run_layer(body: Callable, layer: Any, hidden_states: Tensor, *, whole: bool, **kwargs) -> Tensor:

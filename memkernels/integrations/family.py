@@ -66,14 +66,14 @@ class VisionTower:
 class Family:
     """A family's classes in transformers, and how they differ.
 
-    Their attributes have the names that transformers gives them throughout: q_proj, gate_proj, lm_head and so on.
+    Their attributes have the names that transformers gives them throughout, but for those that a family names.
 
     Args:
-        norm: an RMS norm.
-        attention: projections, norms over the heads if it has `q_norm` and `k_norm`, rotary embedding, attention with
-            the module's `sinks` and `attn_logit_softcapping` if it has them.
-        mlp: down(act(gate(x)) * up(x)); None: another kind, which is called as it is, and so is what a layer has in
-            the place of one.
+        norm: an RMS norm, or torch.nn.LayerNorm.
+        attention: projections, norms over the heads if it has `q_norm` and `k_norm`, rotary embedding if the model has
+            one, attention with the module's `sinks` and `attn_logit_softcapping` if it has them.
+        mlp: down(act(gate(x)) * up(x)), or down(act(up(x))); None: another kind, which is called as it is, and so is
+            what a layer has in the place of one.
         experts: the weights of a mixture of experts, within what a layer has in the place of an MLP.
         router_loss: router_loss(router_logits, num_experts, k, attention_mask): the loss that
             `output_router_logits` asks for, times the model's `router_aux_loss_coef`.
@@ -89,8 +89,14 @@ class Family:
         norm_eps: the attribute of a norm.
         norms: attributes of a decoder layer: norms before and after attention, before and after the MLP.
         dropouts: attributes of a decoder layer: dropout after attention and after the MLP.
+        inner_dropouts: attributes of attention and of the MLP: dropout of what they return.
+        layers: an attribute of the model.
+        embeddings: an attribute of the model: those of tokens.
+        self_attention: an attribute of a decoder layer.
+        attention_dropout: an attribute of attention: dropout of its weights, a probability or a torch.nn.Dropout.
         qkv: attributes of attention: three projections, or the one of all three.
-        gate_up: attributes of the MLP: two projections, or the one of both.
+        o: an attribute of attention.
+        gate_up: attributes of the MLP: two projections, or the one of both; gate is None in an ungated one.
         down: an attribute of the MLP.
         activation: the attribute of the MLP.
         half_tables: cos and sin come for half a head.
@@ -117,8 +123,14 @@ class Family:
     norm_eps: str = "variance_epsilon"
     norms: tuple[str, str | None, str, str | None] = ("input_layernorm", None, "post_attention_layernorm", None)
     dropouts: tuple[str | None, str | None] = (None, None)
+    inner_dropouts: tuple[str | None, str | None] = (None, None)
+    layers: str = "layers"
+    embeddings: str = "embed_tokens"
+    self_attention: str = "self_attn"
+    attention_dropout: str = "attention_dropout"
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    o: str = "o_proj"
+    gate_up: tuple[str | None, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
     activation: str = "act_fn"
     half_tables: bool = False

@@ -15,48 +15,43 @@ from memkernels.integrations.family import Family
 from memkernels.integrations.masks import has_cache, stack_of, tells, without_padding
 from memkernels.integrations.peft_lora import saved_module
 from memkernels.integrations.plain import is_plain_linear
-from memkernels.integrations.replacement import Replacement, bind
+from memkernels.integrations.replacement import Replacement, argument_names, bind
 from memkernels.ops.linear_cross_entropy.reference import shifted
 
-# The first arguments of LlamaForCausalLM.forward, LlamaModel.forward and their like.
-_COMMON_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
-
-def plan_loss(model: nn.Module, family: Family | None = None) -> Replacement:
-    """`family`: that of a model whose layers understand told masks."""
+def plan_loss(model: nn.Module, family: Family) -> Replacement:
     left = why_not(model)
-    forward = bind(causal_lm_forward, model, family=family) if left is None else None
+    forward = bind(causal_lm_forward, model, family=family, names=argument_names(model)) if left is None else None
     return Replacement("head and loss", forward, left)
 
 
 @can_return_tuple
-def causal_lm_forward(model: Any, *args, family: Family | None, **kwargs) -> ModelOutput:
+def causal_lm_forward(model: Any, *args, family: Family, names: tuple[str, ...], **kwargs) -> ModelOutput:
     """In training with labels: the loss by `ops.linear_cross_entropy`, no logits, and no computation of padding.
 
     Otherwise (evaluation, labels=None, positions chosen by a tensor, a loss function of the user's, the routers' loss
     of a family without `router_loss`) transformers' own.
     """
+    kwargs |= dict(zip(names, args, strict=False))
     labels, logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
-    takes = model.training and isinstance(logits_to_keep, int) and len(args) <= len(_COMMON_ARGUMENTS)
+    takes = model.training and isinstance(logits_to_keep, int)
     routed = _wants(model, kwargs, "output_router_logits")
-    takes = takes and not (routed and (family is None or family.router_loss is None))
+    takes = takes and not (routed and family.router_loss is None)
     if labels is None or not takes or why_not(model) is not None:
-        return type(model).forward(model, *args, **kwargs)
-    attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    target = _target(**kwargs)
+        return type(model).forward(model, **kwargs)
+    attention_mask, target = kwargs.get("attention_mask"), _target(**kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
     if routed:
         kwargs["output_router_logits"] = True
-    if family is not None and family.model is not None and not logits_to_keep:
-        args, kwargs, target = _without_padding(model, family, args, kwargs, target)
-    outputs = dict(model.base_model(*args, **kwargs))
+    if family.model is not None and not logits_to_keep:
+        kwargs, target = _without_padding(model, family, kwargs, target)
+    outputs = dict(model.base_model(**kwargs))
     hidden_states = outputs.pop("last_hidden_state")[:, -logits_to_keep:]
     loss = _loss(model, hidden_states, target, **kwargs)
     if routed:
         outputs["aux_loss"] = _router_loss(model, family, outputs["router_logits"], attention_mask)
         loss = loss + model.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
-    kind = None if family is None else family.outputs
-    return (kind or CausalLMOutputWithPast)(loss=loss, **outputs)
+    return (family.outputs or CausalLMOutputWithPast)(loss=loss, **outputs)
 
 
 def _router_loss(model: Any, family: Any, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
@@ -66,16 +61,14 @@ def _router_loss(model: Any, family: Any, router_logits: tuple[Tensor, ...], att
     return family.router_loss(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
 
 
-def _without_padding(
-    model: Any, family: Family, args: tuple, kwargs: dict, target: Tensor
-) -> tuple[tuple, dict, Tensor]:
+def _without_padding(model: Any, family: Family, kwargs: dict, target: Tensor) -> tuple[dict, Tensor]:
     """The arguments of the stack of layers and the target, packed where no padded token matters."""
-    named = kwargs | dict(zip(_COMMON_ARGUMENTS, args, strict=False))
-    if named.get("use_cache") is None and not has_cache(named) and torch.is_grad_enabled():
-        named["use_cache"] = False
-    if _wants(model, named, "output_hidden_states") or not tells(stack_of(model.base_model), family, named):
-        return args, kwargs, target
-    return (), *without_padding(model.base_model, family, named, target, named.get("ignore_index", -100))
+    packed = dict(kwargs)
+    if packed.get("use_cache") is None and not has_cache(packed) and torch.is_grad_enabled():
+        packed["use_cache"] = False
+    if _wants(model, packed, "output_hidden_states") or not tells(stack_of(model.base_model), family, packed):
+        return kwargs, target
+    return without_padding(model.base_model, family, packed, target, packed.get("ignore_index", -100))
 
 
 def _wants(model: Any, kwargs: dict, name: str) -> bool:

@@ -17,7 +17,7 @@ from memkernels._library import has_kernel
 from memkernels.integrations.family import Family
 from memkernels.integrations.plain import has_foreign_forward, has_hooks, replaced_slot
 
-_IMPLEMENTATIONS = ("sdpa", "eager")
+IMPLEMENTATIONS = ("sdpa", "eager")  # of attention, which `ops.attention` may stand in for
 CACHES = ("cache", "past_key_values")  # what transformers calls a cache, and what it called it before
 
 
@@ -32,24 +32,26 @@ def stack_of(base_model: Any) -> Any:
 
 def tells(model: Any, family: Family, kwargs: dict) -> bool:
     """Whether every attention module of this call to a stack of layers would understand a told mask."""
-    embeddings = model.embed_tokens.weight if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    of_tokens = getattr(model, family.embeddings)
+    embeddings = of_tokens.weight if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     use_cache, output_attentions = (
         getattr(model.config, name) if kwargs.get(name) is None else kwargs[name]
         for name in ("use_cache", "output_attentions")
     )
     return (
-        model.config._attn_implementation in _IMPLEMENTATIONS
+        model.config._attn_implementation in IMPLEMENTATIONS
         and not use_cache
         and not has_cache(kwargs)
+        and kwargs.get("encoder_hidden_states") is None
         and not output_attentions
         and kwargs.get("is_causal") is not False
         and has_kernel("attention_fwd", embeddings)
-        and all(_understands(layer, family) for layer in model.layers)
+        and all(_understands(layer, family) for layer in getattr(model, family.layers))
     )
 
 
 def _understands(layer: Any, family: Family) -> bool:
-    attention = layer.self_attn
+    attention = getattr(layer, family.self_attention)
     return (
         type(attention) is family.attention
         and replaced_slot(attention) is not None
@@ -112,10 +114,12 @@ def without_padding(model: Any, family: Family, kwargs: dict, target: Tensor, ig
     positions = counted if family.positions is None else family.positions(model, kwargs)
     positions = positions[..., visible].unsqueeze(-2)
     packed = {"input_ids": ids[visible][None], "position_ids": positions, "attention_mask": None}
+    if kwargs.get("token_type_ids") is not None:
+        packed["token_type_ids"] = kwargs["token_type_ids"].expand(ids.shape)[visible][None]
     return kwargs | packed, target[visible][None]
 
 
 def _stretches_by_length(model: Any) -> bool:
     """Whether the frequencies of the rotary embedding depend on the longest position of the call."""
-    kinds = getattr(model.rotary_emb, "rope_type", None)
+    kinds = getattr(getattr(model, "rotary_emb", None), "rope_type", None)
     return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else (kinds,))

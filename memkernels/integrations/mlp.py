@@ -29,7 +29,9 @@ def plan_mlp(mlp: nn.Module, family: Family | VisionTower, recompute: bool) -> R
     activation = activation_of(mlp, family)
     if activation is None:
         return Replacement("MLP", left=f"memkernels has no activation {type(_activation(mlp, family)).__name__}")
-    forward = bind(mlp_forward, mlp, family=family, activation=activation, recompute=recompute)
+    dropout = family.inner_dropouts[1] if isinstance(family, Family) else None
+    options = {"activation": activation, "recompute": recompute, "dropout": dropout}
+    forward = bind(mlp_forward, mlp, family=family, **options)
     return Replacement("MLP", forward)
 
 
@@ -43,15 +45,19 @@ def activation_name(activation: nn.Module | None) -> str | None:
     return _ACTIVATIONS.get(type(activation).__name__)
 
 
-def mlp_forward(mlp: Any, x: Tensor, *, family: Family | VisionTower, activation: str, recompute: bool) -> Tensor:
+def mlp_forward(
+    mlp: Any, x: Tensor, *, family: Family | VisionTower, activation: str, recompute: bool, dropout: str | None
+) -> Tensor:
     """The projections as modules, whatever they are, and `ops.gated_activation`; recomputed if asked and linear."""
-    if recompute and is_linear_mlp(mlp, family):
-        return ops.gated_mlp(x, **mlp_arguments(mlp, family, activation))
     if has_hooks(_activation(mlp, family)):
         return type(mlp).forward(mlp, x)
-    gate, up = projected(mlp, family.gate_up, x, _sizes(mlp, family))
-    gate, up = (up, None) if gate is None else (gate, up)
-    return getattr(mlp, family.down)(ops.gated_activation(gate, up, activation))
+    if recompute and is_linear_mlp(mlp, family):
+        y = ops.gated_mlp(x, **mlp_arguments(mlp, family, activation))
+    else:
+        gate, up = projected(mlp, family.gate_up, x, _sizes(mlp, family))
+        gate, up = (up, None) if gate is None else (gate, up)
+        y = getattr(mlp, family.down)(ops.gated_activation(gate, up, activation))
+    return y if dropout is None else getattr(mlp, dropout)(y)
 
 
 def fits_block(mlp: Any, family: Family | VisionTower) -> bool:

@@ -9,25 +9,20 @@ from torch import nn
 
 from memkernels.integrations.family import Family
 from memkernels.integrations.masks import has_cache, tells, told_mask
-from memkernels.integrations.replacement import Replacement, bind
-
-# The first arguments of LlamaModel.forward and its like; the next is the cache, the sixth use_cache.
-_FIRST_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
+from memkernels.integrations.replacement import Replacement, argument_names, bind
 
 
 def plan_model(model: nn.Module, family: Family) -> Replacement:
-    return Replacement("stack of layers", bind(model_forward, model, family=family))
+    return Replacement("stack of layers", bind(model_forward, model, family=family, names=argument_names(model)))
 
 
-def model_forward(model: Any, *args, family: Family, **kwargs) -> Any:
+def model_forward(model: Any, *args, family: Family, names: tuple[str, ...], **kwargs) -> Any:
     """Causal attention, within windows and packed sequences too, without an (S, S) mask where no token is hidden.
 
     In training no cache unless the call asks for one, as transformers has it under gradient checkpointing: its
     configurations ask for one by default, and attention that fills a cache cannot be computed again.
     """
-    if len(args) > len(_FIRST_ARGUMENTS):
-        return type(model).forward(model, *args, **kwargs)
-    kwargs |= dict(zip(_FIRST_ARGUMENTS, args, strict=False))
+    kwargs |= dict(zip(names, args, strict=False))
     asked = kwargs.get("use_cache") is not None or has_cache(kwargs)
     if model.training and torch.is_grad_enabled() and not asked:
         kwargs["use_cache"] = False
@@ -39,16 +34,3 @@ def model_forward(model: Any, *args, family: Family, **kwargs) -> Any:
         mask = told_mask(kwargs.get("attention_mask"), positions, given.shape[:2])
         kwargs["attention_mask"] = kwargs.get("attention_mask") if mask is None else mask
     return type(model).forward(model, **kwargs)
-
-
-def plan_cacheless(model: nn.Module, before_cache: int) -> Replacement:
-    """`before_cache` is how many positional arguments of its forward are neither the cache nor use_cache."""
-    return Replacement("stack of layers", bind(cacheless_forward, model, before_cache=before_cache))
-
-
-def cacheless_forward(model: Any, *args, before_cache: int, **kwargs) -> Any:
-    """In training no cache unless the call asks for one."""
-    asked = len(args) > before_cache or kwargs.get("use_cache") is not None or has_cache(kwargs)
-    if model.training and torch.is_grad_enabled() and not asked:
-        kwargs["use_cache"] = False
-    return type(model).forward(model, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,3 +28,15 @@ def bind(function: Callable, module: nn.Module, **constants: object) -> partial:
     forward = partial(function, module, **constants)
     forward.__wrapped__ = type(module).forward  # type: ignore[attr-defined]
     return forward
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """The arguments that the forward of a module's class takes by position; families order them differently."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def why_left(fits: dict[str, bool]) -> str | None:
+    """Why a layer is no op where not each of its sublayers, by name, `fits` one; None where each does."""
+    others = " and ".join(name for name, fit in fits.items() if not fit)
+    return f"{others} with a hook, or an adapter, weight or activation that no op takes" if others else None

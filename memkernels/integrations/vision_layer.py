@@ -11,7 +11,7 @@ from memkernels.integrations import mlp as mlps
 from memkernels.integrations.checkpointing import run_layer
 from memkernels.integrations.family import VisionTower
 from memkernels.integrations.norm import norm_arguments, norm_fits
-from memkernels.integrations.replacement import Replacement, bind
+from memkernels.integrations.replacement import Replacement, bind, why_left
 from memkernels.integrations.sublayers import run_sublayers
 from memkernels.integrations.vision_attention import attention_forward, block_arguments, fits_block, takes_attention
 
@@ -29,9 +29,8 @@ def plan_vision(module: nn.Module, tower: VisionTower, recompute: str) -> Replac
 
 def _plan_block(block: Any, tower: VisionTower, recompute: str) -> Replacement:
     fits = {"attention": _attention_fits(block, tower), "MLP": _mlp_fits(block, tower)}
-    others = " and ".join(name for name, fit in fits.items() if not fit)
-    left = f"{others} with a hook, or an adapter, weight or activation that no op takes" if others else None
-    return Replacement("vision block", bind(block_forward, block, tower=tower, whole=recompute == "layer"), left)
+    forward = bind(block_forward, block, tower=tower, whole=recompute == "layer")
+    return Replacement("vision block", forward, why_left(fits))
 
 
 def block_forward(

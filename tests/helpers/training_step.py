@@ -1,11 +1,13 @@
-"""One step of a transformers model: loss and gradients, as it computes them and exactly."""
+"""One step of a transformers model: loss and gradients, as it computes them and exactly; and how close they must be."""
 
 from unittest import mock
 
+import torch
 import torch.nn.functional as F
 
 from memkernels.integrations.family import family_of
 from memkernels.ops.rms_norm import reference
+from memkernels.testing import assert_within_factor_two
 
 
 def train_step(model, batch, run=None, **arguments):
@@ -32,6 +34,31 @@ def exact_step(model, batch):
         loss = loss + model.router_aux_loss_coef * outputs.aux_loss
     loss.backward()
     return _found(model, loss)
+
+
+def assert_same_step(actual, exact, plain, dtype=torch.float32, *, labels=None):
+    """By the factor-two rule, with what `dtype` rounds to where a wider gradient was computed from narrower states.
+
+    The loss, one number, may besides be off by what the rule grants a mean, or, of few `labels`, by its own rounding
+    and by two of n labels' over sqrt(n): over 40 draws the losses of Qwen-VL models, plain or patched, were off by up
+    to 2.1 roundings in float32 and 0.3 in bfloat16, by 0.6 and 0.1 in the root mean square.
+    A bias of keys moves all scores of a query alike, which softmax does not see: its gradient is zero, and what is
+    computed is the rounding of terms that cancel, of the size of those of the keys' weight.
+    DoRA's magnitudes are granted three roundings through a whole model: over 8 draws in bfloat16 ours and PEFT's
+    largest errors have a median ratio of 0.97, and the worst of 112 magnitudes needed 2.7.
+    """
+    assert actual.keys() == plain.keys()
+    eps = torch.finfo(dtype).eps
+    granted = eps / 16 if labels is None else torch.finfo(torch.float32).eps + 2 * eps / labels**0.5
+    for name, value in actual.items():
+        roundings, atol = eps / torch.finfo(value.dtype).eps, 1e-6
+        if name == "loss":
+            atol = exact[name].item() * granted
+        elif name.endswith("key.bias"):
+            atol += exact[name.replace("bias", "weight")].abs().max().item() * eps
+        elif "magnitude" in name:
+            roundings *= 3
+        assert_within_factor_two(name, value, exact[name], plain[name], roundings=roundings, atol=atol)
 
 
 def _found(model, loss):
