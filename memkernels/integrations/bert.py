@@ -10,15 +10,17 @@ from memkernels.integrations.bert_attention import attention_forward
 from memkernels.integrations.bert_layer import plan_layer
 from memkernels.integrations.bert_packing import encoder_forward, head_forward, model_forward
 from memkernels.integrations.family import CustomFamily
-from memkernels.integrations.replacement import Replacement, bind
+from memkernels.integrations.replacement import Replacement, argument_names, bind
 
-# Heads that compute something at every position, and so may at hidden ones.
-HEADS = (
-    bert.BertForMaskedLM,
-    bert.BertForPreTraining,
-    bert.BertForQuestionAnswering,
-    bert.BertForTokenClassification,
-)
+# Heads that compute something at every position, and so may at hidden ones; and whether they always do: spans of
+# answers compete with them, and before a first visible token a hidden position predicts it.
+HEADS = {
+    bert.BertForMaskedLM: False,
+    bert.BertForPreTraining: False,
+    bert.BertForTokenClassification: False,
+    bert.BertForQuestionAnswering: True,
+    bert.BertLMHeadModel: True,
+}
 
 
 def plan(module: Any, recompute: str, loss: bool) -> Replacement | None:
@@ -32,9 +34,10 @@ def plan(module: Any, recompute: str, loss: bool) -> Replacement | None:
     if kind is bert.BertEncoder:
         return Replacement("encoder of packed tokens", bind(encoder_forward, module))
     if kind is bert.BertModel:
-        return Replacement("model that packs visible tokens", bind(model_forward, module))
+        return Replacement("model that packs visible tokens", bind(model_forward, module, names=argument_names(module)))
     if kind in HEADS:
-        return Replacement("head that may read hidden tokens", bind(head_forward, module))
+        forward = bind(head_forward, module, names=argument_names(module), reads_all=HEADS[kind])
+        return Replacement("head that may read hidden tokens", forward)
     return None
 
 

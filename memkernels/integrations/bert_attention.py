@@ -9,8 +9,8 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from memkernels import ops
 from memkernels._library import has_kernel
-from memkernels.integrations.bert_packing import Packed
 from memkernels.integrations.linears import is_linear
+from memkernels.integrations.masks import IMPLEMENTATIONS
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.projections import weights
 
@@ -21,7 +21,7 @@ def attention_forward(
     attention_mask: Tensor | None = None,
     cache: Any = None,
     *,
-    packed: Packed | None = None,
+    packed: Any = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """The module's own projections around `ops.attention`, where that computes; else transformers'."""
@@ -41,15 +41,23 @@ def attention_forward(
 
 
 def takes_attention(attention: Any, x: Tensor, mask: Tensor | None, cache: Any, kwargs: dict) -> bool:
-    """Whether this call is self-attention in both directions and nothing more: "sdpa" without a mask or a cache."""
+    """Whether this call is self-attention in both directions and nothing more, without a mask or a cache."""
     return (
         mask is None
         and cache is None
-        and attention.config._attn_implementation == "sdpa"
+        and gives_no_weights(attention.config, kwargs)
+        and (attention.config._attn_implementation == "sdpa" or not has_hooks(attention))
         and not attention.is_causal
         and not kwargs.get("is_causal")
         and has_kernel("attention_fwd", x)
     )
+
+
+def gives_no_weights(config: Any, kwargs: dict) -> bool:
+    """Whether attention is transformers' own, and this call does not ask for its weights."""
+    wanted = kwargs.get("output_attentions")
+    wanted = getattr(config, "output_attentions", False) if wanted is None else wanted
+    return config._attn_implementation in IMPLEMENTATIONS and not wanted
 
 
 def fits_block(attention: Any) -> bool:
@@ -57,12 +65,12 @@ def fits_block(attention: Any) -> bool:
     of, output = attention.self, attention.output
     return (
         type(of) is BertSelfAttention
-        and not any(has_hooks(module) for module in (attention, of, of.dropout, output))
+        and not any(has_hooks(module) for module in (attention, of, output))
         and all(is_linear(projection) for projection in (of.query, of.key, of.value, output.dense))
     )
 
 
-def block_arguments(attention: Any, packed: Packed | None) -> dict[str, Any]:
+def block_arguments(attention: Any, packed: Any) -> dict[str, Any]:
     """What `ops.attention_block` takes of attention that fits."""
     of = attention.self
     arguments = {

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memkernels._library import has_kernel
-from memkernels.integrations.plain import has_hooks, slot
-
-# Of BertModel.forward.
-_ARGUMENTS = (
-    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "encoder_hidden_states",
-    "encoder_attention_mask", "cache", "use_cache",
-)  # fmt: skip
-_PER_LAYER_OUTPUTS = ("output_hidden_states", "output_attentions")
+from memkernels.integrations.bert_attention import gives_no_weights
+from memkernels.integrations.plain import has_hooks, replaced_slot
 
 
 @dataclass(frozen=True)
@@ -29,13 +22,13 @@ class Packed:
     max_seqlen: int
 
 
-def model_forward(model: Any, *args, keep_hidden: bool = False, **kwargs) -> Any:
+def model_forward(model: Any, *args, names: tuple[str, ...], keep_hidden: bool = False, **kwargs) -> Any:
     """Where attention_mask (B, S) hides tokens, the encoder computes the visible ones alone.
 
     Hidden positions of last_hidden_state are then zero. They are computed as transformers does where somebody reads
     them (`keep_hidden`, a pooler whose first token is hidden, hooks, outputs of each layer) and under torch.compile.
     """
-    kwargs |= dict(zip(_ARGUMENTS, args, strict=False))
+    kwargs |= dict(zip(names, args, strict=False))
     packed = None if keep_hidden or not _may_pack(model, kwargs) else _pack(model, kwargs["attention_mask"])
     if packed is not None:
         kwargs |= {"attention_mask": None, "packed": packed}
@@ -54,33 +47,33 @@ def encoder_forward(encoder: Any, hidden_states: Tensor, *args, packed: Packed |
     return outputs
 
 
-def head_forward(model: Any, *args, **kwargs) -> Any:
-    """Hidden positions are computed where a label stands at one, and for answers' spans, which compete with them."""
-    keep_hidden = torch.compiler.is_compiling() or _reads_hidden(model, args, kwargs)
-    return type(model).forward(model, *args, **kwargs, **({"keep_hidden": True} if keep_hidden else {}))
+def head_forward(model: Any, *args, names: tuple[str, ...], reads_all: bool, **kwargs) -> Any:
+    """Hidden positions are computed where a label stands at one, or where the head `reads_all`."""
+    kwargs |= dict(zip(names, args, strict=False))
+    keep_hidden = torch.compiler.is_compiling() or reads_all or _has_hidden_labels(**kwargs)
+    return type(model).forward(model, **kwargs, **({"keep_hidden": True} if keep_hidden else {}))
 
 
-def _reads_hidden(model: Any, args: tuple, kwargs: dict) -> bool:
-    if len(args) > 2 or type(model).__name__ == "BertForQuestionAnswering":
-        return True
-    labels, mask = kwargs.get("labels"), args[1] if len(args) == 2 else kwargs.get("attention_mask")
-    if labels is None or mask is None:
+def _has_hidden_labels(labels: Tensor | None = None, attention_mask: Tensor | None = None, **_) -> bool:
+    if labels is None or attention_mask is None:
         return False
-    return labels.shape != mask.shape or bool(((labels != -100) & (mask == 0)).any())
+    return labels.shape != attention_mask.shape or bool(((labels != -100) & (attention_mask == 0)).any())
 
 
 def _may_pack(model: Any, kwargs: dict) -> bool:
     mask = kwargs.get("attention_mask")
+    attentions = (layer.attention.self for layer in model.encoder.layer)
     return (
         not torch.compiler.is_compiling()
         and isinstance(mask, Tensor)
         and mask.dim() == 2
         and all(kwargs.get(name) is None for name in ("encoder_hidden_states", "cache"))
-        and not any(kwargs.get(name) or getattr(model.config, name, False) for name in _PER_LAYER_OUTPUTS)
-        and model.config._attn_implementation == "sdpa"
+        and not kwargs.get("is_causal")
+        and not (kwargs.get("output_hidden_states") or getattr(model.config, "output_hidden_states", False))
+        and gives_no_weights(model.config, kwargs)
         and model.config.chunk_size_feed_forward == 0
         and has_kernel("attention_fwd", model.embeddings.word_embeddings.weight)
-        and all(_is_replaced(module) for module in (model.encoder, *(of.attention.self for of in model.encoder.layer)))
+        and all(replaced_slot(module) is not None for module in (model.encoder, *attentions))
         and not any(has_hooks(module) for module in model.encoder.modules())
     )
 
@@ -95,8 +88,3 @@ def _pack(model: Any, mask: Tensor) -> Packed | None:
         return None
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return Packed(visible.flatten().nonzero()[:, 0], cu_seqlens, longest)
-
-
-def _is_replaced(module: Any) -> bool:
-    current = module.__dict__.get(slot(module))
-    return isinstance(current, partial) and current.func.__module__.startswith("memkernels.integrations.")

@@ -75,9 +75,10 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     Qwen2-VL, Qwen2.5-VL and Qwen3-VL train so with images and videos. In their vision towers attention within images
     and windows, MLPs and, with `recompute`, blocks are replaced; embeddings of patches and mergers are not.
 
-    BERT's encoder computes the visible tokens of a padded batch alone; hidden positions of last_hidden_state are zero,
-    in evaluation too, unless a label, the pooler, a hook or an output of each layer reads them, or torch.compile runs.
-    Its layers keep 4 d with "sublayer" and 3 d with "layer"; the masked-language head and loss stay transformers'.
+    BERT's encoder computes the visible tokens of a padded batch alone, for "sdpa" and "eager"; hidden positions of
+    last_hidden_state are zero, in evaluation too, unless a label, the pooler, spans of answers, a hook or an output of
+    each layer reads them, or torch.compile runs. Dropout of attention has masks of its own, other than torch's for one
+    seed. Its layers keep 4 d with "sublayer" and 3 d with "layer"; heads and losses stay transformers'.
 
     The experts of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V3 are computed by `ops.moe_mlp`, which keeps their
     input and the routing, with "none" the pre-activation too. Routers are transformers', and so is attention in OLMoE

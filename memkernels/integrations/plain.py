@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,19 @@ def has_hooks(module: nn.Module) -> bool:
     moved = getattr(getattr(module, "_hf_hook", None), "offload", False)
     return bool(
         moved
-        or module._forward_hooks
+        or not all(_is_idle(hook) for hook in module._forward_hooks.values())
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether transformers left it on a layer when a call asked for outputs of layers, and this call asks for none."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None or getattr(hook, "__module__", None) != capturing.__name__:
+        return False
+    return not capturing._active_collector.get()
 
 
 def is_plain_linear(module: Any, kind: type[nn.Module] = nn.Linear, *, quantized: bool = False) -> bool:
