@@ -8,7 +8,3 @@ NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
-
-
-def sliding_window(attention):
-    return attention.sliding_window

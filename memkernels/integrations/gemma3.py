@@ -3,7 +3,7 @@
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 
 from memkernels.integrations import gemma
-from memkernels.integrations.family import Family
+from memkernels.integrations.family import Family, own_window
 
 FAMILY = Family(
     norm=gemma3.Gemma3RMSNorm,
@@ -16,5 +16,5 @@ FAMILY = Family(
     norm_offset=gemma.NORM_OFFSET,
     norm_eps=gemma.NORM_EPS,
     norms=gemma.NORMS,
-    sliding_window=gemma.sliding_window,
+    sliding_window=own_window,
 )

@@ -29,7 +29,10 @@ def _is_idle(hook: Any) -> bool:
     capturing = sys.modules.get("transformers.utils.output_capturing")
     if capturing is None or getattr(hook, "__module__", None) != capturing.__name__:
         return False
-    return not capturing._active_collector.get()
+    collector = capturing._active_collector
+    if torch.compiler.is_compiling():  # which cannot trace a ContextVar: transformers has another variable for it
+        return not (collector.compiling and collector.global_var)
+    return not collector.get()
 
 
 def is_plain_linear(module: Any, kind: type[nn.Module] = nn.Linear, *, quantized: bool = False) -> bool:

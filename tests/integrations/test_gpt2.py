@@ -40,9 +40,8 @@ def test_dropout_of_the_residual_is_kept(make_model, make_batch):
 
 @pytest.mark.parametrize("padding", [None, "left"])
 def test_scores_reordered_and_upcast(monkeypatch, make_model, make_batch, padding):
-    options = {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}
-    make = lambda: make_model("GPT2", attn_implementation="eager", **options)  # noqa: E731
-    batch, model = make_batch(padding), make()
+    options = {"attn_implementation": "eager", "scale_attn_by_inverse_layer_idx": True}
+    batch, model = make_batch(padding), make_model("GPT2", reorder_and_upcast_attn=True, **options)
     plain, exact = train_step(model, batch), exact_step(make_model("GPT2", **options), batch)
     calls, method = [], type(model.transformer.h[0].attn)._upcast_and_reordered_attn
     monkeypatch.setattr(

@@ -79,7 +79,7 @@ def test_loss_and_gradients(make_adapted, make_batch, dtype, autocast, options):
     assert all(torch.equal(value, plain[name]) for name, value in step(model, batch).items())
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Qwen3", "Phi3", "Gemma2", "GptOss", "GPT2"])
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3", "GptOss", "GPT2"])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_families(make_adapted, make_batch, family, options):
     targets = {"GPT2": ["c_attn", "c_proj", "c_fc"], "GptOss": ["q_proj", "k_proj", "v_proj", "o_proj"]}

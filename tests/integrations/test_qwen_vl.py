@@ -267,3 +267,15 @@ def test_torch_compile(family, images, recompute):
     memkernels.patch(model, recompute=recompute)
     torch.compiler.reset()
     assert_same_step(step(model, batch, torch.compile(model, fullgraph=not images)), exact, plain, batch)
+
+
+@pytest.mark.parametrize("images", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_qwen2_vl_is_traced_and_derived(images):
+    """As the other two are, but that no code is generated; one graph but where sizes of images are read."""
+    batch, model = make_batch(), make("Qwen2VL")
+    batch = batch if images else {name: batch[name] for name in ("input_ids", "labels")}
+    plain, exact = step(model, batch), exact_step(make("Qwen2VL"), batch)
+    memkernels.patch(model, recompute="layer")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=not images, backend="aot_eager")
+    assert_same_step(step(model, batch, compiled), exact, plain, batch)
