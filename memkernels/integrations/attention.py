@@ -15,7 +15,7 @@ from memkernels.integrations.linears import is_linear
 from memkernels.integrations.masks import has_cache, is_told, sequences
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.projections import projected, weights
-from memkernels.integrations.replacement import Replacement, argument_names, bind
+from memkernels.integrations.replacement import Replacement, argument_names, bind, by_name
 
 
 def plan_attention(attention: nn.Module, family: Family) -> Replacement:
@@ -34,7 +34,7 @@ def attention_forward(
     nothing more. Otherwise the model's attention implementation computes; attention that fills or reads a cache is left
     to transformers, whose releases give their caches different arguments.
     """
-    kwargs |= dict(zip(names, args, strict=False))
+    kwargs |= by_name(names, args)
     if has_cache(kwargs):
         return type(attention).forward(attention, hidden_states, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if value is not None}

@@ -11,6 +11,7 @@ from torch import Tensor
 from memkernels._library import has_kernel
 from memkernels.integrations.bert_attention import gives_no_weights
 from memkernels.integrations.plain import has_hooks, replaced_slot
+from memkernels.integrations.replacement import by_name
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def model_forward(model: Any, *args, names: tuple[str, ...], keep_hidden: bool =
     Hidden positions of last_hidden_state are then zero. They are computed as transformers does where somebody reads
     them (`keep_hidden`, a pooler whose first token is hidden, hooks, outputs of each layer) and under torch.compile.
     """
-    kwargs |= dict(zip(names, args, strict=False))
+    kwargs |= by_name(names, args)
     packed = None if keep_hidden or not _may_pack(model, kwargs) else _pack(model, kwargs["attention_mask"])
     if packed is not None:
         kwargs |= {"attention_mask": None, "packed": packed}
@@ -49,7 +50,7 @@ def encoder_forward(encoder: Any, hidden_states: Tensor, *args, packed: Packed |
 
 def head_forward(model: Any, *args, names: tuple[str, ...], reads_all: bool, **kwargs) -> Any:
     """Hidden positions are computed where a label stands at one, or where the head `reads_all`."""
-    kwargs |= dict(zip(names, args, strict=False))
+    kwargs |= by_name(names, args)
     keep_hidden = torch.compiler.is_compiling() or reads_all or _has_hidden_labels(**kwargs)
     return type(model).forward(model, **kwargs, **({"keep_hidden": True} if keep_hidden else {}))
 

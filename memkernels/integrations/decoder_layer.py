@@ -15,7 +15,7 @@ from memkernels.integrations.mlp import activation_of, mlp_arguments
 from memkernels.integrations.mlp import fits_block as mlp_fits_block
 from memkernels.integrations.norm import norm_arguments, norm_fits
 from memkernels.integrations.plain import is_off
-from memkernels.integrations.replacement import Replacement, argument_names, bind, why_left
+from memkernels.integrations.replacement import Replacement, argument_names, bind, by_name, why_left
 from memkernels.integrations.sublayers import run_sublayers
 
 
@@ -41,7 +41,7 @@ def layer_forward(
     A sublayer that its op cannot compute is called as a module, and with `whole` recomputed by torch.utils.checkpoint.
     That is asked anew at each call, since adapters, hooks, masks and caches come and go.
     """
-    kwargs |= dict(zip(names, args, strict=False))
+    kwargs |= by_name(names, args)
     if kwargs.get("encoder_hidden_states") is not None:
         return type(layer).forward(layer, hidden_states, **kwargs)
     return run_layer(partial(_layer, family=family), layer, hidden_states, whole=whole, **kwargs)

@@ -15,7 +15,7 @@ from memkernels.integrations.family import Family
 from memkernels.integrations.masks import has_cache, stack_of, tells, without_padding
 from memkernels.integrations.peft_lora import saved_module
 from memkernels.integrations.plain import is_plain_linear
-from memkernels.integrations.replacement import Replacement, argument_names, bind
+from memkernels.integrations.replacement import Replacement, argument_names, bind, by_name
 from memkernels.ops.linear_cross_entropy.reference import shifted
 
 
@@ -32,7 +32,7 @@ def causal_lm_forward(model: Any, *args, family: Family, names: tuple[str, ...],
     Otherwise (evaluation, labels=None, positions chosen by a tensor, a loss function of the user's, the routers' loss
     of a family without `router_loss`) transformers' own.
     """
-    kwargs |= dict(zip(names, args, strict=False))
+    kwargs |= by_name(names, args)
     labels, logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
     takes = model.training and isinstance(logits_to_keep, int)
     routed = _wants(model, kwargs, "output_router_logits")

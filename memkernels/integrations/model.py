@@ -9,7 +9,7 @@ from torch import nn
 
 from memkernels.integrations.family import Family
 from memkernels.integrations.masks import has_cache, tells, told_mask
-from memkernels.integrations.replacement import Replacement, argument_names, bind
+from memkernels.integrations.replacement import Replacement, argument_names, bind, by_name
 
 
 def plan_model(model: nn.Module, family: Family) -> Replacement:
@@ -22,7 +22,7 @@ def model_forward(model: Any, *args, family: Family, names: tuple[str, ...], **k
     In training no cache unless the call asks for one, as transformers has it under gradient checkpointing: its
     configurations ask for one by default, and attention that fills a cache cannot be computed again.
     """
-    kwargs |= dict(zip(names, args, strict=False))
+    kwargs |= by_name(names, args)
     asked = kwargs.get("use_cache") is not None or has_cache(kwargs)
     if model.training and torch.is_grad_enabled() and not asked:
         kwargs["use_cache"] = False

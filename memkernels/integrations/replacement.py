@@ -36,6 +36,17 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
+def by_name(names: tuple[str, ...], args: tuple) -> dict[str, object]:
+    """Arguments given by position, by name.
+
+    Raises:
+        TypeError: there are more of them than names.
+    """
+    if len(args) > len(names):
+        raise TypeError(f"forward: it takes {len(names)} arguments by position, got {len(args)}.")
+    return dict(zip(names, args, strict=False))
+
+
 def why_left(fits: dict[str, bool]) -> str | None:
     """Why a layer is no op where not each of its sublayers, by name, `fits` one; None where each does."""
     others = " and ".join(name for name, fit in fits.items() if not fit)

@@ -70,6 +70,8 @@ def test_positional_arguments(make_model, make_batch):
     expected = model(*arguments).loss
     memkernels.patch(model)
     torch.testing.assert_close(model(*arguments).loss, expected)
+    with pytest.raises(TypeError, match="takes 11 arguments by position, got 12"):
+        model(*arguments, *[None] * 3)
 
 
 def test_cross_attention_is_left(make_model, make_batch):
