@@ -217,7 +217,15 @@ def test_autocast_follows_linear():
     assert y.dtype == torch.bfloat16 and torch.equal(adapted, y)
 
 
-def test_operators_pass_opcheck():
+@pytest.mark.parametrize(
+    "implementation", implementations("nf4_dequantize_")[-1:] + implementations("quantized_linear"), ids=str
+)
+def test_operators_pass_opcheck(implementation):
+    with implementation.active():
+        opcheck_every_operator()
+
+
+def opcheck_every_operator():
     w = weight("nf4", 32, 64, dtype=torch.float32, seed=1)
     stored = (list(w.parts), "nf4", w.encoding.sizes)
     library = torch.ops.memkernels
@@ -226,6 +234,10 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(library.quantized_input_grad.default, (dy, *stored))
     torch.library.opcheck(library.quantized_input_grad_add_.default, (x.clone(), dy, *stored))
     torch.library.opcheck(library.lora_up_add_.default, (dy.clone(), x[:, :2], torch.ones(32, 2), 0.5, None, None))
+    s, b, scale = torch.ones(5, 2), torch.ones(32, 2), torch.ones(32)
+    torch.library.opcheck(library.lora_quantized_up.default, (x, *stored, scale, s, b, 0.5, scale))
+    mask = (torch.tensor(3), 0.2, 4)
+    torch.library.opcheck(library.lora_quantized_input_grad.default, (dy, *stored, s, torch.ones(2, 64), *mask))
 
 
 @pytest.mark.parametrize(

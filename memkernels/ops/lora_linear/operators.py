@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from memkernels._library import define, implement_with_python, implement_with_triton
 from memkernels.ops.lora_linear import products
+from memkernels.ops.quantized.operators import STORED
 
 _MASK = "Tensor? seed, float dropout_p, int first_row"
 
@@ -28,6 +29,14 @@ def _up_grad_fake(dy, s, lora_b, scaling, p_needed):
 
 def _input_grad_fake(dy, weight, *rest):
     return dy.new_empty(dy.shape[0], weight.shape[1])
+
+
+def _quantized_up_fake(x, parts, kind, sizes, *rest):
+    return x.new_empty(x.shape[0], sizes[0])
+
+
+def _quantized_input_grad_fake(dy, parts, kind, sizes, *rest):
+    return dy.new_empty(dy.shape[0], sizes[1])
 
 
 def _add_fake(*args):
@@ -58,13 +67,24 @@ define(
 )
 # dx = dy weight + m * (p lora_a)
 define(f"lora_input_grad(Tensor dy, Tensor weight, Tensor p, Tensor lora_a, {_MASK}) -> Tensor", _input_grad_fake)
+# The same over a quantised weight, which is stored as in `quantized/operators.py`.
+define(
+    f"lora_quantized_up(Tensor x, {STORED}, Tensor? bias, Tensor s, Tensor lora_b, float scaling, Tensor? out_scale)"
+    " -> Tensor",
+    _quantized_up_fake,
+)
+define(
+    f"lora_quantized_input_grad(Tensor dy, {STORED}, Tensor p, Tensor lora_a, {_MASK}) -> Tensor",
+    _quantized_input_grad_fake,
+)
 # dx += m * (p lora_a)
 define(f"lora_input_add_(Tensor(a!) dx, Tensor p, Tensor lora_a, {_MASK}) -> ()", _add_fake)
 # lora_a's gradient p^T (m * x)
 define(f"lora_down_grad(Tensor p, Tensor x, {_MASK}) -> Tensor", _down_grad_fake)
 
 _NAMES = (
-    "lora_down", "lora_up", "lora_up_add_", "lora_up_grad", "lora_input_grad", "lora_input_add_", "lora_down_grad"
+    "lora_down", "lora_up", "lora_quantized_up", "lora_up_add_", "lora_up_grad", "lora_input_grad",
+    "lora_quantized_input_grad", "lora_input_add_", "lora_down_grad",
 )  # fmt: skip
 for _name in _NAMES:
     implement_with_python(_name, getattr(products, _name))

@@ -6,7 +6,7 @@ cast exists a tile at a time, and on CPU stays in cache between the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memkernels.ops.lora_linear.dropout import row_dropout, row_dropout_add_
 from memkernels.ops.projection import as_right_operand
+from memkernels.ops.quantized.products import quantized_input_grad, quantized_linear
 
 _TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 
@@ -49,6 +50,22 @@ def lora_up(
     return y
 
 
+def lora_quantized_up(
+    x: Tensor,
+    parts: Sequence[Tensor],
+    kind: str,
+    sizes: Sequence[int],
+    bias: Tensor | None,
+    s: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    out_scale: Tensor | None,
+) -> Tensor:
+    y = quantized_linear(x, bias if out_scale is None else None, parts, kind, sizes)
+    lora_up_add_(y, s, lora_b, scaling, out_scale, None if out_scale is None else bias)
+    return y
+
+
 def lora_up_add_(
     y: Tensor, s: Tensor, lora_b: Tensor, scaling: float, out_scale: Tensor | None, bias: Tensor | None
 ) -> None:
@@ -76,6 +93,22 @@ def lora_input_grad(
     dy: Tensor, weight: Tensor, p: Tensor, lora_a: Tensor, seed: Tensor | None, dropout_p: float, first_row: int
 ) -> Tensor:
     dx = torch.mm(dy, as_right_operand(weight))
+    lora_input_add_(dx, p, lora_a, seed, dropout_p, first_row)
+    return dx
+
+
+def lora_quantized_input_grad(
+    dy: Tensor,
+    parts: Sequence[Tensor],
+    kind: str,
+    sizes: Sequence[int],
+    p: Tensor,
+    lora_a: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    first_row: int,
+) -> Tensor:
+    dx = quantized_input_grad(dy, parts, kind, sizes)
     lora_input_add_(dx, p, lora_a, seed, dropout_p, first_row)
     return dx
 

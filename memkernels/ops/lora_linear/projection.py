@@ -142,9 +142,7 @@ class LoRAProjection:
         b, scaling = self.of.lora_b, self.description.scaling
         if self.base is None:
             return torch.ops.memkernels.lora_up(x, self.of.weight, bias, s, b, scaling, out_scale)
-        y = self.base.forward(x)
-        torch.ops.memkernels.lora_up_add_(y, s, b, scaling, out_scale, None if out_scale is None else bias)
-        return y
+        return torch.ops.memkernels.lora_quantized_up(x, *self.base.stored, bias, s, b, scaling, out_scale)
 
     def _base_grad(self, dy: Tensor, into: Tensor | None) -> Tensor:
         """dy W, new or added to `into`."""
@@ -202,6 +200,8 @@ class LoRAProjection:
             scaled = self._scaled(dy)
             if into is None and self.base is None:
                 return torch.ops.memkernels.lora_input_grad(scaled, of.weight, p, of.lora_a, *mask)
+            if into is None and self.base is not None:
+                return torch.ops.memkernels.lora_quantized_input_grad(scaled, *self.base.stored, p, of.lora_a, *mask)
             dx = self._base_grad(scaled, into)
             torch.ops.memkernels.lora_input_add_(dx, p, of.lora_a, *mask)
             return dx

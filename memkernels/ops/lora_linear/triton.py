@@ -5,6 +5,8 @@ Sums over tokens come in parts that are added in a fixed order: without atomics,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -12,10 +14,12 @@ from torch import Tensor
 
 from memkernels.ops.dropout_triton import kept, make_dropout
 from memkernels.ops.launch import num_programs
+from memkernels.ops.lora_linear import products
 from memkernels.ops.lora_linear.tiles import DOWN, DOWN_GRAD, UP_GRAD, NarrowTile, select_narrow
 from memkernels.ops.matrix_triton import is_aligned, load_tile, row_major, store_tile
 from memkernels.ops.product_tiles import ProductTile, select_tile
 from memkernels.ops.product_triton import launch_product
+from memkernels.ops.quantized.triton import KINDS, launch_quantized
 
 
 @triton.jit
@@ -189,6 +193,28 @@ def lora_up(
     return y
 
 
+def lora_quantized_up(
+    x: Tensor,
+    parts: Sequence[Tensor],
+    kind: str,
+    sizes: Sequence[int],
+    bias: Tensor | None,
+    s: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    out_scale: Tensor | None,
+    tile: ProductTile | None = None,
+) -> Tensor:
+    if kind not in KINDS:
+        return products.lora_quantized_up(x, parts, kind, sizes, bias, s, lora_b, scaling, out_scale)
+    y = x.new_empty(x.shape[0], sizes[0])
+    launch_quantized(
+        y, x, parts, kind, sizes, tile,
+        by_rows=True, low_rank=(s, lora_b, scaling), out_scale=out_scale, bias=bias,
+    )  # fmt: skip
+    return y
+
+
 def lora_up_add_(
     y: Tensor,
     s: Tensor,
@@ -252,6 +278,28 @@ def lora_input_grad(
         dx, dy, weight, tile or _tile(p, dx, dy, weight),
         by_rows=False, low_rank=(p, lora_a, 1.0),
         dropout=make_dropout(seed, dropout_p, first_row),
+    )  # fmt: skip
+    return dx
+
+
+def lora_quantized_input_grad(
+    dy: Tensor,
+    parts: Sequence[Tensor],
+    kind: str,
+    sizes: Sequence[int],
+    p: Tensor,
+    lora_a: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    first_row: int,
+    tile: ProductTile | None = None,
+) -> Tensor:
+    if kind not in KINDS:
+        return products.lora_quantized_input_grad(dy, parts, kind, sizes, p, lora_a, seed, dropout_p, first_row)
+    dx = dy.new_empty(dy.shape[0], sizes[1])
+    launch_quantized(
+        dx, dy, parts, kind, sizes, tile,
+        by_rows=False, low_rank=(p, lora_a, 1.0), dropout=make_dropout(seed, dropout_p, first_row),
     )  # fmt: skip
     return dx
 

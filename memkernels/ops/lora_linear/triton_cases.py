@@ -16,7 +16,8 @@ from torch import Tensor
 
 from memkernels.ops.lora_linear import triton as kernels
 from memkernels.ops.lora_linear.tiles import DOWN, DOWN_GRAD, UP_GRAD, NarrowTile
-from memkernels.ops.product_tiles import SMALL_TILES, TF32_TILE, TILES, ProductTile
+from memkernels.ops.product_tiles import QUANTIZED_TILES, SMALL_TILES, TF32_TILE, TILES, ProductTile
+from memkernels.ops.quantized.triton_cases import stored_zeros
 from memkernels.testing.cases import TARGETS, KernelCase, Target
 
 ALIGNED, UNALIGNED = (512, 256, 512), (250, 130, 250)
@@ -38,6 +39,12 @@ class Inputs:
         self.s, self.p = (ones(tokens, rank, dtype=adapter_dtype) for _ in range(2))
         seed = torch.zeros((), dtype=torch.int64, device=device) if dropout else None
         self.mask = (seed, DROPOUT_P, 0)
+
+    def stored(self, kind: str) -> tuple[list[Tensor], str, list[int]]:
+        """A quantised weight in the place of the dense one."""
+        n, k = self.weight.shape
+        parts, sizes = stored_zeros(kind, n, k, self.weight.dtype, self.weight.device.type)
+        return parts, kind.split()[-1], sizes
 
 
 def _down(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -64,6 +71,18 @@ def _up(tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
     scale = torch.ones(len(inputs.bias), device=inputs.x.device)
     y = kernels.lora_up(inputs.x, inputs.weight, inputs.bias, inputs.s, inputs.b, SCALING, scale, tile)
     return inputs.x, inputs.weight, inputs.bias, inputs.s, inputs.b, scale, y
+
+
+def _quantized_up(kind: str, tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    stored = inputs.stored(kind)
+    y = kernels.lora_quantized_up(inputs.x, *stored, inputs.bias, inputs.s, inputs.b, SCALING, None, tile)
+    return inputs.x, *stored[0], inputs.bias, inputs.s, inputs.b, y
+
+
+def _quantized_input_grad(kind: str, tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    stored = inputs.stored(kind)
+    dx = kernels.lora_quantized_input_grad(inputs.dy, *stored, inputs.p, inputs.a, *inputs.mask, tile)
+    return inputs.dy, *stored[0], inputs.p, inputs.a, dx
 
 
 def _up_add(tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -95,7 +114,8 @@ def _case(
     traffic_limit: float | None = None,
 ) -> KernelCase:
     adapter = adapter or dtype
-    label = f"{function.__name__[1:].replace('_', ' ')} {str(dtype)[6:]} {label}"
+    function_name = getattr(function, "func", function).__name__
+    label = f"{function_name[1:].replace('_', ' ')} {str(dtype)[6:]} {label}"
     if adapter != dtype:
         label += f" {str(adapter)[6:]} adapter"
     if rank != RANK:
@@ -154,4 +174,20 @@ def _product_cases() -> list[KernelCase]:
     return cases
 
 
-KERNEL_CASES = [*_narrow_cases(), *_product_cases()]
+def _quantized_cases() -> list[KernelCase]:
+    cases = []
+    for function, kind in product((_quantized_up, _quantized_input_grad), ("nested nf4", "int8")):
+        of_kind = partial(function, kind)
+        for name, tile in QUANTIZED_TILES.items():
+            wide = replace(tile, LOW_RANK_PRECISION="ieee" if name == "gfx942" else "tf32x3")
+            label = f"{kind} {name}"
+            cases.append(_case(label, of_kind, tile, _targets(name)))
+            cases.append(_case(label, of_kind, wide, _targets(name), adapter=torch.float32))
+        for vendor, targets, precision in (("nvidia", NVIDIA, "tf32x3"), ("amd", AMD, "ieee")):
+            tile = replace(SMALL_TILES[vendor], LOW_RANK_PRECISION=precision)
+            label = f"{kind} small {vendor}"
+            cases.append(_case(label, of_kind, tile, targets, shape=UNALIGNED, adapter=torch.float32))
+    return cases
+
+
+KERNEL_CASES = [*_narrow_cases(), *_product_cases(), *_quantized_cases()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from memkernels._library import define, implement_with_python, implement_with_triton
 from memkernels.ops.quantized import products
 
-_STORED = "Tensor[] parts, str kind, int[] sizes"
+STORED = "Tensor[] parts, str kind, int[] sizes"
 
 
 def _linear_fake(x, bias, parts, kind, sizes):
@@ -24,11 +24,11 @@ def _input_grad_add_fake(dx, dy, parts, kind, sizes):
 
 
 # y = x W^T + bias
-define(f"quantized_linear(Tensor x, Tensor? bias, {_STORED}) -> Tensor", _linear_fake)
+define(f"quantized_linear(Tensor x, Tensor? bias, {STORED}) -> Tensor", _linear_fake)
 # dx = dy W
-define(f"quantized_input_grad(Tensor dy, {_STORED}) -> Tensor", _input_grad_fake)
+define(f"quantized_input_grad(Tensor dy, {STORED}) -> Tensor", _input_grad_fake)
 # dx += dy W
-define(f"quantized_input_grad_add_(Tensor(a!) dx, Tensor dy, {_STORED}) -> ()", _input_grad_add_fake)
+define(f"quantized_input_grad_add_(Tensor(a!) dx, Tensor dy, {STORED}) -> ()", _input_grad_add_fake)
 
 _NAMES = ("quantized_linear", "quantized_input_grad", "quantized_input_grad_add_")
 for _name in _NAMES:

@@ -50,16 +50,17 @@ class QuantizedProjection:
         return self.encoding.rows
 
     @property
-    def _stored(self) -> tuple[list[Tensor], str, list[int]]:
+    def stored(self) -> tuple[list[Tensor], str, list[int]]:
+        """The matrix as operators take it."""
         return list(self.parts), self.encoding.kind, self.encoding.sizes
 
     def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
-        return torch.ops.memkernels.quantized_linear(x, self.bias, *self._stored)
+        return torch.ops.memkernels.quantized_linear(x, self.bias, *self.stored)
 
     def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
         if into is None:
-            return torch.ops.memkernels.quantized_input_grad(dy, *self._stored)
-        torch.ops.memkernels.quantized_input_grad_add_(into, dy, *self._stored)
+            return torch.ops.memkernels.quantized_input_grad(dy, *self.stored)
+        torch.ops.memkernels.quantized_input_grad_add_(into, dy, *self.stored)
         return into
 
     def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:

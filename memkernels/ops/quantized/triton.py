@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def _stored(parts: Sequence[Tensor], kind: str, sizes: Sequence[int]) -> Stored:
     )  # fmt: skip
 
 
-def _launch(
+def launch_quantized(
     y: Tensor,
     x: Tensor,
     parts: Sequence[Tensor],
@@ -45,20 +46,22 @@ def _launch(
     tile: ProductTile | None,
     *,
     by_rows: bool,
-    add: bool = False,
-    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
+    **options: Any,
 ) -> None:
+    """`launch_product` over a quantised weight, whose other arguments are the options."""
     x, stored = row_major(x), _stored(parts, kind, sizes)
     if tile is None:
         in_parts = kind != "nf4" or (sizes[1] % 64 == 0 and sizes[2] % 64 == 0)
+        low_rank_dtype = x.dtype if low_rank is None else low_rank[0].dtype
         aligned = in_parts and is_aligned(x) and is_aligned(y)
-        tile = select_tile(x.dtype, x.dtype, x.device, aligned=aligned, tiles=QUANTIZED_TILES)
+        tile = select_tile(x.dtype, low_rank_dtype, x.device, aligned=aligned, tiles=QUANTIZED_TILES)
     # Columns of the tile of W that a program holds at a time.
     columns = tile.BLOCK_K if by_rows else tile.BLOCK_N
     launch_product(
-        y, x, None, tile, by_rows=by_rows, add=add, stored=stored, bias=bias,
+        y, x, None, tile, by_rows=by_rows, low_rank=low_rank, stored=stored,
         segments=kind == "nf4" and sizes[1] % columns == 0 and sizes[2] % columns == 0,
-        enable_fp_fusion=stored.nested_absmax is None,
+        enable_fp_fusion=stored.nested_absmax is None, **options,
     )  # fmt: skip
 
 
@@ -74,7 +77,7 @@ def quantized_linear(
     if kind not in KINDS:
         return products.quantized_linear(x, bias, parts, kind, sizes)
     y = x.new_empty(x.shape[0], sizes[0])
-    _launch(y, x, parts, kind, sizes, tile, by_rows=True, bias=bias)
+    launch_quantized(y, x, parts, kind, sizes, tile, by_rows=True, bias=bias)
     return y
 
 
@@ -84,7 +87,7 @@ def quantized_input_grad(
     if kind not in KINDS:
         return products.quantized_input_grad(dy, parts, kind, sizes)
     dx = dy.new_empty(dy.shape[0], sizes[1])
-    _launch(dx, dy, parts, kind, sizes, tile, by_rows=False)
+    launch_quantized(dx, dy, parts, kind, sizes, tile, by_rows=False)
     return dx
 
 
@@ -94,6 +97,6 @@ def quantized_input_grad_add_(
     if kind not in KINDS:
         return products.quantized_input_grad_add_(dx, dy, parts, kind, sizes)
     rows = row_major(dx)
-    _launch(rows, dy, parts, kind, sizes, tile, by_rows=False, add=True)
+    launch_quantized(rows, dy, parts, kind, sizes, tile, by_rows=False, add=True)
     if rows is not dx:
         dx.copy_(rows)

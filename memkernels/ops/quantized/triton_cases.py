@@ -21,8 +21,8 @@ ALIGNED, UNALIGNED = (256, 256, 128), (250, 250, 130)
 NVIDIA, AMD = (tuple(t for t in TARGETS if t.backend == backend) for backend in ("cuda", "hip"))
 
 
-def _parts(kind: str, n: int, k: int, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[int]]:
-    """Zeros, stored."""
+def stored_zeros(kind: str, n: int, k: int, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[int]]:
+    """The parts and sizes of a matrix of zeros."""
     if kind == "int8":
         absmax = torch.zeros(n, device=device)
         return [torch.zeros(n, k, dtype=torch.int8, device=device), absmax], Int8Encoding((n, k), dtype).sizes
@@ -38,7 +38,7 @@ def _launch(
     direction: str, kind: str, tile: ProductTile, shape: tuple[int, int, int], dtype: torch.dtype, device: str
 ) -> tuple[Tensor, ...]:
     tokens, k, n = shape
-    parts, sizes = _parts(kind, n, k, dtype, device)
+    parts, sizes = stored_zeros(kind, n, k, dtype, device)
     stored = (parts, kind.split()[-1], sizes)
     x, dy = (torch.ones(tokens, size, dtype=dtype, device=device) for size in (k, n))
     if direction == "linear":
