@@ -14,6 +14,8 @@ from memkernels.testing import check_op, implementations, poisoned_memory, rando
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 on_every_implementation = pytest.mark.parametrize("implementation", implementations("moe_dispatch"), ids=str)
+# Of the layer: the Triton kernels of its activation too, under the interpreter.
+on_every_layer = pytest.mark.parametrize("implementation", implementations("expert_activation_fwd"), ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -207,14 +209,16 @@ def test_dispatch_and_combine_of_bad_input_name_the_argument():
 
 @dtypes
 @pytest.mark.parametrize("capacity", [None, 4])
-def test_grouped_matmul_matches_the_reference(dtype, capacity):
-    plan = ops.moe_plan(random_ids(23, 2, 5, nowhere=True), 6, capacity=capacity)  # expert 5 is empty: it was "nowhere"
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+def test_grouped_matmul_matches_the_reference(dtype, capacity, backend):
+    ids = random_ids(23, 2, 5, nowhere=True)
+    plan = ops.moe_plan(torch.where(ids == 5, 7, ids), 7, capacity=capacity)  # experts 5 and 6 get nothing
     inputs = {
-        "x_grouped": random_tensor(plan.pair_of_row.shape[0], 19, dtype=dtype),
-        "weights": random_tensor(6, 13, 19, dtype=dtype, seed=1),
+        "x_grouped": random_tensor(plan.pair_of_row.shape[0], 24, dtype=dtype),
+        "weights": random_tensor(7, 16, 24, dtype=dtype, seed=1),  # rows of 16 bytes' multiples, as grouped_mm wants
     }
     check_op(
-        lambda x_grouped, weights: ops.grouped_matmul(x_grouped, weights, plan),
+        lambda x_grouped, weights: ops.grouped_matmul(x_grouped, weights, plan, backend=backend),
         lambda x_grouped, weights: reference.grouped_matmul(x_grouped, weights, plan.offsets),
         inputs, strided_grads=True,
     )  # fmt: skip
@@ -231,7 +235,7 @@ def test_grouped_matmul_of_bad_input_names_the_argument():
 # --- the experts' layer ---
 
 
-@on_every_implementation
+@on_every_layer
 @dtypes
 @pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
 @pytest.mark.parametrize("capacity", [None, 3])
@@ -245,13 +249,21 @@ def test_moe_mlp_is_the_loop_over_tokens(implementation, capacity, recompute, dt
         )  # fmt: skip
 
 
-@on_every_implementation
+@on_every_layer
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
 def test_every_activation(implementation, activation, gated):
     with implementation.active() as device:
         inputs = {k: v.to(device) for k, v in layer_inputs(11, 2, 3, 8, 21, torch.float32, gated=gated).items()}
         check_op(ops.moe_mlp, loop_over_tokens, inputs, activation=activation)
+
+
+@on_every_layer
+@pytest.mark.parametrize("gated", [True, False])
+def test_rows_wider_than_a_block(implementation, gated):
+    with implementation.active() as device:
+        inputs = {k: v.to(device) for k, v in layer_inputs(5, 2, 3, 8, 1030, torch.bfloat16, gated=gated).items()}
+        check_op(ops.moe_mlp, loop_over_tokens, inputs)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4), (40, 2, 64), (64, 4, 4)], ids=str)
@@ -291,6 +303,17 @@ def test_any_shape(tokens, choices, experts, d, n, dtype):
     # The weights' gradient is of 16-bit factors: at their dtype, its rounding is in the bound.
     inputs = layer_inputs(tokens, choices, experts, d, n, dtype, weights_dtype=dtype)
     check_op(ops.moe_mlp, loop_over_tokens, inputs, roundings=2)
+
+
+@dtypes
+@pytest.mark.parametrize("recompute", [True, False])
+def test_by_grouped_mm(dtype, recompute):
+    inputs = layer_inputs(23, 2, 5, 16, 24, dtype, nowhere=True)
+    check_op(
+        lambda **tensors: ops.moe_mlp(**tensors, capacity=3, recompute=recompute, backend="grouped_mm"),
+        lambda **tensors: loop_over_tokens(**tensors, capacity=3),
+        inputs, strided_grads=True,
+    )  # fmt: skip
 
 
 def test_router_weights_in_the_dtype_of_x():
@@ -348,7 +371,7 @@ def test_autocast_casts_as_linear_does():
     assert torch.equal(y, ops.moe_mlp(**narrow)) and inputs["x"].grad.dtype == torch.float32
 
 
-@on_every_implementation
+@on_every_layer
 def test_opcheck(implementation):
     with implementation.active() as device:
         memkernels = torch.ops.memkernels
@@ -365,8 +388,8 @@ def test_opcheck(implementation):
             (memkernels.moe_combine, (grouped, None, plan.row_of_pair)),
             (memkernels.moe_combine, (grouped, weights, plan.row_of_pair)),
             (memkernels.moe_combine_bwd, (x, grouped, weights, plan.row_of_pair, offsets)),
-            (memkernels.grouped_product, (x, tokens, matrices, offsets, rows)),
-            (memkernels.grouped_weight_grad, (grouped, None, x, tokens, offsets)),
+            (memkernels.grouped_product, (x, tokens, matrices, offsets, rows, False)),
+            (memkernels.grouped_weight_grad, (grouped, None, x, tokens, offsets, False)),
             (memkernels.expert_activation_fwd, (wide, row_weight, True, "silu")),
             (memkernels.expert_activation_fwd, (wide, row_weight, False, "gelu")),
             (memkernels.expert_activation_bwd, (grouped, wide, row_weight, True, "silu")),
@@ -421,6 +444,7 @@ PLAN = ops.moe_plan(torch.zeros(9, 2, dtype=torch.int64), 4)
         ({"w_down": torch.zeros(4, 7, 6)}, ValueError, r"w_down: expected shape \(4, 8, 6\)"),
         ({"activation": "tanh"}, ValueError, "activation: expected one of"),
         ({"capacity": 0}, ValueError, "capacity: expected at least 1 or None"),
+        ({"backend": "triton"}, ValueError, "backend: expected one of auto, loop, grouped_mm"),
         ({"expert_ids": PLAN, "capacity": 3}, ValueError, "capacity: expected None beside a plan"),
     ],
 )  # fmt: skip

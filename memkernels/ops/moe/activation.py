@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memkernels._library import define
+from memkernels._library import define, implement_with_triton
 
 
 def _fwd_fake(gate_up, row_weight, gated, activation):
@@ -30,4 +30,7 @@ define(
     "expert_activation_bwd_(Tensor(a!) dh, Tensor(b!) gate_up, Tensor row_weight, bool gated, str activation)"
     " -> Tensor drow_weight",
     _bwd_in_place_fake,
+)
+implement_with_triton(
+    "memkernels.ops.moe.triton", "expert_activation_fwd", "expert_activation_bwd", "expert_activation_bwd_"
 )

@@ -17,7 +17,7 @@ from memkernels.ops.gradient_sum import gradient_sums, results
 from memkernels.ops.moe import activation as _activation  # noqa: F401  defines the operators
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.dispatch import check_tokens, check_weights
-from memkernels.ops.moe.grouped_matmul import check_expert_weights
+from memkernels.ops.moe.grouped_matmul import check_expert_weights, takes_grouped_mm
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
 from memkernels.ops.moe.projection import DenseExpertsProjection, GroupedDescription, GroupedProjection, Groups
 from memkernels.ops.projection import split_by
@@ -109,6 +109,7 @@ def moe_mlp(
     activation: str = "silu",
     capacity: int | None = None,
     recompute: bool = True,
+    backend: str = "auto",
 ) -> Tensor:
     """The experts of a mixture-of-experts layer, dispatch and combine included, that keeps its input and the routing.
 
@@ -130,13 +131,14 @@ def moe_mlp(
         activation: silu, gelu (by erf), gelu_tanh, relu or relu_squared.
         capacity: the most rows an expert takes, as `moe_plan` has it; None: dropless.
         recompute: compute the pre-activation again in backward instead of keeping it.
+        backend: as `grouped_matmul` has it.
 
     Returns:
         y, like x (under autocast, of autocast's dtype). A token that goes nowhere is zero.
 
     Raises:
         TypeError: a dtype other than those above.
-        ValueError: a shape, device, activation or capacity that does not fit; a capacity beside a plan.
+        ValueError: a shape, device, activation, capacity or backend that does not fit; a capacity beside a plan.
         RuntimeError: an expert id out of range.
 
     Saved for backward: x (d elements a token), expert_weights and the plan (12 bytes a choice), and the parameters.
@@ -164,9 +166,10 @@ def moe_mlp(
     dtype = product_dtype(x)
     weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
     x = x.to(dtype)
+    grouped_mm = takes_grouped_mm(backend, x)
     if not (has_kernel("moe_dispatch", x) and has_kernel("expert_activation_fwd", x)):
         with torch.autocast(x.device.type, enabled=False):
             return reference.moe_mlp(x, *plan[:3], expert_weights, **weights, activation=activation)
-    gate_up, down = DenseExpertsProjection(weights["w_gate_up"]), DenseExpertsProjection(weights["w_down"])
+    gate_up, down = (DenseExpertsProjection(weights[name], grouped_mm) for name in ("w_gate_up", "w_down"))
     layer = Layer(gate_up.description, down.description, w_gate_up.shape[1] != size, activation, recompute)
     return _MoEMLP.apply(layer, x, expert_weights.float(), *plan, *gate_up.tensors, *down.tensors)

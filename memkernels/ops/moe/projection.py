@@ -61,31 +61,39 @@ class GroupedProjection(Protocol):
 
 @dataclass(frozen=True)
 class DenseExperts:
-    """Dense weights (E, out, in)."""
+    """Dense weights (E, out, in); by `torch.nn.functional.grouped_mm`, or a product an expert."""
 
-    num_tensors: int = 1
+    grouped_mm: bool
+
+    @property
+    def num_tensors(self) -> int:
+        return 1
 
     def bind(self, tensors: Sequence[Tensor]) -> DenseExpertsProjection:
-        return DenseExpertsProjection(*tensors)
+        (weights,) = tensors
+        return DenseExpertsProjection(weights, self.grouped_mm)
 
 
 class DenseExpertsProjection:
     """y[r] = x[rows[r]] weights[e]^T."""
 
-    description = DenseExperts()
-
-    def __init__(self, weights: Tensor):
+    def __init__(self, weights: Tensor, grouped_mm: bool):
         self.weights = weights
+        self.grouped_mm = grouped_mm
+
+    @property
+    def description(self) -> DenseExperts:
+        return DenseExperts(self.grouped_mm)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.weights,)
 
     def forward(self, x: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
-        return torch.ops.memkernels.grouped_product(x, rows, self.weights.transpose(1, 2), *groups)
+        return torch.ops.memkernels.grouped_product(x, rows, self.weights.transpose(1, 2), *groups, self.grouped_mm)
 
     def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
-        return torch.ops.memkernels.grouped_product(dy, rows, self.weights, *groups)
+        return torch.ops.memkernels.grouped_product(dy, rows, self.weights, *groups, self.grouped_mm)
 
     def add_gradients(
         self,
@@ -97,4 +105,5 @@ class DenseExpertsProjection:
         sums: Sequence[GradientSum | None],
     ) -> None:
         if sums[0] is not None:
-            sums[0].add(torch.ops.memkernels.grouped_weight_grad(dy, dy_rows, x, x_rows, groups.offsets))
+            grad = torch.ops.memkernels.grouped_weight_grad(dy, dy_rows, x, x_rows, groups.offsets, self.grouped_mm)
+            sums[0].add(grad)

@@ -1,0 +1,177 @@
+"""Trains a small Switch Transformer beside its dense twin, at the same FLOPs a token.
+
+    pip install "memkernels[plot]"
+    python examples/train_switch.py
+
+Both read Python's standard library byte by byte. In the sparse model every other feed-forward layer is `nn.SwitchFFN`:
+sixteen experts, of which a token goes to one, each of the dense layer's size (Fedus et al. 2021, arXiv 2101.03961). The
+capacity factor is what an expert takes over what it would if all were loaded alike; what is beyond it is dropped. The
+table says at which step each model reached the dense one's last held-out loss, and the plot shows the losses and what
+the experts of one layer were sent over time. All models see the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from switch_model import Shape, SwitchLanguageModel
+from torch import Tensor
+
+from memkernels.bench import machine
+from memkernels.bench.table import format_table
+from memkernels.demo.data import standard_library, windows
+from memkernels.demo.requirements import unmet
+
+CAPACITY_FACTORS = (1.0, 1.25, 2.0)
+# Coefficients of the paper (section 2.2) and of ST-MoE (arXiv 2202.08906).
+_LOAD_BALANCE, _Z_LOSS = 1e-2, 1e-3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run."""
+
+    steps: int = 400
+    batch: int = 8
+    tokens: int = 256
+    learning_rate: float = 3e-3
+    warmup: int = 20
+    checkpoints: int = 20
+
+
+@dataclass
+class Curve:
+    """What one model did: at checkpoints, and at each step."""
+
+    name: str
+    parameters: int
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    load: list[Tensor] = field(default_factory=list)  # of the first mixture: the fraction of tokens sent to each expert
+    dropped: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def reaches(self, loss: float) -> int | None:
+        """The first checkpoint with a loss as low."""
+        return next((step for step, own in zip(self.steps, self.losses, strict=True) if own <= loss), None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains, prints and draws; returns 1 where no sparse model beat the dense one, 2 where it cannot run."""
+    parser = argparse.ArgumentParser(description="Train a small Switch Transformer beside its dense twin.")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="training steps of each model")
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the plot")
+    args = parser.parse_args(arguments)
+    if args.steps < 1:
+        print(f"train_switch: --steps: expected a positive number, got {args.steps}", file=sys.stderr)
+        return 2
+    if reason := unmet(("matplotlib", "tqdm"), "hf,plot"):
+        print(f"train_switch: {reason}", file=sys.stderr)
+        return 2
+    machine.set_threads()
+    settings, shape = Settings(steps=args.steps), Shape()
+    text, held_out = standard_library()
+    curves = [train(shape, factor, settings, text, held_out) for factor in (None, *CAPACITY_FACTORS)]
+    print(table(curves))
+    print(draw(curves, args.output))
+    dense, *sparse = curves
+    return 0 if any(curve.losses[-1] < dense.losses[-1] for curve in sparse) else 1
+
+
+def train(shape: Shape, capacity_factor: float | None, settings: Settings, text: Tensor, held_out: Tensor) -> Curve:
+    """One model, from the same seed and on the same batches as the others."""
+    from tqdm import tqdm
+
+    torch.manual_seed(0)
+    model = SwitchLanguageModel(shape, capacity_factor)
+    name = "dense" if capacity_factor is None else f"switch, capacity factor {capacity_factor}"
+    curve = Curve(name, sum(parameter.numel() for parameter in model.parameters()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01, fused=True)
+    batches = windows(text, settings.steps * settings.batch, settings.tokens + 1, seed=0).split(settings.batch)
+    checks = windows(held_out, 32, settings.tokens + 1, seed=1)
+    every = max(1, settings.steps // settings.checkpoints)
+    for step, batch in enumerate(tqdm(batches, desc=name), start=1):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(step, settings)
+        loss, routings = model(batch)
+        for routing in routings:
+            loss = loss + _LOAD_BALANCE * routing.load_balance_loss + _Z_LOSS * routing.z_loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.seconds.append(time.perf_counter() - started)
+        if routings:
+            counts, tokens = routings[0].plan.counts[:-1], batch[:, 1:].numel()
+            curve.load.append(counts / tokens)
+            curve.dropped.append(statistics.fmean(int(r.plan.dropped.sum()) / tokens for r in routings))
+        if step % every == 0 or step == settings.steps:
+            curve.steps.append(step)
+            curve.losses.append(held_out_loss(model, checks))
+    return curve
+
+
+def _schedule(step: int, settings: Settings) -> float:
+    """Linear warm-up, then linear to a tenth."""
+    done = step / settings.steps
+    return min(1.0, step / settings.warmup) * (1.0 - 0.9 * done)
+
+
+@torch.no_grad()
+def held_out_loss(model: SwitchLanguageModel, text: Tensor) -> float:
+    """In nats a byte; in evaluation experts take twice what they would if all were loaded alike."""
+    model.eval()
+    loss = statistics.fmean(model(part)[0].item() for part in text.split(8))
+    model.train()
+    return loss
+
+
+def table(curves: Sequence[Curve]) -> str:
+    dense = curves[0]
+    rows = []
+    for curve in curves:
+        step = curve.reaches(dense.losses[-1])
+        rows.append([
+            curve.name, f"{curve.parameters / 1e6:.1f} million", f"{curve.losses[-1]:.3f}",
+            "never" if step is None else str(step),
+            f"{100 * statistics.fmean(curve.dropped):.1f}%" if curve.dropped else "",
+            f"{statistics.median(curve.seconds) * 1e3:.0f} ms",
+        ])  # fmt: skip
+    return format_table(
+        ["", "parameters", "held-out loss", "steps to the dense model's", "tokens dropped", "step, median"], rows
+    )
+
+
+def draw(curves: Sequence[Curve], folder: Path) -> Path:
+    """switch.png: the losses, and the load of the experts of one layer, capacity factor 1.25."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, (losses, load) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for curve in curves:
+        losses.plot(curve.steps, curve.losses, "k--" if not curve.load else "-", label=curve.name)
+    losses.set(xlabel="step", ylabel="held-out loss, nats a byte")
+    losses.legend()
+    shown = curves[1 + CAPACITY_FACTORS.index(1.25)]
+    shares = torch.stack(shown.load).t()
+    load.stackplot(range(1, shares.shape[1] + 1), shares.numpy(), linewidth=0)
+    load.set(xlabel="step", ylabel="fraction of tokens sent to each expert", ylim=(0, 1), title=shown.name)
+    path = folder / "switch.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

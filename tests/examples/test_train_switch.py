@@ -1,0 +1,63 @@
+"""The Switch example at a small size: what it trains, counts, prints and draws."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    pytest.importorskip("tqdm", reason="tqdm is not installed: pip install memkernels[hf]")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("train_switch")
+
+
+@pytest.fixture
+def shape(example):
+    return example.Shape(width=16, feed_forward=32, layers=2, heads=2, experts=4)
+
+
+def text(count=4000, seed=0):
+    """Bytes that repeat, so that there is something to learn."""
+    pattern = torch.randint(256, (97,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return pattern.repeat(count // 97 + 1)[:count]
+
+
+def test_sparse_and_dense_learn_and_are_compared(example, shape, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install memkernels[plot]")
+    settings = example.Settings(steps=30, batch=4, tokens=32, warmup=5, checkpoints=3, learning_rate=1e-2)
+    factors = (None, *example.CAPACITY_FACTORS)
+    curves = [example.train(shape, factor, settings, text(), text()) for factor in factors]
+    for curve in curves:
+        assert curve.steps == [10, 20, 30] and curve.losses[-1] < curve.losses[0] < 7
+    dense, *sparse = curves
+    assert not dense.load and dense.reaches(dense.losses[-1]) <= 30 and dense.reaches(0.0) is None
+    for curve in sparse:
+        assert curve.parameters > dense.parameters
+        torch.testing.assert_close(torch.stack(curve.load).sum(1), torch.ones(30))
+    assert sparse[0].dropped[0] >= sparse[-1].dropped[0]  # the same router, a larger capacity
+    printed = example.table(curves)
+    assert all(curve.name in printed for curve in curves)
+    assert example.draw(curves, tmp_path).stat().st_size > 10_000
+
+
+def test_a_byte_is_predicted_from_those_before_it(example, shape):
+    """With a capacity that drops nothing; dropping looks at the batch."""
+    torch.manual_seed(0)
+    model = importlib.import_module("switch_model").SwitchLanguageModel(shape, 4.0).eval()
+    model.head.options["reduction"] = "none"
+    one = text(33).long()[None]
+    other = one.clone()
+    other[0, 20:] = 7
+    losses, others = (model(batch)[0].view(-1) for batch in (one, other))
+    torch.testing.assert_close(losses[:19], others[:19])
+    assert not torch.isclose(losses[19], others[19])
+
+
+def test_a_number_of_steps_that_is_none_is_refused(example, capsys):
+    assert example.main(["--steps", "0"]) == 2
+    assert "--steps: expected a positive number, got 0" in capsys.readouterr().err
