@@ -103,6 +103,17 @@ def test_any_rectangle(implementation, rows, row_size, block_size, nested, dtype
     assert torch.equal(out.cpu(), whole[first_row:, first_column:])
 
 
+@on_every_implementation
+def test_rows_of_several_nested_blocks(implementation):
+    tensor = quant.quantize_nf4(normal(300, 64), 32)
+    whole, out = torch.empty(300, 64), torch.empty(120, 64)
+    reference.nf4_dequantize_(whole, *tensor.parts, 32, 64, 0, 0)
+    with implementation.active() as device:
+        out = out.to(device)
+        tensor.encoding.decode_(out, tensor.to(device).parts, 180, 0)
+    assert torch.equal(out.cpu(), whole[180:])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_int8_is_that_of_bitsandbytes(dtype):
     bitsandbytes = pytest.importorskip("bitsandbytes")
