@@ -12,25 +12,39 @@ from memkernels.testing.kernel_table import submit_compile, triton_processes
 
 pytestmark = pytest.mark.xdist_group("triton_kernels")
 
+# Of a configuration that many architectures share, these are compiled here, the others by `make test-slow`.
+OF_MANY = ("sm_80", "sm_90", "gfx942")
+
+
+def groups(case):
+    """A case's targets: those compiled here, and the others."""
+    few = tuple(target for target in case.targets if len(case.targets) <= 2 or target.name in OF_MANY)
+    return few, tuple(target for target in case.targets if target not in few)
+
+
 COMPILATIONS = [
-    pytest.param(op, case, target, id=f"{op}-{case.label}-{target}".replace(" ", "-"))
+    pytest.param(op, case, target, marks=marks, id=f"{op}-{case.label}-{target}".replace(" ", "-"))
     for op in ops_with_triton()
     for case in kernel_cases(op)
-    for target in case.targets
+    for marks, targets in zip(((), pytest.mark.slow), groups(case), strict=True)
+    for target in targets
 ]
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Of an op and a case: by target the resources of each kernel. The targets of a case compile two at a time."""
+    """Of an op, a case and a target: the resources of each kernel. A group's targets compile two at a time."""
     with triton_processes(interpret=False) as pool:
 
         @functools.cache
-        def compile_targets(op, case):
-            futures = {target: submit_compile(pool, op, case.label, target) for target in case.targets}
-            return lambda target: futures[target].result()
+        def compile_group(op, case, targets):
+            return {target: submit_compile(pool, op, case.label, target) for target in targets}
 
-        yield lambda op, case, target: compile_targets(op, case)(target)
+        def resources(op, case, target):
+            group = next(targets for targets in groups(case) if target in targets)
+            return compile_group(op, case, group)[target].result()
+
+        yield resources
 
 
 @pytest.mark.parametrize("op, case, target", COMPILATIONS)
@@ -46,5 +60,7 @@ def test_kernel_keeps_its_budget(compiled, op, case, target):
 def test_every_kernel_has_a_case(compiled, op):
     module = importlib.import_module(f"memkernels.ops.{op}.triton")
     kernels = {name for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "run")}
-    covered = {kernel for case in kernel_cases(op) for target in case.targets for kernel in compiled(op, case, target)}
+    covered = {
+        kernel for case in kernel_cases(op) for target in groups(case)[0] for kernel in compiled(op, case, target)
+    }
     assert kernels - covered == set(), "launched by no case"
