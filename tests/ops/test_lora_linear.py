@@ -74,6 +74,15 @@ def test_any_shape_and_rank(implementation, tokens, k, n, rank, dropout_p, dtype
         check(inputs, dropout_p=dropout_p, seed=SEED, roundings=2)
 
 
+def test_a_float32_adapter_adds_to_bfloat16_in_float32():
+    s, b = random_tensor(33, 5, dtype=torch.float32), random_tensor(70, 5, dtype=torch.float32, seed=1)
+    y = -(0.7 * s @ b.t()).detach().bfloat16()  # what is left is what bfloat16 products alone would not see
+    exact = y.double() + 0.7 * s.double() @ b.double().t()
+    plain = (y + 0.7 * s @ b.t()).bfloat16()
+    torch.ops.memkernels.lora_up_add_(y, s.detach(), b.detach(), 0.7, None, None)
+    assert_within_factor_two("y", y, exact.detach(), plain.detach())
+
+
 def test_float64_is_exact():
     for dropout_p, magnitude in itertools.product((0.0, 0.3), (False, True)):
         inputs = make_inputs((3, 5), 8, 6, 2, torch.float64, magnitude=magnitude)

@@ -141,5 +141,18 @@ def _add_product_(y: Tensor, u: Tensor, v: Tensor, alpha: float) -> None:
     if u.dtype == y.dtype:
         torch.addmm(y, u, v, alpha=alpha, out=y)
         return
+    if u.dtype == torch.float32 and y.dtype == torch.bfloat16:
+        (u1, u2), (v1, v2) = _in_bfloat16(u), _in_bfloat16(v)
+        torch.addmm(y, torch.cat((u1, u2, u1), 1), torch.cat((v1, v1, v2), 0), alpha=alpha, out=y)
+        return
     for tile in _tiles(y, u.dtype):
         y[tile].add_(torch.mm(u[tile], v), alpha=alpha)
+
+
+def _in_bfloat16(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors whose sum is u, to 2^-16 of it: products of them are summed in float32, straight into a bfloat16 y.
+
+    Adding a float32 tensor to a bfloat16 one takes torch's CPU far longer than the product.
+    """
+    first = u.to(torch.bfloat16)
+    return first, (u - first).to(torch.bfloat16)
