@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from memkernels.bench import Benchmark, Case, Step, Work
-from memkernels.ops.quantized import encoding, products
+from memkernels.ops.quantized import encoding
 
 TOKENS = 4096
 TILES = {"tile_128": 128, "tile_256": 256, "tile_512": 512}
@@ -26,6 +26,7 @@ def setup(case: Case, provider: str) -> Step:
     weight = quantize_nf4(torch.randn(width, width, dtype=case.dtype, device=case.device) * width**-0.5)
     dense = weight.dequantize()
     stored = (list(weight.parts), "nf4", weight.encoding.sizes)
+    library = torch.ops.memkernels
     size = TILES.get(provider, 512 if provider == "decode_512" else width)
     answer = torch.mm(x, dense.t()), torch.mm(x, dense)
 
@@ -39,7 +40,7 @@ def setup(case: Case, provider: str) -> Step:
                 for _ in weight.encoding.column_tiles(weight.parts, case.dtype):
                     pass
                 return answer
-            return products._linear(x, None, *stored), products._input_grad(x, *stored)
+            return library.quantized_linear(x, None, *stored), library.quantized_input_grad(x, *stored)
 
     return Step(multiply)
 
