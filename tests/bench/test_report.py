@@ -41,6 +41,14 @@ def test_figures_are_rendered_as_ratios_beside_the_baseline(clone):
     assert "Some CPU, 2 cores; torch 2.13.0:" in text
 
 
+def test_what_has_no_backward_shows_its_forward():
+    common = {"machine": "Some CPU", "torch": "2.13.0", "median_ms": 3.0, "ratio_to_baseline": 1.0}
+    forward = Row("codec", "n8", "float32", "forward", "copy", "copy", **common)
+    assert "| codec | n8, float32 | copy 3 ms | not measured |" in report.render([forward])
+    full = Row("codec", "n8", "float32", "full", "copy", "copy", **common | {"median_ms": 5.0})
+    assert "copy 5 ms" in report.render([forward, full])
+
+
 def test_check_passes_on_a_fresh_readme_and_fails_on_a_stale_one(clone, capsys):
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0
