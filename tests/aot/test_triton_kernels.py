@@ -12,13 +12,15 @@ from memkernels.testing.kernel_table import submit_compile, triton_processes
 
 pytestmark = pytest.mark.xdist_group("triton_kernels")
 
-# Of a configuration that many architectures share, these are compiled here, the others by `make test-slow`.
-OF_MANY = ("sm_80", "sm_90", "gfx942")
+# Ops of hundreds of configurations, and the targets that are compiled here of those and of what many targets share;
+# `make test-slow` compiles the others.
+SWEPT, OF_MANY = ("lora_linear", "quantized"), ("sm_80", "sm_90", "gfx942")
 
 
-def groups(case):
+def groups(op, case):
     """A case's targets: those compiled here, and the others."""
-    few = tuple(target for target in case.targets if len(case.targets) <= 2 or target.name in OF_MANY)
+    whole = op not in SWEPT and len(case.targets) <= 2
+    few = tuple(target for target in case.targets if whole or target.name in OF_MANY)
     return few, tuple(target for target in case.targets if target not in few)
 
 
@@ -26,7 +28,7 @@ COMPILATIONS = [
     pytest.param(op, case, target, marks=marks, id=f"{op}-{case.label}-{target}".replace(" ", "-"))
     for op in ops_with_triton()
     for case in kernel_cases(op)
-    for marks, targets in zip(((), pytest.mark.slow), groups(case), strict=True)
+    for marks, targets in zip(((), pytest.mark.slow), groups(op, case), strict=True)
     for target in targets
 ]
 
@@ -41,7 +43,7 @@ def compiled():
             return {target: submit_compile(pool, op, case.label, target) for target in targets}
 
         def resources(op, case, target):
-            group = next(targets for targets in groups(case) if target in targets)
+            group = next(targets for targets in groups(op, case) if target in targets)
             return compile_group(op, case, group)[target].result()
 
         yield resources
@@ -61,6 +63,6 @@ def test_every_kernel_has_a_case(compiled, op):
     module = importlib.import_module(f"memkernels.ops.{op}.triton")
     kernels = {name for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "run")}
     covered = {
-        kernel for case in kernel_cases(op) for target in groups(case)[0] for kernel in compiled(op, case, target)
+        kernel for case in kernel_cases(op) for target in groups(op, case)[0] for kernel in compiled(op, case, target)
     }
     assert kernels - covered == set(), "launched by no case"
