@@ -268,6 +268,7 @@ __global__ void __launch_bounds__(kRowThreads)
     float product = 0.0f;
     if (row >= 0) {
       const float factor = weights[pair];
+#pragma unroll 2
       for (int64_t i = threadIdx.x; i < of.packs; i += kRowThreads) {
         const Pack<T, Size> grad = dy[token * of.packs + i], value = grouped[row * of.packs + i];
         dgrouped[row * of.packs + i] = scaled(grad, factor);
