@@ -56,6 +56,15 @@ TARGETS = (
 )
 
 
+NVIDIA, AMD = (tuple(target for target in TARGETS if target.backend == backend) for backend in ("cuda", "hip"))
+
+
+def targets_of(architecture: str) -> tuple[Target, ...]:
+    """The targets that take the tiles chosen for `architecture`: sm_89 takes those of sm_86."""
+    names = ("sm_86", "sm_89") if architecture == "sm_86" else (architecture,)
+    return tuple(target for target in TARGETS if target.name in names)
+
+
 @dataclass(frozen=True)
 class KernelCase:
     """One shipped configuration of an op's Triton kernels.

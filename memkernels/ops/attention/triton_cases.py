@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memkernels.ops.attention.configs import FLOAT32, PLAIN, RICH, Config
 from memkernels.ops.attention.triton import attention_bwd, attention_fwd
-from memkernels.testing.cases import TARGETS, KernelCase, Target
+from memkernels.testing.cases import AMD, NVIDIA, KernelCase, Target, targets_of
 
 SEQUENCES, LENGTH, HEADS, KV_HEADS = 2, 256, 2, 1
 NONE, PACKED, BATCH = "", " all options", " all options on a batch"
@@ -80,23 +80,16 @@ def _cases(
     ]
 
 
-def _targets(architecture: str) -> tuple[Target, ...]:
-    names = ("sm_86", "sm_89") if architecture == "sm_86" else (architecture,)
-    return tuple(target for target in TARGETS if target.name in names)
-
-
 def _block(size: int) -> int:
     return 128 if size == 96 else size
 
-
-NVIDIA, AMD = (tuple(t for t in TARGETS if t.backend == backend) for backend in ("cuda", "hip"))
 
 KERNEL_CASES = [
     case
     for architecture, size in product(PLAIN, (64, 96, 128, 256))
     for options, configs in ((NONE, PLAIN), (PACKED, RICH), (BATCH, RICH))
     if options != BATCH or configs[architecture][_block(size)].TMA
-    for case in _cases(architecture, configs[architecture][_block(size)], size, options, _targets(architecture))
+    for case in _cases(architecture, configs[architecture][_block(size)], size, options, targets_of(architecture))
 ]
 KERNEL_CASES += [
     case

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from memkernels.ops.gated_mlp.tiles import SMALL_TILE, TF32_TILE, TILES, GemmTile
 from memkernels.ops.gated_mlp.triton import gated_hidden_bwd, gated_hidden_fwd
-from memkernels.testing.cases import TARGETS, KernelCase, Target
+from memkernels.testing.cases import NVIDIA, TARGETS, KernelCase, Target, targets_of
 
 ALIGNED, UNALIGNED = (256, 128, 256), (250, 130, 250)
-NVIDIA = tuple(target for target in TARGETS if target.backend == "cuda")
 
 
 def _launch(
@@ -59,15 +58,10 @@ def _cases(
     return cases
 
 
-def _targets(architecture: str) -> tuple[Target, ...]:
-    names = ("sm_86", "sm_89") if architecture == "sm_86" else (architecture,)
-    return tuple(target for target in TARGETS if target.name in names)
-
-
 KERNEL_CASES = [
-    *(case for name, tiles in TILES.items() for case in _cases(name, tiles, _targets(name))),
+    *(case for name, tiles in TILES.items() for case in _cases(name, tiles, targets_of(name))),
     *_cases("unaligned", (SMALL_TILE, SMALL_TILE), TARGETS, shape=UNALIGNED, backward_epilogues=("gelu_tanh",)),
-    *_cases("sm_90", TILES["sm_90"], _targets("sm_90"), torch.float16, backward_epilogues=("silu",)),
+    *_cases("sm_90", TILES["sm_90"], targets_of("sm_90"), torch.float16, backward_epilogues=("silu",)),
     *_cases("exact", (SMALL_TILE, SMALL_TILE), TARGETS, torch.float32, backward_epilogues=("gelu_tanh",)),
     *_cases("tf32", (TF32_TILE, TF32_TILE), NVIDIA, torch.float32, backward_epilogues=("gelu_tanh",)),
 ]

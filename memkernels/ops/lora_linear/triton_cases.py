@@ -18,10 +18,9 @@ from memkernels.ops.lora_linear import triton as kernels
 from memkernels.ops.lora_linear.tiles import DOWN, DOWN_GRAD, UP_GRAD, NarrowTile
 from memkernels.ops.product_tiles import QUANTIZED_TILES, SMALL_TILES, TF32_TILE, TILES, ProductTile
 from memkernels.ops.quantized.triton_cases import stored_zeros
-from memkernels.testing.cases import TARGETS, KernelCase, Target
+from memkernels.testing.cases import AMD, NVIDIA, KernelCase, Target, targets_of
 
 ALIGNED, UNALIGNED = (512, 256, 512), (250, 130, 250)
-NVIDIA, AMD = (tuple(t for t in TARGETS if t.backend == backend) for backend in ("cuda", "hip"))
 DROPOUT_P, RANK, SCALING = 0.1, 16, 0.5
 
 
@@ -129,11 +128,6 @@ def _case(
     return KernelCase(label, launch, traffic_limit, targets)
 
 
-def _targets(architecture: str) -> tuple[Target, ...]:
-    names = ("sm_86", "sm_89") if architecture == "sm_86" else (architecture,)
-    return tuple(target for target in TARGETS if target.name in names)
-
-
 def _narrow_cases() -> list[KernelCase]:
     cases = []
     for function, by_vendor in ((_down, DOWN), (_up_grad, UP_GRAD), (_down_grad, DOWN_GRAD)):
@@ -154,7 +148,7 @@ def _narrow_cases() -> list[KernelCase]:
 def _product_cases() -> list[KernelCase]:
     cases = []
     for name, tile in TILES.items():
-        targets = _targets(name)
+        targets = targets_of(name)
         wide = replace(tile, LOW_RANK_PRECISION="ieee" if name == "gfx942" else "tf32x3")
         for function in (_up, _input_grad):
             cases.append(_case(name, function, tile, targets))
@@ -181,8 +175,8 @@ def _quantized_cases() -> list[KernelCase]:
         for name, tile in QUANTIZED_TILES.items():
             wide = replace(tile, LOW_RANK_PRECISION="ieee" if name == "gfx942" else "tf32x3")
             label = f"{kind} {name}"
-            cases.append(_case(label, of_kind, tile, _targets(name)))
-            cases.append(_case(label, of_kind, wide, _targets(name), adapter=torch.float32))
+            cases.append(_case(label, of_kind, tile, targets_of(name)))
+            cases.append(_case(label, of_kind, wide, targets_of(name), adapter=torch.float32))
         for vendor, targets, precision in (("nvidia", NVIDIA, "tf32x3"), ("amd", AMD, "ieee")):
             tile = replace(SMALL_TILES[vendor], LOW_RANK_PRECISION=precision)
             label = f"{kind} small {vendor}"

@@ -69,19 +69,18 @@ class _Combine(torch.autograd.Function):
 
 def check_tokens(name: str, tensor: Tensor, plan: DispatchPlan) -> None:
     """(T, d) of a plan's T tokens, on its device."""
-    check_floating(name, tensor)
-    tokens = plan.row_of_pair.shape[0]
-    if tensor.dim() != 2 or tensor.shape[0] != tokens:
-        raise ValueError(f"{name}: expected shape ({tokens}, d), T of the plan, got {tuple(tensor.shape)}.")
-    check_same_device(name, tensor, expert_ids=plan.row_of_pair)
+    _check_rows(name, tensor, plan.row_of_pair.shape[0], "T", plan)
 
 
 def check_grouped(name: str, tensor: Tensor, plan: DispatchPlan) -> None:
     """(R, d) of a plan's R rows, on its device."""
+    _check_rows(name, tensor, plan.pair_of_row.shape[0], "R", plan)
+
+
+def _check_rows(name: str, tensor: Tensor, rows: int, symbol: str, plan: DispatchPlan) -> None:
     check_floating(name, tensor)
-    rows = plan.pair_of_row.shape[0]
     if tensor.dim() != 2 or tensor.shape[0] != rows:
-        raise ValueError(f"{name}: expected shape ({rows}, d), R of the plan, got {tuple(tensor.shape)}.")
+        raise ValueError(f"{name}: expected shape ({rows}, d), {symbol} of the plan, got {tuple(tensor.shape)}.")
     check_same_device(name, tensor, plan=plan.row_of_pair)
 
 

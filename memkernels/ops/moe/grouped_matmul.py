@@ -89,15 +89,18 @@ implement_with_python("grouped_product", _product)
 implement_with_python("grouped_weight_grad", _weight_grad)
 
 
-def takes_grouped_mm(backend: str, x: Tensor) -> bool:
-    """Whether products of x's dtype go by `grouped_mm`; "auto": on CUDA in bfloat16, where it has a kernel.
+def takes_grouped_mm(backend: str, x: Tensor, *sizes: int) -> bool:
+    """Whether products of x's dtype go by `grouped_mm`; "auto": where it has a kernel.
+
+    That is on CUDA in bfloat16, with rows of all `sizes`, in elements, multiples of 16 bytes.
 
     Raises:
         ValueError: an unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
-    return backend == "grouped_mm" or (backend == "auto" and x.is_cuda and x.dtype == torch.bfloat16)
+    fits = x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+    return backend == "grouped_mm" or (backend == "auto" and fits)
 
 
 class _GroupedMatmul(torch.autograd.Function):
@@ -142,7 +145,8 @@ def grouped_matmul(x_grouped: Tensor, weights: Tensor, plan: DispatchPlan, *, ba
         weights: (E, out, in), x_grouped's dtype.
         plan: that of the dispatch.
         backend: "loop": a product an expert, which asks the device for the groups. "grouped_mm":
-            `torch.nn.functional.grouped_mm`. "auto": the latter on CUDA in bfloat16, else the former.
+            `torch.nn.functional.grouped_mm`, for rows of multiples of 16 bytes. "auto": the latter on CUDA in bfloat16
+            where the rows fit, else the former.
 
     Returns:
         y, (R, out); rows that belong to no expert are zero.
@@ -157,7 +161,7 @@ def grouped_matmul(x_grouped: Tensor, weights: Tensor, plan: DispatchPlan, *, ba
     check_expert_weights("weights", weights, "x_grouped", x_grouped, plan)
     if weights.dtype != x_grouped.dtype:
         raise TypeError(f"weights: expected {x_grouped.dtype}, as x_grouped, got {weights.dtype}.")
-    grouped_mm = takes_grouped_mm(backend, x_grouped)
+    grouped_mm = takes_grouped_mm(backend, x_grouped, *weights.shape[1:])
     if not has_kernel("moe_dispatch", x_grouped):
         return reference.grouped_matmul(x_grouped, weights, plan.offsets)
     return _GroupedMatmul.apply(x_grouped, weights, plan.offsets, grouped_mm)

@@ -166,7 +166,7 @@ def moe_mlp(
     dtype = product_dtype(x)
     weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
     x = x.to(dtype)
-    grouped_mm = takes_grouped_mm(backend, x)
+    grouped_mm = takes_grouped_mm(backend, x, x.shape[1], w_gate_up.shape[1], size)
     if not (has_kernel("moe_dispatch", x) and has_kernel("expert_activation_fwd", x)):
         with torch.autocast(x.device.type, enabled=False):
             return reference.moe_mlp(x, *plan[:3], expert_weights, **weights, activation=activation)

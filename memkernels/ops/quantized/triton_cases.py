@@ -15,10 +15,9 @@ from memkernels.ops.product_tiles import QUANTIZED_TILES, SMALL_TILES, TF32_TILE
 from memkernels.ops.quantized.triton import quantized_input_grad, quantized_input_grad_add_, quantized_linear
 from memkernels.quant.int8 import Int8Encoding
 from memkernels.quant.nf4 import NF4Encoding
-from memkernels.testing.cases import TARGETS, KernelCase, Target
+from memkernels.testing.cases import AMD, NVIDIA, KernelCase, Target, targets_of
 
 ALIGNED, UNALIGNED = (256, 256, 128), (250, 250, 130)
-NVIDIA, AMD = (tuple(t for t in TARGETS if t.backend == backend) for backend in ("cuda", "hip"))
 
 
 def stored_zeros(kind: str, n: int, k: int, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[int]]:
@@ -71,14 +70,9 @@ def _cases(
     ]
 
 
-def _targets(architecture: str) -> tuple[Target, ...]:
-    names = ("sm_86", "sm_89") if architecture == "sm_86" else (architecture,)
-    return tuple(target for target in TARGETS if target.name in names)
-
-
 KINDS = ("nested nf4", "nf4", "int8")
 KERNEL_CASES = [
-    *(case for name, tile in QUANTIZED_TILES.items() for case in _cases(name, KINDS, tile, _targets(name))),
+    *(case for name, tile in QUANTIZED_TILES.items() for case in _cases(name, KINDS, tile, targets_of(name))),
     *(
         case
         for vendor, targets in (("nvidia", NVIDIA), ("amd", AMD))
