@@ -1,0 +1,103 @@
+"""What hooks on all modules tell of a running model: its parameters and buffers, and whether its last layers run."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class LayerWatch:
+    """Follows the modules that the thread which began it calls.
+
+    A stack is an `nn.ModuleList` or `nn.Sequential` of two or more modules of one class that has a forward, outside of
+    any other stack of the module that is called outermost; its elements are that module's layers.
+
+    Args:
+        keep_last: how many calls of layers, the last of a call of the outermost module, `in_last_layers` is about.
+        expected: how many calls of layers each outermost module makes; known after its first.
+    """
+
+    def __init__(self, keep_last: int, expected: weakref.WeakKeyDictionary[nn.Module, int]):
+        self.owned: set[int] = set()  # storages of parameters and buffers
+        self._keep_last = keep_last
+        self._expected = expected
+        self._thread = threading.get_ident()
+        self._depth = self._calls = self._layer_count = 0
+        self._layers: set[int] = set()
+        self._layer_depth: int | None = None
+        self._handles = [
+            nn.modules.module.register_module_forward_pre_hook(self._enter),
+            nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
+        ]
+
+    @property
+    def in_last_layers(self) -> bool:
+        """Whether the last layers have begun: they, and what runs after them, come first in backward."""
+        return self._keep_last > 0 and self._calls > max(self._layer_count - self._keep_last, 0)
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # a graph has no place for it
+            return
+        if threading.get_ident() != self._thread:
+            return
+        self._depth += 1
+        if self._depth == 1:
+            layers = {id(layer) for layer in _layers(module)}
+            self._layers, self._layer_depth, self._calls = layers, None, 0
+            self._layer_count = self._expected.get(module, len(layers))
+            self.owned = set(_storages(module))
+        if self._layer_depth is None and id(module) in self._layers:
+            self._layer_depth = self._depth
+            self._calls += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() != self._thread or self._depth == 0:
+            return
+        if self._layer_depth == self._depth:
+            self._layer_depth = None
+        self._depth -= 1
+        if self._depth == 0 and self._calls and output is not None:  # without an output it failed
+            self._expected[module] = self._calls
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    elements = list(module) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+    alike = len(elements) > 1 and len(set(map(type, elements))) == 1
+    if alike and type(elements[0]).forward is not nn.Module.forward:
+        yield from elements
+    else:
+        for child in module.children():
+            yield from _layers(child)
+
+
+def _storages(module: nn.Module) -> Iterator[int]:
+    """Identities of the storages of all parameters and buffers."""
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            if not nn.parameter.is_lazy(tensor):
+                yield from map(storage_id, plain_parts(tensor))
+
+
+def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with memory that a tensor consists of: itself, or those that a subclass wraps."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):
+                yield from plain_parts(part)
+    elif tensor.layout == torch.strided:
+        yield tensor
+
+
+def storage_id(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,261 @@
+"""What one entry of the context manager does with each tensor that autograd saves."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from memkernels.offload.budget import Claim
+from memkernels.offload.compression import Codec, Compress, codec_for
+from memkernels.offload.layers import LayerWatch, storage_id
+from memkernels.offload.order import Order, Tape
+from memkernels.offload.store import Stored, TieredStore
+from memkernels.offload.tensors import Span, View, bytes_of, span_of, span_to_move
+from memkernels.ops.checks import PLAIN_TENSORS
+
+_CLEAN_EVERY = 256  # saved tensors after which a tape that nobody went back on is looked through
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which tensors move, how many are read ahead, and in which bits."""
+
+    min_bytes: int = 1 << 20
+    keep_last_layers: int = 1
+    prefetch: int = 2
+    compress: Compress | None = None
+
+
+@dataclass
+class Counts:
+    """Saved tensors that moved, that share what moved already, and that stayed."""
+
+    moved: int = 0
+    shared: int = 0
+    stayed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Stays:
+    """The tensor itself, and its share of the host tier where that counts it."""
+
+    tensor: Tensor
+    version: int
+    claim: Claim | None = None
+
+    def unpack(self) -> Tensor:
+        _check_version(self.tensor, self.version, self.tensor.shape)
+        return self.tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """`nbytes` of a storage, in `codec` where there is one.
+
+    `witness` is given where the tensor must not have changed after `version`, since its copy was under way.
+    """
+
+    stored: Stored
+    nbytes: int
+    codec: Codec | None
+    view: View
+    session: Session
+    tape: Tape
+    position: int
+    witness: Tensor | None
+    version: int
+
+    def unpack(self) -> Tensor:
+        if self.witness is not None:
+            _check_version(self.witness, self.version, self.view.size)
+        return self.session.load(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wrapped:
+    """A tensor subclass, such as DTensor or NF4Tensor, whose parts went their own ways."""
+
+    rebuild: Callable[[dict[str, Any]], Tensor]
+    parts: dict[str, Any]
+
+    def unpack(self) -> Tensor:
+        parts = {name: part.unpack() if isinstance(part, _PACKED) else part for name, part in self.parts.items()}
+        return self.rebuild(parts).detach()
+
+
+_PACKED = (_Stays, _Moved, _Wrapped)
+
+
+def _check_version(tensor: Tensor, version: int, shape: torch.Size) -> None:
+    """What autograd checks of what it saves without hooks."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation:"
+            f" a tensor of shape {tuple(shape)} is at version {tensor._version}; expected version {version} instead."
+        )
+
+
+def _witness(tensor: Tensor) -> Tensor:
+    """A tensor without memory that has the other's version, now and later."""
+    witness = tensor.detach()
+    witness.data = witness.new_empty(0)
+    return witness
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Bytes of one version of a storage, and what holds them, in which bits."""
+
+    version: int
+    span: Span
+    codec: Codec | None
+    found: weakref.ref[Stored | Claim]
+
+
+class _Known:
+    """What was taken of one storage: stored copies or claims."""
+
+    def __init__(self, tensor: Tensor):
+        self.storage = StorageWeakRef(tensor.untyped_storage())  # while it is held, no other storage has this identity
+        self._entries: list[_Entry] = []
+
+    def find(self, tensor: Tensor) -> tuple[Stored | Claim, _Entry] | None:
+        """What holds the bytes of a tensor."""
+        span = span_of(tensor)
+        for entry in self._entries:
+            fits = entry.codec is None or entry.codec.dtype == tensor.dtype
+            if fits and entry.version == tensor._version and entry.span.holds(span):
+                found = entry.found()
+                if found is not None:
+                    return found, entry
+        return None
+
+    def add(self, entry: _Entry) -> None:
+        self._entries.append(entry)
+
+    @property
+    def stale(self) -> bool:
+        return self.storage.expired() or all(entry.found() is None for entry in self._entries)
+
+
+class Session:
+    """Packs for the thread that made it, until `end`; what was packed may come back later, in any thread."""
+
+    def __init__(
+        self,
+        store: TieredStore,
+        policy: Policy,
+        order: Order,
+        expected_calls: weakref.WeakKeyDictionary[torch.nn.Module, int],
+        counts: Counts,
+    ):
+        self._store = store
+        self._policy = policy
+        self._order = order
+        self._counts = counts
+        self._lock = threading.RLock()
+        self._tape = Tape(order)
+        self._known: dict[int, _Known] = {}
+        self._watch = LayerWatch(policy.keep_last_layers, expected_calls)
+
+    def end(self) -> None:
+        self._watch.end()
+
+    def pack(self, tensor: Tensor) -> Any:
+        with self._lock:
+            self._store.let_go()
+            return self._pack(tensor)
+
+    @staticmethod
+    def unpack(packed: Any) -> Tensor:
+        return packed.unpack()
+
+    def load(self, moved: _Moved) -> Tensor:
+        with self._lock:
+            upcoming = moved.tape.upcoming(moved.position, self._policy.prefetch)
+        self._store.let_go()
+        data = self._store.load(moved.stored, upcoming)
+        return moved.view.tensor(data if moved.codec is None else moved.codec.decode(data, moved.nbytes))
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, torch.nn.Parameter):
+            return self._pack_parts(tensor)
+        if self._stays(tensor):
+            self._counts.stayed += 1
+            return _Stays(tensor.detach(), tensor._version)
+        known = self._known.get(storage_id(tensor))
+        if known is None:
+            known = self._known[storage_id(tensor)] = _Known(tensor)
+        before = known.find(tensor)
+        if before is not None:
+            self._counts.shared += 1
+            found, entry = before
+        else:
+            found, entry = self._take(tensor)
+            known.add(entry)
+        if isinstance(found, Claim):
+            return _Stays(tensor.detach(), tensor._version, found)
+        self._turn_tape()
+        return _Moved(
+            found,
+            entry.span.nbytes,
+            entry.codec,
+            View.of(tensor, entry.span),
+            self,
+            self._tape,
+            self._tape.append(found),
+            _witness(tensor) if self._store.is_device(tensor.device) else None,
+            tensor._version,
+        )
+
+    def _take(self, tensor: Tensor) -> tuple[Stored | Claim, _Entry]:
+        codec = codec_for(self._policy.compress, tensor)
+        span = span_to_move(tensor) if codec is None else span_of(tensor)
+        # What is in host memory is on the host tier as it is.
+        found: Stored | Claim | None = self._store.claim_in_place(tensor.device, span.nbytes)
+        if found is None:
+            data = bytes_of(tensor, span)
+            found = self._store.put(data if codec is None else codec.encode(data))
+            self._counts.moved += 1
+        else:
+            codec = None
+            self._counts.stayed += 1
+        return found, _Entry(tensor._version, span, codec, weakref.ref(found))
+
+    def _pack_parts(self, tensor: Any) -> _Wrapped:
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: getattr(tensor, name) for name in names}
+        packed = {name: self._pack(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
+        cls, size, stride = type(tensor), tensor.size(), tensor.stride()
+        return _Wrapped(lambda parts: cls.__tensor_unflatten__(parts, context, size, stride), packed)
+
+    def _stays(self, tensor: Tensor) -> bool:
+        """Parameters, buffers and what else its owner holds on to; small tensors; those of the last layers."""
+        if type(tensor) not in PLAIN_TENSORS or tensor.layout != torch.strided or tensor.device.type == "meta":
+            return True
+        for owner in (tensor, tensor._base):
+            if owner is not None and (isinstance(owner, torch.nn.Parameter) or (owner.is_leaf and owner.requires_grad)):
+                return True
+        return (
+            self._watch.in_last_layers
+            or span_of(tensor).nbytes < self._policy.min_bytes
+            or storage_id(tensor) in self._watch.owned
+        )
+
+    def _turn_tape(self) -> None:
+        """A new tape where backward through the current one began, or nothing on it is left."""
+        if self._tape.unpacked or (len(self._tape) % _CLEAN_EVERY == 0 and not self._tape.alive):
+            self._tape = Tape(self._order)
+            self._known = {identity: known for identity, known in self._known.items() if not known.stale}
+
+    def forget_gone(self) -> None:
+        """Lets go of what is known of storages that are gone, which until then keep their identities."""
+        self._known = {identity: known for identity, known in self._known.items() if not known.storage.expired()}

@@ -1,0 +1,76 @@
+"""A saved tensor as a range of its storage's bytes and what makes the tensor of them again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # of torch's CPU memory: kernels may sum in another order at another alignment
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes first to last (exclusive) of a storage."""
+
+    first: int
+    last: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.last - self.first
+
+    def holds(self, other: Span) -> bool:
+        return self.first <= other.first and other.last <= self.last
+
+
+def span_of(tensor: Tensor) -> Span:
+    """The bytes from a tensor's first element to its last; of an expanded one those that are there."""
+    if tensor.numel() == 0:
+        return Span(0, 0)
+    size = tensor.element_size()
+    first = int(tensor.storage_offset()) * size
+    elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return Span(first, first + elements * size)
+
+
+def span_to_move(tensor: Tensor) -> Span:
+    """The whole storage where the tensor spans half of it or more, so that the parts of one move once."""
+    span, whole = span_of(tensor), int(tensor.untyped_storage().nbytes())
+    if 2 * span.nbytes >= whole:
+        return Span(0, whole)
+    return Span(span.first // _ALIGNMENT * _ALIGNMENT, span.last)
+
+
+def bytes_of(tensor: Tensor, span: Span) -> Tensor:
+    """(n,) uint8: that part of the tensor's storage, not a copy."""
+    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), span.first, (span.nbytes,), (1,))
+
+
+@dataclass(frozen=True)
+class View:
+    """How a tensor lies in the bytes that are kept of its storage."""
+
+    dtype: torch.dtype
+    device: torch.device
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int  # in elements
+    conjugated: bool
+    negated: bool
+
+    @staticmethod
+    def of(tensor: Tensor, span: Span) -> View:
+        offset = int(tensor.storage_offset()) - span.first // tensor.element_size()
+        conjugated = tensor.is_complex() and tensor.is_conj()
+        return View(tensor.dtype, tensor.device, tensor.size(), tensor.stride(), offset, conjugated, tensor.is_neg())
+
+    def tensor(self, data: Tensor) -> Tensor:
+        """The tensor, over `data` itself where that is on its device."""
+        storage = data.to(self.device).untyped_storage()
+        tensor = torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, self.offset, self.size, self.stride)
+        if self.conjugated:
+            tensor = tensor.conj()
+        return torch._neg_view(tensor) if self.negated else tensor

@@ -1,0 +1,37 @@
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """On a disk: beside the tests, where the system's folder is in memory."""
+    from memkernels._runtime import SpillFile
+
+    if not SpillFile(str(tmp_path), threads=1).in_memory:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def full_disk(tmp_path_factory):
+    """Environment variables under which a process finds its disk full; see full_disk.cpp."""
+    return {"LD_PRELOAD": compile_library("full_disk.cpp", tmp_path_factory)}
+
+
+@pytest.fixture(scope="session")
+def fake_cudart(tmp_path_factory):
+    """Path of a CUDA runtime that is none; see fake_cudart.cpp."""
+    return compile_library("fake_cudart.cpp", tmp_path_factory)
+
+
+def compile_library(source, tmp_path_factory):
+    built = tmp_path_factory.mktemp("library") / f"lib{Path(source).stem}.so"
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-pthread", "-shared", "-fPIC", "-o", built]
+    subprocess.run([*command, Path(__file__).with_name(source)], check=True)
+    return str(built)

@@ -1,0 +1,295 @@
+"""memkernels._runtime: the slab, the file and its checksums."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+_runtime = pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
+PinnedSlab, SpillFile = _runtime.PinnedSlab, _runtime.SpillFile
+
+MB = 1 << 20
+
+
+def filled(slab, nbytes, seed):
+    block = slab.allocate(nbytes)
+    content = bytes_of(nbytes, seed)
+    memoryview(block)[:] = content
+    return block, content
+
+
+def bytes_of(nbytes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator).numpy().tobytes()
+
+
+def run_python(code, *arguments, **environment):
+    """A process that has the runtime as `_runtime`, without torch."""
+    load = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_runtime', {_runtime.__file__!r})\n"
+        "_runtime = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(_runtime)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", load + code, *map(str, arguments)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+@pytest.mark.parametrize(
+    ("data", "checksum"),
+    [(b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (bytes(range(32)), 0x46DD794E)],
+)
+def test_crc32c_of_rfc_3720(hardware, data, checksum):
+    assert _runtime.crc32c(data, hardware=hardware) == checksum
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=50, deadline=None)
+def test_crc32c_by_tables_is_that_of_the_instruction(data):
+    assert _runtime.crc32c(data, hardware=True) == _runtime.crc32c(data, hardware=False)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40_000), st.integers(0, 7)), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_blocks_of_a_slab_never_overlap_and_free_ranges_join(requests):
+    slab = PinnedSlab(limit=64 * MB, step=16384)
+    blocks = []
+    for seed, (nbytes, victim) in enumerate(requests):
+        blocks.append(filled(slab, nbytes, seed))
+        if victim < len(blocks) - 1:
+            blocks.pop(victim)
+    assert all(bytes(memoryview(block)) == content for block, content in blocks)
+    rounded = sum(-(-block.nbytes // 4096) * 4096 for block, _ in blocks)
+    addresses = [torch.frombuffer(block, dtype=torch.uint8).data_ptr() for block, _ in blocks]
+    assert all(address % 4096 == 0 for address in addresses)
+    statistics = slab.statistics()
+    assert (statistics["in_use"], statistics["ranges"]) == (rounded, len(blocks))
+    blocks.clear()
+    statistics = slab.statistics()
+    assert statistics["in_use"] == 0 and statistics["largest_free"] == statistics["size"]
+
+
+def test_the_smallest_range_that_fits_is_taken():
+    slab = PinnedSlab(limit=MB, step=4096)
+    blocks = [slab.allocate(pages * 4096) for pages in (4, 1, 2, 1, 3, 1)]
+    addresses = [torch.frombuffer(block, dtype=torch.uint8).data_ptr() for block in blocks]
+    blocks[0] = blocks[2] = blocks[4] = None
+    assert torch.frombuffer(slab.allocate(5000), dtype=torch.uint8).data_ptr() == addresses[2]
+
+
+def test_a_slab_grows_in_steps_to_its_limit():
+    slab = PinnedSlab(limit=5 * MB, step=2 * MB)
+    assert slab.statistics()["size"] == 0
+    held = [slab.allocate(MB)]
+    assert slab.statistics()["size"] == 2 * MB
+    held.append(slab.allocate(3 * MB))
+    assert slab.statistics()["size"] == 4 * MB and slab.statistics()["peak_in_use"] == 4 * MB
+    held.append(slab.allocate(MB))
+    with pytest.raises(
+        MemoryError, match=f"4096 bytes wanted beyond what is free in one piece, 0 of {5 * MB} available"
+    ):
+        slab.allocate(1)
+    held.clear()
+    assert slab.allocate(5 * MB).nbytes == 5 * MB
+
+
+@pytest.mark.parametrize(
+    ("limit", "step", "name"), [(0, 1, "limit"), (-1, 1, "limit"), (100, 1, "limit"), (MB, 0, "step")]
+)
+def test_a_slab_of_no_size_is_refused(limit, step, name):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        PinnedSlab(limit=limit, step=step)
+
+
+def test_a_block_outlives_its_slab():
+    block, content = filled(PinnedSlab(limit=MB, step=4096), 5000, 0)
+    assert bytes(memoryview(block)) == content
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, 65536 * 3 + 5, 9 * MB + 1])
+def test_what_is_written_is_read(tmp_path, nbytes):
+    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=3)
+    block, content = filled(slab, nbytes, 1)
+    extent = file.write(block)
+    del block
+    extent.writing.wait()
+    back = slab.allocate(nbytes)
+    file.read(extent, back).wait()
+    assert bytes(memoryview(back)) == content
+    assert file.bytes_written == file.bytes_read == -(-nbytes // 4096) * 4096
+
+
+def test_extents_are_reused_and_do_not_overlap(tmp_path):
+    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2)
+    kept = {}
+    for seed in range(60):
+        block, content = filled(slab, 1 + 7919 * (seed % 13), seed)
+        kept[seed % 17] = file.write(block), content
+    for extent, content in kept.values():
+        extent.writing.wait()
+        back = slab.allocate(extent.nbytes)
+        file.read(extent, back).wait()
+        assert bytes(memoryview(back)) == content
+    del extent
+    kept.clear()
+    assert file.statistics()["in_use"] == 0 and file.statistics()["size"] == 256 * MB
+
+
+def test_threads_share_a_file(tmp_path):
+    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2)
+    wrong = []
+
+    def work(seed):
+        for turn in range(10):
+            block, content = filled(slab, 100_000 + seed, 100 * seed + turn)
+            extent = file.write(block)
+            extent.writing.wait()
+            back = slab.allocate(extent.nbytes)
+            file.read(extent, back).wait()
+            if bytes(memoryview(back)) != content:
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("position", [0, 70_000, 5 * MB])
+def test_damage_is_found_by_its_checksum(tmp_path, position):
+    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2)
+    block, content = filled(slab, 6 * MB, 3)
+    extent = file.write(block)
+    extent.writing.wait()
+    with open(f"/proc/self/fd/{file.fileno()}", "r+b") as raw:
+        raw.seek(extent.offset + position)
+        raw.write(bytes([content[position] ^ 1]))
+    with pytest.raises(
+        OSError, match=f"checksum of 65536 bytes at offset {position // 65536 * 65536} does not"
+    ) as raised:
+        file.read(extent, block).wait()
+    assert raised.value.errno == errno.EIO and raised.value.filename == str(tmp_path)
+
+
+def test_a_transfer_that_does_not_fit_is_refused(tmp_path):
+    slab, file = PinnedSlab(limit=MB, step=MB), SpillFile(str(tmp_path), threads=1)
+    other = SpillFile(str(tmp_path), threads=1)
+    extent = file.write(slab.allocate(100))
+    extent.writing.wait()
+    with pytest.raises(ValueError, match="block: expected 100 bytes, got 101"):
+        file.read(extent, slab.allocate(101))
+    with pytest.raises(ValueError, match="extent: expected one of this file"):
+        other.read(extent, slab.allocate(100))
+    with pytest.raises(ValueError, match="threads"):
+        SpillFile(str(tmp_path), threads=0)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"), [("missing", FileNotFoundError), ("file", NotADirectoryError), ("/proc", OSError)]
+)
+def test_a_folder_that_cannot_hold_the_file_is_named(tmp_path, folder, kind):
+    (tmp_path / "file").touch()
+    with pytest.raises(kind, match="disk tier: ") as raised:
+        SpillFile(str(tmp_path / folder), threads=1)
+    assert raised.value.filename == str(tmp_path / folder)
+
+
+def test_a_full_disk_names_bytes_wanted_and_available(tmp_path, full_disk):
+    code = """
+slab, file = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20), _runtime.SpillFile(sys.argv[1], threads=1)
+kept = file.write(slab.allocate(1 << 20))
+try:
+    file.write(slab.allocate(8 << 20))
+except OSError as error:
+    print(error.errno, error)
+kept.writing.wait()
+"""
+    child = run_python(code, tmp_path, **full_disk, FULL_DISK_PREALLOCATES=str(4 * MB))
+    said, errors = child.communicate(timeout=60)
+    assert said.startswith("28 [Errno 28] disk tier: No space left on device: 8388608 bytes wanted beyond"), errors
+    assert " available" in said and str(tmp_path) in said
+
+
+@pytest.mark.parametrize(("short_by", "reason"), [("0", "No space left"), ("100", "short write: Input/output error")])
+def test_a_short_write_is_an_error_to_whoever_waits(tmp_path, full_disk, short_by, reason):
+    code = """
+slab, file = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20), _runtime.SpillFile(sys.argv[1], threads=2)
+extent = file.write(slab.allocate(8 << 20))
+try:
+    extent.writing.wait()
+except OSError as error:
+    print(error)
+"""
+    child = run_python(code, tmp_path, **full_disk, FULL_DISK_HOLDS=str(6 * MB), FULL_DISK_SHORT_BY=short_by)
+    said, errors = child.communicate(timeout=60)
+    assert "disk tier: short write: " in said and reason in said, errors
+    assert "4194304 bytes wanted, " in said and " written, " in said and str(tmp_path) in said
+
+
+@pytest.mark.parametrize("ending", ["normal", "exception", "killed"])
+def test_nothing_is_left_behind(tmp_path, ending):
+    code = """
+import time
+slab, file = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20), _runtime.SpillFile(sys.argv[1], threads=2)
+extents = [file.write(slab.allocate(1 << 20)) for _ in range(8)]
+print("ready", flush=True)
+if sys.argv[2] == "exception":
+    raise ValueError
+if sys.argv[2] == "killed":
+    time.sleep(60)
+"""
+    child = run_python(code, tmp_path, ending)
+    assert child.stdout.readline() == "ready\n"
+    if ending == "killed":
+        assert not list(tmp_path.iterdir())
+        os.kill(child.pid, signal.SIGKILL)
+    child.communicate(timeout=60)
+    assert child.returncode == {"normal": 0, "exception": 1, "killed": -signal.SIGKILL}[ending]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_forked_child_ends_and_may_drop_what_it_inherited(tmp_path):
+    code = """
+import os
+slab, file = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20), _runtime.SpillFile(sys.argv[1], threads=2)
+block = slab.allocate(1 << 20)
+extent = file.write(block)
+extent.writing.wait()
+child = os.fork()
+if child == 0:
+    try:
+        file.write(block)
+    except RuntimeError as error:
+        print(error, flush=True)
+    del extent, block, file, slab
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    said, errors = run_python(code, tmp_path).communicate(timeout=60)
+    assert said.splitlines() == ["the file belongs to the process that opened it.", "7"], errors
+
+
+def test_the_file_is_private(tmp_path):
+    file = SpillFile(str(tmp_path), threads=1)
+    assert os.fstat(file.fileno()).st_mode & 0o777 == 0o600
+    assert os.fstat(file.fileno()).st_nlink == 0
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a tmpfs")
+def test_a_file_system_in_memory_is_told():
+    assert SpillFile("/dev/shm", threads=1).in_memory

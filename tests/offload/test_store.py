@@ -1,0 +1,152 @@
+"""TieredStore: bytes in host memory and on disk."""
+
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from memkernels.offload import TieredStore
+
+pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
+
+MB = 1 << 20
+
+
+def noise(nbytes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(params=["host", "disk", "auto"])
+def store(request, tmp_path):
+    if request.param == "host":
+        return TieredStore("host")
+    return TieredStore(request.param, path=tmp_path, max_host_bytes=8 * MB)
+
+
+def test_bytes_come_back_whatever_becomes_of_their_source(store):
+    sources = [noise(3 * MB // 2 + seed, seed) for seed in range(10)]
+    stored = []
+    for source in sources:
+        copy = source.clone()
+        stored.append(store.put(copy))
+        copy.zero_()
+    for turn in (reversed(range(10)), range(10)):
+        for i in turn:
+            assert torch.equal(store.load(stored[i], then=stored[max(i - 2, 0) : i]), sources[i])
+
+
+def test_what_is_dropped_is_free(store):
+    stored = [store.put(noise(MB, seed)) for seed in range(10)]
+    loaded = store.load(stored[0])
+    del stored
+    assert torch.equal(loaded, noise(MB, 0))
+    del loaded
+    regions = [store._slab] if store.tier == "host" else [store._slab, store._file]
+    deadline = time.monotonic() + 10  # for writes under way
+    while any(region.statistics()["in_use"] for region in regions):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_staging_blocks_stay_within_their_limit(tmp_path):
+    store = TieredStore("disk", path=tmp_path, max_host_bytes=4 * MB)
+    stored = [store.put(noise(MB, seed)) for seed in range(40)]
+    assert store._slab.statistics()["peak_in_use"] == 4 * MB
+    for i in reversed(range(40)):
+        store.load(stored[i], then=stored[max(i - 8, 0) : i])
+    assert store._slab.statistics()["peak_in_use"] <= 5 * MB  # and one in use
+
+
+def test_what_was_written_last_is_not_read(tmp_path):
+    store = TieredStore("disk", path=tmp_path, max_host_bytes=4 * MB)
+    stored = [store.put(noise(MB, seed)) for seed in range(8)]
+    for i in reversed(range(4, 8)):
+        assert torch.equal(store.load(stored[i]), noise(MB, i))
+    assert store.statistics.disk_bytes_read == 0 and store.statistics.loads_ready == 4
+    store.load(stored[3])
+    assert store.statistics.disk_bytes_read == MB and store.statistics.loads_ready == 4
+
+
+def test_what_is_read_ahead_is_ready(tmp_path):
+    store = TieredStore("disk", path=tmp_path, max_host_bytes=4 * MB)
+    stored = [store.put(noise(MB, seed)) for seed in range(12)]
+    del stored[8:]  # those still in memory
+    store.load(stored[3], then=[stored[2], stored[1]])
+    stored[2].reading.wait()
+    assert torch.equal(store.load(stored[2]), noise(MB, 2))
+    assert store.statistics.loads_ready == 1 and store.statistics.disk_bytes_read == 3 * MB
+
+
+def test_bytes_in_use_are_shared(tmp_path):
+    store = TieredStore("disk", path=tmp_path, max_host_bytes=MB)
+    stored = [store.put(noise(MB, seed)) for seed in range(3)]
+    first = store.load(stored[0])
+    assert store.load(stored[0]).data_ptr() == first.data_ptr()
+    assert store.statistics.disk_bytes_read == MB
+
+
+def test_auto_fills_host_memory_first(tmp_path):
+    store = TieredStore("auto", path=tmp_path, max_host_bytes=8 * MB)
+    stored = [store.put(noise(MB, seed)) for seed in range(8)]
+    assert [s.extent is None for s in stored] == [True] * 6 + [False] * 2
+    assert (store.statistics.host_bytes, store.statistics.disk_bytes_written) == (6 * MB, 2 * MB)
+    del stored[2]
+    assert store.put(noise(MB)).extent is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"tier": "gpu"}, ValueError, "tier: expected host, disk, auto, got 'gpu'"),
+        ({"tier": "disk", "max_host_bytes": 0}, ValueError, "max_host_bytes: expected a positive number"),
+        ({"tier": "disk", "max_host_bytes": 1.5}, ValueError, "max_host_bytes: expected a positive number"),
+        ({"tier": "host", "path": "/tmp"}, ValueError, "path: expected None for tier 'host'"),
+        ({"tier": "disk", "path": "/no/such/folder"}, FileNotFoundError, "disk tier: .*'/no/such/folder'"),
+        ({"tier": "auto", "path": "/proc"}, OSError, "disk tier: .*'/proc'"),
+        ({"tier": "disk", "path": "/dev/shm"}, ValueError, "path: /dev/shm is on a file system in memory"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        TieredStore(**arguments)
+
+
+def test_more_than_the_limit_is_an_error_that_names_it(tmp_path):
+    store = TieredStore("host", max_host_bytes=3 * MB)
+    held = store.put(noise(2 * MB))
+    with pytest.raises(MemoryError, match=f"tier 'host': {2 * MB} bytes wanted, {MB} of max_host_bytes={3 * MB} avail"):
+        store.put(noise(2 * MB))
+    del held
+    store.put(noise(3 * MB))
+    store = TieredStore("disk", path=tmp_path, max_host_bytes=MB)
+    with pytest.raises(MemoryError, match=f"'disk' in {tmp_path}: {MB + 1} bytes of one tensor wanted, {MB} available"):
+        store.put(noise(MB + 1))
+
+
+def test_without_a_limit_a_large_tensor_passes(tmp_path):
+    store = TieredStore("disk", path=tmp_path)
+    store._staging = MB
+    stored = store.put(noise(3 * MB))
+    store.put(noise(MB)).extent.writing.wait()
+    assert torch.equal(store.load(stored), noise(3 * MB))
+
+
+def test_without_the_runtime_the_reason_is_given(monkeypatch):
+    monkeypatch.delattr("memkernels._runtime", raising=False)
+    monkeypatch.setitem(sys.modules, "memkernels._runtime", None)
+    with pytest.raises(ImportError, match=r"memkernels\._runtime is not built for Python 3"):
+        TieredStore("host")
+
+
+def test_what_could_not_be_written_stays_in_memory(tmp_path):
+    def fail():
+        raise OSError("No space left on device")
+
+    store, values = TieredStore("disk", path=tmp_path), torch.arange(64, dtype=torch.uint8)
+    stored = store.put(values)
+    stored.extent = SimpleNamespace(writing=SimpleNamespace(done=lambda: True, wait=fail))
+    for _ in range(2):
+        assert torch.equal(store.load(stored), values)
