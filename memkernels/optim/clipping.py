@@ -1,0 +1,36 @@
+"""The norm of all gradients together, and what clipping by it multiplies them with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkernels.optim.local import division_of, local_of
+from memkernels.optim.operators import square_sum
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all elements, 0-dim float32; of DTensors of all ranks' parts, on every rank."""
+    by_division: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        division = division_of(grad)
+        by_division.setdefault(division, []).append(local_of(grad))
+    squares = [_over_ranks(square_sum(parts), division) for division, parts in by_division.items()]
+    return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
+
+
+def _over_ranks(square: Tensor, division: Any) -> Tensor:
+    if division is not None:
+        mesh, placements = division
+        for dim, placement in enumerate(placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(square, group=mesh.get_group(dim))
+    return square
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> float:
+    """min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` has it; NaN for NaN."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0).item()

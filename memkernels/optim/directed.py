@@ -1,0 +1,89 @@
+"""Optimizers whose direction is not a function of each element alone: a moment and a step by SGD's operator."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memkernels.optim.operators import step_group
+from memkernels.optim.optimizer import LowMemoryOptimizer
+
+
+class Stored(NamedTuple):
+    """A parameter with what a step of it takes.
+
+    `step` counts from 1; `place` is the parameter's among all of the optimizer's, `origin` where its random bits begin;
+    `scale` multiplies the gradient.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    step: int
+    place: int
+    origin: int
+    scale: float
+
+
+class DirectedOptimizer(LowMemoryOptimizer):
+    """The base of optimizers that make a direction of a whole parameter, and step along it.
+
+    Parameters are stepped one after the other; a step takes a few float32 tensors of its parameter's size.
+    """
+
+    elementwise = False
+
+    @abstractmethod
+    def _step_along(self, of: Stored, group: dict[str, Any]) -> None:
+        """The step of one parameter."""
+
+    def _step_in_memory(self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float) -> None:
+        for place, param in chosen.items():
+            assert param.grad is not None
+            state = self._state_of(param, group)
+            state["step"].add_(1)
+            dense = param if param.is_contiguous() else param.contiguous()
+            signed_scale = -scale if group["maximize"] else scale
+            of = Stored(
+                dense, param.grad.contiguous(), state, int(state["step"]), place, self._origin_of(param), signed_scale
+            )
+            if dense.numel():
+                self._step_along(of, group)
+            if dense is not param:
+                param.copy_(dense)
+        torch.autograd.graph.increment_version(list(chosen.values()))
+
+
+def through_moment(
+    of: Stored, key: str, values: Tensor, group: dict[str, Any], *, scale: float, momentum: float, dampening: float,
+    nesterov: bool,
+) -> Tensor:  # fmt: skip
+    """b = momentum b + (1 - dampening) scale values, the moment `key`; returns it, or with nesterov scale values +
+    momentum b. In float32."""
+    result = torch.zeros_like(values, dtype=torch.float32)
+    absmax = [of.state[f"{key}_absmax"]] if f"{key}_absmax" in of.state else []
+    numbers = {
+        "lr": -1.0, "momentum": momentum, "dampening": dampening, "weight_decay": 0.0, "nesterov": nesterov,
+    }  # fmt: skip
+    # SGD's first step has no dampening; the moment is zero before it, so a later step says the same with it.
+    arguments: tuple[Any, ...] = (
+        [result], [values.float()], [of.state[key]], absmax, [], [of.step + 1], [of.place], [of.origin], group["seed"],
+        group["state_bits"], scale,
+    )  # fmt: skip
+    step_group("sgd", [True], arguments, numbers)
+    return result
+
+
+def step_along(of: Stored, direction: Tensor, group: dict[str, Any], *, size: float, decay: float) -> None:
+    """param = param (1 - decay) - size direction; the direction is rounded to the parameter's dtype."""
+    direction = direction.to(of.param.dtype).contiguous()
+    remainders = [of.state["remainder"]] if "remainder" in of.state else []
+    numbers = {"lr": 1.0, "momentum": 0.0, "dampening": 0.0, "weight_decay": decay, "nesterov": False}
+    arguments: tuple[Any, ...] = (
+        [of.param], [direction], [], [], remainders, [of.step], [of.place], [of.origin], group["seed"],
+        group["state_bits"], size,
+    )  # fmt: skip
+    step_group("sgd", [], arguments, numbers)

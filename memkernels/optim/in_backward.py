@@ -1,0 +1,150 @@
+"""The optimizer's step within backward, so that the gradients of a model never exist together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkernels.optim.checks import check_number
+from memkernels.optim.clipping import clip_factor, total_norm
+from memkernels.optim.operators import square_sum
+from memkernels.optim.optimizer import LowMemoryOptimizer
+
+
+class StepInBackward:
+    """What `step_in_backward` returns.
+
+    `optimizer` is the optimizer, for schedulers, `param_groups` and `state_dict`; its `step` is not to be called.
+    `grad_norm` is the norm that the last `backward` clipped by.
+    """
+
+    def __init__(self, optimizer: LowMemoryOptimizer, max_norm: float | None) -> None:
+        self.optimizer = optimizer
+        self.max_norm = max_norm
+        self.grad_norm: Tensor | None = None
+        self._on_gradient: Callable[[int, int, Tensor], None] | None = self._step
+        self._scale = 1.0
+        self._squares: list[Tensor] = []
+        self._handles = []
+        index = 0
+        for number, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                if param.requires_grad:
+                    self._handles.append(param.register_post_accumulate_grad_hook(self._hook(number, index)))
+                index += 1
+        if max_norm is not None:
+            self._on_gradient = self._refuse
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()` with the steps; to be called in its place with `max_norm`, and after `accumulate`."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        if any(param.grad is not None for param in params):
+            with self.accumulate():
+                loss.backward()
+            self.optimizer.step(max_norm=self.max_norm)
+            self.optimizer.zero_grad()
+            self.grad_norm = self.optimizer.grad_norm
+            return
+        if self.max_norm is None:
+            loss.backward()
+            return
+        self._squares = []
+        with self._calling(self._measure):
+            # Of the leaves that others train, only the pass that steps adds to the gradients.
+            loss.backward(retain_graph=True, inputs=[param for param in params if param.requires_grad])
+        self.grad_norm = torch.stack(self._squares).sum().sqrt().float() if self._squares else total_norm([])
+        self._scale = clip_factor(self.grad_norm, self.max_norm)
+        with self._calling(self._step):
+            loss.backward()
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Within it backward adds to the gradients and steps nothing: of a batch in parts, all but the last."""
+        with self._calling(None):
+            yield
+
+    def remove(self) -> None:
+        """Takes the hooks off the parameters: backward leaves gradients as without them."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def _calling(self, function: Callable[[int, int, Tensor], None] | None) -> Iterator[None]:
+        before, self._on_gradient = self._on_gradient, function
+        try:
+            yield
+        finally:
+            self._on_gradient = before
+
+    def _hook(self, group: int, index: int) -> Callable[[Tensor], None]:
+        def on_gradient(param: Tensor) -> None:
+            if self._on_gradient is not None:
+                self._on_gradient(group, index, param)
+
+        return on_gradient
+
+    def _step(self, group: int, index: int, param: Tensor) -> None:
+        try:
+            self.optimizer.step_parameter(group, index, self._scale)
+        finally:
+            param.grad = None
+
+    def _measure(self, group: int, index: int, param: Tensor) -> None:
+        assert param.grad is not None
+        self._squares.append(square_sum([param.grad]))
+        param.grad = None
+
+    def _refuse(self, group: int, index: int, param: Tensor) -> None:
+        param.grad = None
+        raise RuntimeError(
+            "max_norm: call backward(loss) of what step_in_backward returned, in place of loss.backward()."
+        )
+
+
+def step_in_backward(
+    model: Any, optimizer_class: type[LowMemoryOptimizer], *, max_norm: float | None = None, **defaults: Any
+) -> StepInBackward:
+    """Updates each parameter as soon as backward has its whole gradient, and frees the gradient at once.
+
+        stepper = step_in_backward(model, AdamW, lr=1e-4, state_bits=8)
+        for batch in batches:
+            model(batch).loss.backward()  # the parameters are new after it; no step, no zero_grad
+
+    The result is that of backward and then `optimizer.step()`; of the gradients one parameter's exists at a time, where
+    they would take as much as the parameters. A batch in parts keeps its gradients from the first part on: all parts
+    but the last run within `stepper.accumulate()`, and the last by `stepper.backward(loss)`.
+
+    Clipping by the norm of all gradients together needs that norm before the first update, and the gradients are gone
+    when it is known. `stepper.backward(loss)` therefore runs backward twice: one pass adds up the squares and frees
+    each gradient, the other steps. That costs a backward more, and the graph lives on through the first pass; gradients
+    never exist together, and the clipping is exact. Stepping at a guessed factor and mending the parameters afterwards
+    is not offered: the updates of Adam and Lion are not linear in the factor and their moments are rounded, so it would
+    need the old states or the gradients, which are what is saved here. Where gradients were accumulated they exist:
+    then backward runs once, and the step follows it.
+
+    Losses scaled by `torch.amp.GradScaler` are not supported, whose check needs all gradients first; nor wrappers that
+    reduce gradients between ranks after they are complete, as DistributedDataParallel does. With activation
+    checkpointing take `use_reentrant=False`.
+
+    Args:
+        model: a module, of which all parameters with requires_grad are trained; or what an optimizer takes as `params`.
+        optimizer_class: an optimizer of this package.
+        max_norm: clip the gradients by their norm; then call `stepper.backward(loss)`, not `loss.backward()`.
+        defaults: the optimizer's arguments.
+
+    Raises:
+        TypeError: optimizer_class is not one of this package's optimizers.
+        ValueError: max_norm is not positive; and what the optimizer raises.
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, LowMemoryOptimizer)):
+        raise TypeError(f"optimizer_class: expected an optimizer of memkernels.optim, got {optimizer_class!r}.")
+    if max_norm is not None:
+        check_number("max_norm", max_norm, 1e-38)
+    params = model
+    if isinstance(model, torch.nn.Module):
+        params = [named for named in model.named_parameters() if named[1].requires_grad]
+    return StepInBackward(optimizer_class(params, **defaults), max_norm)

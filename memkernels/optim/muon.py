@@ -1,0 +1,135 @@
+"""Muon: momentum made orthogonal, for matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from memkernels.optim.checks import check_number
+from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, through_moment
+from memkernels.optim.optimizer import Moment
+
+# The dtype of products; elsewhere bfloat16. Processors without products of bfloat16 take longer for them.
+_PRODUCTS = {"cpu": torch.float32}
+ADJUSTMENTS = (None, "original", "match_rms_adamw")
+
+
+class Muon(DirectedOptimizer):
+    """Muon (Jordan 2024, kellerjordan.github.io/posts/muon) as `torch.optim.Muon` has it, for matrices (M, N):
+
+        b = momentum b + (1 - momentum) g        u = (1 - momentum) g + momentum b with Nesterov's momentum, else b
+        p = p (1 - lr weight_decay) - lr r O(u)
+
+    O(u) is u / max(|u|, eps) after `ns_steps` of X = a X + (b X X^T + c (X X^T)^2) X, of u^T where M > N: close to the
+    nearest matrix with orthonormal rows or columns. r is sqrt(max(1, M / N)), with adjust_lr_fn="match_rms_adamw"
+    0.2 sqrt(max(M, N)) (Liu et al. 2025, arXiv 2502.16982). torch documents b = momentum b + g and computes b as here;
+    O is the same of both.
+
+    b takes 4, 2, 1 + 4 / 256 or 1/2 + 4 / 128 bytes a parameter at 32, 16, 8 or 4 state_bits, stored as `AdamW` stores
+    its first moment. The products are in bfloat16 on GPUs, as torch's are, and in float32 on CPU. A step takes four
+    matrices of a parameter's size, one parameter at a time. Embeddings, heads, norms and biases are for `AdamW`::
+
+        matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if all(p is not of for of in matrices)]
+        optimizers = memkernels.optim.Muon(matrices, lr=0.02), memkernels.optim.AdamW(others, lr=3e-4)
+
+    It loads checkpoints of `torch.optim.Muon`, and torch's loads its own with 32 bits. `params`, `maximize`,
+    `state_bits`, `rounding` and `seed`, the step's arguments and what is raised are those of `AdamW`.
+
+    Args:
+        lr: a number, or a tensor of one.
+        weight_decay: decoupled, times lr.
+        momentum: of b.
+        nesterov: whether u looks ahead.
+        ns_coefficients: a, b and c.
+        eps: the least norm that u is divided by.
+        ns_steps: of the iteration, below 100.
+        adjust_lr_fn: None or "original", or "match_rms_adamw".
+
+    Raises:
+        ValueError: a parameter that is no matrix.
+    """
+
+    operator = "sgd"
+    saves_step = False
+    not_in_torch = ("maximize",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        maximize: bool = False,
+        state_bits: int = 32,
+        rounding: str = "stochastic",
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
+            "maximize": maximize, "state_bits": state_bits, "rounding": rounding, "seed": seed,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def moments(self, group: dict[str, Any]) -> tuple[Moment, ...]:
+        return (Moment("momentum_buffer", signed=True),)
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay", "momentum", "eps"):
+            check_number(name, group[name], 0.0)
+        coefficients, steps = group["ns_coefficients"], group["ns_steps"]
+        if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
+            raise ValueError(f"ns_coefficients: expected three numbers, got {coefficients!r}.")
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 100:
+            raise ValueError(f"ns_steps: expected an integer from 0 to 99, got {steps!r}.")
+        if group["adjust_lr_fn"] not in ADJUSTMENTS:
+            raise ValueError(f"adjust_lr_fn: expected one of {ADJUSTMENTS}, got {group['adjust_lr_fn']!r}.")
+        for index, param in enumerate(group["params"]):
+            if isinstance(param, Tensor) and param.dim() != 2:
+                raise ValueError(
+                    f"params[{index}]: expected a matrix, got shape {tuple(param.shape)}; AdamW is for others."
+                )
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def _step_along(self, of: Stored, group: dict[str, Any]) -> None:
+        u = through_moment(
+            of, "momentum_buffer", of.grad, group, scale=of.scale * (1 - group["momentum"]),
+            momentum=group["momentum"], dampening=0.0, nesterov=group["nesterov"],
+        )  # fmt: skip
+        dtype = _PRODUCTS.get(u.device.type, torch.bfloat16)
+        direction = orthogonal(u.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        lr = float(group["lr"])
+        size = lr * adjustment(group["adjust_lr_fn"], of.param.shape)
+        step_along(of, direction, group, size=size, decay=lr * group["weight_decay"])
+
+
+def orthogonal(u: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """O(u), in u's dtype."""
+    a, b, c = coefficients
+    x = u.t() if u.shape[0] > u.shape[1] else u
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.t()
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.t() if u.shape[0] > u.shape[1] else x
+
+
+def adjustment(rule: str | None, shape: torch.Size) -> float:
+    """r."""
+    rows, columns = shape
+    if rule == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / max(columns, 1)))

@@ -1,0 +1,50 @@
+"""The optimizers' operators: one step of every parameter of a group in one call; the reference where no kernel runs.
+
+params and grads: float32 or bfloat16, a gradient of its parameter's dtype, contiguous. moments: those of every
+parameter for the first moment, then for the second, as `codes` stores them; absmax: likewise, empty from 16 bits on.
+remainders: empty, or for each parameter the int16 that make an exact float32 of bfloat16, none where it is rounded.
+steps: those of this call, from 1 on. indices: each parameter's place among all of the optimizer's, for the random bits;
+origins: for them too, what the first element is of the whole parameter, of which this may be a part: a multiple of 256.
+The gradient is multiplied by grad_scale first: the clipping factor over the loss's scale, negative to maximise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkernels._library import define, has_kernel
+from memkernels.optim import reference
+
+_GROUP = (
+    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!)[] absmax, Tensor(d!)[] remainders,"
+    " int[] steps, int[] indices, int[] origins, int seed, int state_bits, float grad_scale, float lr"
+)
+
+
+define(f"adamw_({_GROUP}, float beta1, float beta2, float eps, float weight_decay) -> ()")
+define(f"lion_({_GROUP}, float beta1, float beta2, float weight_decay) -> ()")
+define(f"sgd_({_GROUP}, float momentum, float dampening, float weight_decay, bool nesterov) -> ()")
+# The sum of the squares of all elements, float64.
+define("square_sum(Tensor[] tensors) -> Tensor", lambda tensors: tensors[0].new_empty((), dtype=torch.float64))
+
+
+def step_group(name: str, signed: Sequence[bool], group: Sequence[Any], options: dict[str, Any]) -> None:
+    """Calls the operator `name`_ with `group`, its arguments up to grad_scale, and `options`, those after it in order.
+
+    `signed` says of each moment which code it takes.
+    """
+    if has_kernel(f"{name}_", group[0][0]):
+        getattr(torch.ops.memkernels, f"{name}_")(*group, *options.values())
+    else:
+        reference.step_group(getattr(reference, name), signed, *group, **options)
+
+
+def square_sum(tensors: Sequence[Tensor]) -> Tensor:
+    """The operator; at least one tensor."""
+    if all(has_kernel("square_sum", tensor) for tensor in tensors):
+        return torch.ops.memkernels.square_sum(tensors)
+    return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()

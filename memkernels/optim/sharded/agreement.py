@@ -1,0 +1,115 @@
+"""What the ranks say to each other besides tensors: that they agree, and what went wrong on one of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankFailure(RuntimeError):
+    """An exchange with the other ranks failed: one of them has ended, or did not answer in the group's time."""
+
+
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """Has collectives that fail within it raise RankFailure, unless for memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RankFailure(
+            "an exchange with the other ranks failed: one of them has ended, or did not answer within the process"
+            " group's timeout. What this rank holds may be half of a step: go on from the last checkpoint."
+        ) from error
+
+
+def start(collective: Callable[..., dist.Work], *tensors: Any, **options: Any) -> dist.Work:
+    """Starts a collective of torch.distributed.
+
+    Raises:
+        RankFailure: it fails at once.
+    """
+    with exchanging():
+        return collective(*tensors, async_op=True, **options)
+
+
+def wait_for(work: dist.Work) -> None:
+    """Waits for what was started.
+
+    Raises:
+        RankFailure: it failed.
+    """
+    with exchanging():
+        work.wait()
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where a group takes tensors from."""
+    return torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.device("cuda")
+
+
+def check_agreement(group: dist.ProcessGroup, lines: Sequence[str], error: Exception | None) -> None:
+    """Every rank calls it: none has an error, and all say the same.
+
+    Args:
+        lines: what must be the same on every rank, named.
+        error: what this rank met while it made them.
+
+    Raises:
+        the rank's own error; on the others ValueError, which names the rank and its error, or the first line that
+        differs.
+    """
+    failure = None if error is None else f"{type(error).__name__}: {error}"
+    own = json.dumps([failure, list(lines)]).encode()
+    digests = _gather(group, hashlib.sha256(own).digest())
+    if error is None and len(set(digests)) == 1:
+        return
+    said = [json.loads(text) for text in exchange_texts(group, own)]
+    if error is not None:
+        raise error
+    for rank, (theirs, _) in enumerate(said):
+        if theirs is not None:
+            raise ValueError(f"rank {rank}: {theirs}")
+    everyone = [lines for _, lines in said]
+    for i in range(max(map(len, everyone))):
+        of_ranks = [theirs[i] if i < len(theirs) else "nothing" for theirs in everyone]
+        if len(set(of_ranks)) > 1:
+            differ = "; ".join(f"rank {rank} has {line}" for rank, line in enumerate(of_ranks))
+            raise ValueError(f"the ranks differ: {differ}.")
+
+
+def on_all(group: dist.ProcessGroup | None, function: Callable[[], Any], lines: Sequence[str] = ()) -> Any:
+    """function() on every rank; where it raises on one, or `lines` differ, every rank raises."""
+    error, result = None, None
+    try:
+        result = function()
+    except Exception as caught:
+        error = caught
+    if group is None and error is not None:
+        raise error
+    if group is not None:
+        check_agreement(group, lines, error)
+    return result
+
+
+def exchange_texts(group: dist.ProcessGroup, own: bytes) -> list[bytes]:
+    """Every rank's text, of any length."""
+    lengths = [int.from_bytes(part, "little") for part in _gather(group, len(own).to_bytes(8, "little"))]
+    texts = _gather(group, own.ljust(max(lengths)))
+    return [text[:length] for text, length in zip(texts, lengths, strict=True)]
+
+
+def _gather(group: dist.ProcessGroup, own: bytes) -> list[bytes]:
+    """As many bytes of every rank."""
+    device = device_of(group)
+    data = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
+    everyone = [torch.empty_like(data) for _ in range(dist.get_world_size(group))]
+    wait_for(start(dist.all_gather, everyone, data, group=group))
+    return [bytes(part.tolist()) for part in everyone]

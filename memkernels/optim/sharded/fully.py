@@ -1,0 +1,178 @@
+"""Stage 3 of ZeRO: parameters, too, are divided among ranks, by torch's FSDP2."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from memkernels.optim.buckets import BUCKET_BYTES
+from memkernels.optim.clipping import total_norm
+from memkernels.optim.local import first_element, local_of
+from memkernels.optim.optimizer import LowMemoryOptimizer
+from memkernels.optim.sharded.agreement import device_of, exchanging
+from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, others, send_from_first
+from memkernels.optim.sharded.gather import layers_of
+from memkernels.optim.sharded.layout import ALIGNMENT
+from memkernels.optim.sharded.optimizer import ShardedOptimizer, _options
+from memkernels.optim.sharded.states import Part
+
+
+class FullyShardedOptimizer(ShardedOptimizer):
+    """What `ShardedOptimizer` is with stage=3."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer_class: type[LowMemoryOptimizer],
+        *,
+        stage: int = 3,
+        params: Iterable[Any] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        reduce_dtype: torch.dtype | None = None,
+        offload: Literal["host", "disk"] | None = None,
+        **defaults: Any,
+    ) -> None:
+        group, error = group_of(process_group, mesh, dimensions=(1, 2))
+        self.process_group = group
+        ranks = dist.get_world_size(group) if mesh is None or error is not None else mesh.size(-1)
+        whole = agreed_optimizer(
+            group, error, model, optimizer_class, params, defaults, functools.partial(_check_blocks, ranks), stage,
+            bucket_bytes, reduce_dtype, offload,
+        )  # fmt: skip
+        trained = (p for of_group in whole.param_groups for p in of_group["params"] if p.requires_grad)
+        send_from_first([*trained, *(tensor for _, tensor in others(model, whole))], group)
+        mesh = mesh or DeviceMesh.from_group(group, device_of(group).type)
+        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+        for layer in layers_of(model):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        self._model: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=policy)
+        parameters = dict(model.named_parameters())
+        groups = [
+            _options(of_group) | {"params": [(name, parameters[name]) for name in of_group["param_names"]]}
+            for of_group in whole.param_groups
+        ]
+        self.local = optimizer_class(groups, **defaults)
+        torch.optim.Optimizer.__init__(self, [{"params": [torch.empty(0)]}], self.local.defaults)
+        self.param_groups = self.local.param_groups
+        self.stage, self.grad_norm, self.skipped = stage, torch.zeros(()), False
+        self._ranks = 1  # FSDP2 has taken the mean over the ranks
+        self._syncing = True
+        self._complete = True
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        before, self._syncing = self._syncing, False
+        self._model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._syncing = before
+            self._model.set_requires_gradient_sync(before)
+
+    def wait(self) -> None:
+        """Nothing: FSDP2 gathers parameters when they are used."""
+
+    @contextmanager
+    def unchanged_by_failure(self) -> Iterator[None]:
+        self._check_exchanging(self._syncing)
+        self._check_synced()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            yield
+        except BaseException:
+            self._model.reset_iter_state()
+            self.zero_grad()
+            for parameter, grad in zip(parameters, before, strict=True):
+                parameter.grad = grad
+            raise
+        for parameter, grad in zip(parameters, before, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+
+    @property
+    def backwards(self) -> int:
+        return 0
+
+    def end_backward(self) -> None:
+        """Nothing: FSDP2's exchanges are those of its modules, and the others fail when the group's time is over."""
+
+    def send_values(self) -> None:
+        """Nothing: no other rank has this one's parts."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.local.zero_grad(set_to_none)
+        for of in self._unsynced():
+            of.unsharded_accumulated_grad = of.unsharded_param.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.local.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.local.load_state_dict(state_dict)
+        self.param_groups = self.local.param_groups
+
+    def parts(self) -> list[list[Part]]:
+        return [
+            [
+                Part(name, parameter, first_element(parameter), parameter.shape)
+                for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            ]
+            for group in self.param_groups
+        ]
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _unsynced(self) -> Iterator[Any]:
+        """FSDP2's records of the parameters that have gradients of `no_sync()`, which no parameter's `grad` shows."""
+        for module in cast(torch.nn.Module, self._model).modules():
+            for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+                for of in group.fsdp_params:
+                    whole = getattr(of, "_unsharded_param", None)  # none before the first forward
+                    if whole is not None and (whole.grad is not None or of.unsharded_accumulated_grad is not None):
+                        yield of
+
+    def _check_synced(self) -> None:
+        if any(True for _ in self._unsynced()):
+            raise RuntimeError(
+                "gradients of no_sync() were not exchanged: at stage 3 the last part of a batch runs outside of it."
+            )
+
+    def _norm_of_sums(self) -> Tensor:
+        self._check_synced()
+        with exchanging():
+            return total_norm(self._gradients())
+
+    def _multiply_gradients(self, factor: float) -> None:
+        for grad in self._gradients():
+            local_of(grad).mul_(factor)
+
+    def _step(self, scale: float) -> None:
+        self.local.step_scaled(scale)
+
+
+def _check_blocks(ranks: int, optimizer: LowMemoryOptimizer) -> None:
+    """Raises ValueError where a rank's rows of a parameter begin within a block of states in few bits."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            rows = parameter.shape[0] if parameter.dim() else 1
+            of_rank = -(-rows // ranks)
+            cut = of_rank < rows and of_rank * (parameter.numel() // max(rows, 1)) % ALIGNMENT
+            if group["state_bits"] < 16 and parameter.requires_grad and cut:
+                raise ValueError(
+                    f"state_bits: expected 32 or 16 for {name}, of which the ranks' parts at stage 3, whole rows, begin"
+                    f" within blocks of {ALIGNMENT} elements: put it into a group of its own with state_bits=32."
+                )

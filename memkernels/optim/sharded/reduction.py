@@ -1,0 +1,189 @@
+"""Sums of the ranks' gradients, each rank's own range, on their way while backward goes on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memkernels.optim.buckets import EXCHANGES_AT_ONCE
+from memkernels.optim.sharded.agreement import device_of, start, wait_for
+from memkernels.optim.sharded.gather import Gatherer
+from memkernels.optim.sharded.gradients import Buffers, Gradients
+from memkernels.optim.sharded.layout import Bucket, Piece
+
+
+class _InFlight(NamedTuple):
+    bucket: int
+    sent: Tensor
+    received: Tensor
+    work: dist.Work
+
+
+class Kept(NamedTuple):
+    """Gradients as they were: which parameters had one on this rank, and copies of this rank's sums."""
+
+    present: set[int]
+    sums: list[Tensor]
+
+
+@dataclass(frozen=True)
+class GradientHook:
+    """What autograd calls with a parameter whose gradient is complete; `micro_batch` knows such a parameter by it."""
+
+    reducer: Reducer
+    bucket: int
+    piece: Piece
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.reducer.on_gradient(self.bucket, self.piece)
+
+
+class Reducer:
+    """Hooks on the parameters that exchange a bucket once all of its gradients are complete.
+
+    A rank sends each other one that one's range, and adds up what it receives in the order of the ranks: as many bytes
+    as a ring's reduce-scatter, and over gloo half of its time. The buckets go in one order on every rank, whatever
+    order backward has there; those that wait for a gradient that does not come go when backward ends, with zeros.
+    """
+
+    def __init__(
+        self, buckets: Sequence[Bucket], gradients: Gradients, buffers: Buffers, gatherer: Gatherer,
+        group: dist.ProcessGroup,
+    ) -> None:  # fmt: skip
+        self.gradients = gradients
+        # The parameters with a gradient on this rank, by place in the optimizer.
+        self.present: set[int] = set()
+        self._buckets, self._buffers, self._gatherer, self._group = buckets, buffers, gatherer, group
+        self._ranks = dist.get_world_size(group)
+        # Whether backward exchanges, and how many did.
+        self.exchanging, self.backwards = True, 0
+        self._in_flight: deque[_InFlight] = deque()
+        # Whether there may be gradients that were not sent, sums of a backward since `finish`, and sums at all.
+        self._unsent, self._new, self._summed = True, False, False
+        self._begin()
+        for i, bucket in enumerate(buckets):
+            for piece in bucket.pieces:
+                piece.parameter.register_post_accumulate_grad_hook(GradientHook(self, i, piece))
+
+    @contextmanager
+    def no_exchange(self) -> Iterator[None]:
+        """Within it backward adds to this rank's gradients alone."""
+        before, self.exchanging, self._unsent = self.exchanging, False, True
+        try:
+            yield
+        finally:
+            self.exchanging = before
+
+    @torch.no_grad()
+    def finish(self) -> bool:
+        """Until every gradient is in the sums: exchanges what was not, and waits. Returns whether they are new."""
+        if self._unsent:
+            self.end_backward()
+        new, self._new = self._new, False
+        return new
+
+    def clear(self) -> None:
+        """No gradients; of a backward that failed what is on its way is dropped when it has come."""
+        if not self._summed and not self._in_backward and not self.present:
+            return
+        while self._in_flight:
+            self._receive()
+        self.gradients.clear(only_sums=not self._unsent and not self._in_backward)
+        self._begin()
+        self._unsent, self._summed = True, False
+        self.present.clear()
+
+    @torch.no_grad()
+    def keep(self) -> Kept | None:
+        """What `restore` takes, once every gradient is in the sums; None for none, on every rank or on no one."""
+        unsent = torch.tensor(float(self._unsent and bool(self.present)), device=device_of(self._group))
+        wait_for(start(dist.all_reduce, unsent, group=self._group))
+        if unsent.item() > 0:
+            self.end_backward()
+        return Kept(set(self.present), self.gradients.copies()) if self._summed else None
+
+    @torch.no_grad()
+    def restore(self, kept: Kept | None) -> None:
+        """Makes the gradients those that `keep` gave."""
+        self.clear()
+        if kept is not None:
+            self.gradients.put_back(kept.sums)
+            self.present |= kept.present
+            self._unsent, self._summed = False, True
+
+    def _begin(self) -> None:
+        """Nothing of a backward's gradients was sent."""
+        self._next, self._in_backward = 0, False
+        self._missing = [{piece.place for piece in bucket.pieces} for bucket in self._buckets]
+
+    @torch.no_grad()
+    def on_gradient(self, i: int, piece: Piece) -> None:
+        """The gradient of a piece of bucket i is complete."""
+        if self._gatherer.is_coming(i):
+            raise RuntimeError(
+                f"{piece.name} was used before its new value had come, as no module was called that waits for it:"
+                " call wait() of the optimizer before such a forward."
+            )
+        self.present.add(piece.place)
+        if not self.exchanging:
+            return
+        if i < self._next:
+            raise RuntimeError(
+                f"{piece.name} got a gradient twice in one backward: checkpoint activations with use_reentrant=False."
+            )
+        if not self._in_backward:
+            self._in_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+        self.gradients.take(i, piece)
+        self._missing[i].discard(piece.place)
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            self._send()
+
+    @torch.no_grad()
+    def end_backward(self) -> None:
+        """Sends what is left, and waits: the next backward may add to what was sent.
+
+        A rank whose backward failed, or did not begin, calls it too: the others wait for its part.
+        """
+        while self._next < len(self._buckets):
+            for piece in self._buckets[self._next].pieces:
+                if piece.place in self._missing[self._next]:
+                    self.gradients.take(self._next, piece)
+            self._send()
+        while self._in_flight:
+            self._receive()
+        self._begin()
+        self._unsent = False
+        self.backwards += 1
+
+    def _send(self) -> None:
+        """Sends the next bucket. Memory may run out at `borrow`: nothing has changed then."""
+        i = self._next
+        if self._ranks == 1:
+            sent = self.gradients.to_send(i)
+            self.gradients.store(i, sent.view(1, -1))
+            self.gradients.sent(i, sent)
+        else:
+            if len(self._in_flight) == EXCHANGES_AT_ONCE:
+                self._receive()
+            received = self._buffers.borrow(self._buckets[i].size, self.gradients.wire[i])
+            sent = self.gradients.to_send(i)
+            work = start(dist.all_to_all_single, received, sent, group=self._group)
+            self._in_flight.append(_InFlight(i, sent, received, work))
+        self._next += 1
+        self._new = self._summed = True
+
+    def _receive(self) -> None:
+        """Adds up what the oldest exchange brings."""
+        i, sent, received, work = self._in_flight.popleft()
+        wait_for(work)
+        self.gradients.store(i, received.view(self._ranks, -1))
+        self.gradients.sent(i, sent)
+        self._buffers.give_back(received)

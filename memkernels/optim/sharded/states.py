@@ -1,0 +1,195 @@
+"""An optimizer's states by the names of the model's parameters, whoever holds which part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memkernels.optim.codes import BLOCK_SIZE, decode
+from memkernels.optim.loading import STORAGE
+from memkernels.optim.local import local_of
+from memkernels.optim.optimizer import LowMemoryOptimizer
+from memkernels.optim.rounding import join
+from memkernels.optim.sharded.flat_shard import FlatShard
+
+# Of states, torch's too.
+DTYPES = {
+    str(dtype): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int16)
+}
+
+
+class Part(NamedTuple):
+    """What a process holds of a parameter of the model: the elements from `first` on, as `parameter` of its optimizer.
+
+    `shape` is the whole parameter's.
+    """
+
+    name: str
+    parameter: Tensor
+    first: int
+    shape: torch.Size
+
+
+def groups_to_json(parts: Sequence[Sequence[Part]], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Options of every group, and its parameters: shape, steps, and the dtypes of what is kept for each."""
+    groups = []
+    for group, of_group in zip(optimizer.param_groups, parts, strict=True):
+        members = {}
+        for part in of_group:
+            state = optimizer.state.get(part.parameter, {})
+            members[part.name] = {
+                "shape": list(part.shape),
+                "step": float(state["step"]) if "step" in state else None,
+                "state": {key: str(value.dtype) for key, value in _tensors(state)},
+            }
+        options = {key: _to_json(value) for key, value in group.items() if key not in ("params", "param_names")}
+        groups.append({"options": options, "parameters": members})
+    return groups
+
+
+def states_to_save(parts: Sequence[Sequence[Part]], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every state with elements as a range of a tensor of one dimension."""
+    saved: dict[str, Tensor] = {}
+    for group, of_group in zip(optimizer.param_groups, parts, strict=True):
+        for part in (part for part in of_group if part.shape.numel()):
+            for key, value in _tensors(optimizer.state.get(part.parameter, {})):
+                saved[f"state.{part.name}.{key}"] = _shard(
+                    local_of(value).reshape(-1), key, part, group.get("state_bits", 32)
+                )
+    return saved
+
+
+def states_to_fill(parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """New tensors for the ranges that a checkpoint's `groups` have of these parts.
+
+    Raises:
+        ValueError: a part begins within a block of the checkpoint's, whose codes another rank has the absmax of.
+    """
+    bits = {name: group["options"].get("state_bits", 32) for group in groups for name in group["parameters"]}
+    saved = {name: member for group in groups for name, member in group["parameters"].items()}
+    filled: dict[str, Tensor] = {}
+    for part in (part for of_group in parts for part in of_group):
+        for key, dtype in saved[part.name]["state"].items():
+            if local_of(part.parameter).numel() and part.first % _elements_in_one(key, bits[part.name]):
+                raise ValueError(
+                    f"{part.name}: this rank's part begins at element {part.first}, within one of the blocks of"
+                    f" {BLOCK_SIZE[bits[part.name]]} that the checkpoint's states of {bits[part.name]} bits have: load"
+                    " it at stage 1 or 2, or at another number of ranks."
+                )
+            size = -(-local_of(part.parameter).numel() // _elements_in_one(key, bits[part.name]))
+            local = torch.empty(size, dtype=DTYPES[dtype], device=part.parameter.device)
+            filled[f"state.{part.name}.{key}"] = _shard(local, key, part, bits[part.name])
+    return filled
+
+
+def state_dict_of(
+    parts: Sequence[Sequence[Part]],
+    groups: Sequence[Mapping[str, Any]],
+    filled: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes: the filled ranges, in float32 or wider for an optimizer of torch."""
+    of_name = {name: group for group in groups for name in group["parameters"]}
+    state: dict[int, dict[str, Any]] = {}
+    param_groups: list[dict[str, Any]] = []
+    place = 0
+    for own, of_group in zip(optimizer.param_groups, parts, strict=True):
+        source = of_name[of_group[0].name] if of_group else {"options": {}, "parameters": {}}
+        for part in of_group:
+            if of_name[part.name] is not source:
+                raise ValueError(f"{part.name}: expected in one group with {of_group[0].name}, as in the optimizer.")
+        options = (
+            {key: tuple(v) if isinstance(v, list) else v for key, v in source["options"].items()} if source else {}
+        )
+        if not isinstance(optimizer, LowMemoryOptimizer):
+            options = {key: value for key, value in options.items() if key in own and key not in STORAGE}
+        options = {key: value for key, value in own.items() if key not in ("params", "param_names")} | options
+        param_groups.append(options | {"params": list(range(place, place + len(of_group)))})
+        for part in of_group:
+            member = source["parameters"][part.name]
+            if member["state"] or member["step"] is not None:
+                state[place] = _state_of(part, member, source["options"].get("state_bits", 32), filled, optimizer)
+            place += 1
+    return {"state": state, "param_groups": param_groups}
+
+
+@torch.no_grad()
+def join_masters(
+    parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str, Any]], filled: Mapping[str, Tensor]
+) -> bool:
+    """Makes float32 parameters, which hold what a checkpoint has in bfloat16, the master weights of its remainders.
+
+    Returns:
+        Whether there were any, on any rank.
+    """
+    saved = {name: member for group in groups for name, member in group["parameters"].items()}
+    joined = False
+    for part in (part for of_group in parts for part in of_group):
+        if part.parameter.dtype == torch.float32 and "remainder" in saved[part.name]["state"]:
+            values = local_of(part.parameter.detach())
+            remainder = _local(filled[f"state.{part.name}.remainder"]).view(values.shape)
+            values.copy_(join(values.bfloat16(), remainder))
+            joined = True
+    return joined
+
+
+def check_names(parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where a checkpoint's parameters are not those of the optimizer."""
+    saved = {name: tuple(m["shape"]) for group in groups for name, m in group["parameters"].items()}
+    own = {part.name: tuple(part.shape) for of_group in parts for part in of_group}
+    for name in sorted(own.keys() | saved.keys()):
+        if own.get(name) != saved.get(name):
+            raise ValueError(
+                f"{name}: the optimizer trains {own.get(name, 'nothing')} of that name, the checkpoint has"
+                f" {saved.get(name, 'nothing')}; a checkpoint of another model?"
+            )
+
+
+def _state_of(
+    part: Part, member: Mapping[str, Any], bits: int, filled: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    tensors = {key: _local(filled[f"state.{part.name}.{key}"]) for key in member["state"]}
+    shape = local_of(part.parameter).shape
+    if not isinstance(optimizer, LowMemoryOptimizer) or part.parameter.dtype == torch.float32:
+        tensors.pop("remainder", None)  # `join_masters` has it
+    if not isinstance(optimizer, LowMemoryOptimizer):
+        absmax = {key: tensors.pop(f"{key}_absmax", None) for key in list(tensors) if not key.endswith("_absmax")}
+        tensors = {
+            key: value if value.dtype == torch.float64 else decode(value, absmax[key], bits, key != "exp_avg_sq", shape)
+            for key, value in tensors.items()
+        }
+    state: dict[str, Any] = {key: value if _is_code(key, bits) else value.view(shape) for key, value in tensors.items()}
+    return state if member["step"] is None else state | {"step": torch.tensor(member["step"])}
+
+
+def _is_code(key: str, bits: int) -> bool:
+    return key.endswith("_absmax") or (bits < 16 and key != "remainder")
+
+
+def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(key, value) for key, value in state.items() if key != "step"]
+
+
+def _shard(local: Tensor, key: str, part: Part, bits: int) -> FlatShard:
+    each = _elements_in_one(key, bits)
+    return FlatShard(local, part.first // each, -(-part.shape.numel() // each))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, FlatShard)
+    return tensor.local
+
+
+def _elements_in_one(key: str, bits: int) -> int:
+    """How many of a parameter's elements one of the state's is of."""
+    if key.endswith("_absmax"):
+        return BLOCK_SIZE[bits]
+    return 2 if bits == 4 and key != "remainder" else 1
+
+
+def _to_json(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
