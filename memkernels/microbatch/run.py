@@ -1,0 +1,315 @@
+"""Forward and backward of a batch by parts, and the search for the size of a part that fits into memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memkernels.microbatch import parts
+from memkernels.testing.peak_memory import peak_bytes
+
+if TYPE_CHECKING:
+    from memkernels.optim.sharded import ShardedOptimizer
+
+Step = Callable[[Any, float], Tensor]
+
+
+@dataclass
+class _Fitting:
+    """The largest size that ran, and whether a larger one did not fit."""
+
+    size: int = 0
+    is_limit: bool = False
+
+
+# By the step's owner and function, the limit, and what a row of the batch was like. An owner that is gone takes its own
+# along.
+_fitting: WeakKeyDictionary[Any, dict[tuple, _Fitting]] = WeakKeyDictionary()
+_RIGHT, _OUT_OF_MEMORY, _FAILED = range(3)
+
+
+def micro_batch(
+    step: Step,
+    batch: Any,
+    *,
+    size: int | Literal["auto"] = "auto",
+    targets: Callable[[Any], int] | None = None,
+    memory_limit: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    optimizer: ShardedOptimizer | None = None,
+) -> Tensor:
+    """Forward and backward of `batch` by parts: the gradients of the whole, the activations of a part at a time.
+
+        def step(part, targets):
+            return model(**part, num_items_in_batch=targets).loss  # a sum over the part's targets / targets
+
+        loss = memkernels.micro_batch(step, batch)
+        optimizer.step()
+
+    Parts do not have the same number of targets, so the mean of their means is not the mean of the whole. `step`
+    divides its sum by the number of the whole batch instead, and the parts' losses and gradients add up to those of the
+    batch.
+
+    With size="auto" the whole batch is tried first, and half of the size wherever memory runs out: on a GPU, in torch's
+    allocator on CPU, or over `memory_limit`. The gradients of the parts that ran are dropped then and the batch begins
+    anew, so that no row is lost and none counts twice; gradients from before the call are kept aside meanwhile. The
+    size that had to be taken is remembered for `step` (give the same function or method each time), the limit, and
+    batches whose rows are alike.
+
+    With `optim.step_in_backward` call it within `stepper.accumulate()`, and then `stepper.optimizer.step()` and
+    `zero_grad()`: its hooks would step after each part. Checkpoint activations with `use_reentrant=False`.
+
+    With a process group all ranks take the same size and the same number of parts, and if one runs out of memory, all
+    begin anew; if one fails otherwise, all raise. `step` must then not communicate itself: reduce the gradients after
+    the call (DistributedDataParallel: within `no_sync`). The number of targets is the mean over the ranks, so that
+    gradients averaged over ranks are those of all their batches together.
+
+    With a `ShardedOptimizer`, which exchanges gradients within backward, pass it as `optimizer`, outside of its
+    `no_sync`: every rank runs as many parts, with a loss of zero where its own are fewer, and what was exchanged before
+    memory ran out is dropped from the optimizer's sums. At stages 1 and 2 a rank whose part fails still takes part in
+    its exchange. At stage 3 it cannot: where memory runs out on one rank alone, the others raise when the group's
+    timeout is over; `memory_limit` is judged after a part, and is safe there.
+
+    Args:
+        step: takes a part and the number of targets, returns a loss without dimensions.
+        batch: a tensor, or mappings, tuples and lists of them. Tensors are cut along their leading dimension; those
+            without dimensions, and what is no tensor, go to every part. A mapping with "cu_seqlens" holds packed
+            sequences: `size` counts tokens, and parts are whole sequences, their cu_seqlens from 0 on.
+        size: rows of a part, or at most so many tokens (but one sequence at least); or "auto".
+        targets: the number of targets of `batch`; by default entries of batch["labels"] other than -100, without labels
+            rows. Models that shift labels take none from a row's first: give
+            `lambda batch: int((batch["labels"][:, 1:] != -100).sum())`.
+        memory_limit: bytes that a part may take beyond what is in use before it, gradients included where they are new;
+            measured (`memkernels.testing.peak_bytes`) until a size is known to fit.
+        process_group: ranks that run this call together; by default those of `optimizer`, without one this process.
+        optimizer: the `ShardedOptimizer` of the parameters, if they have one.
+
+    Returns:
+        The sum of the parts' losses, detached; of this rank alone.
+
+    Raises:
+        TypeError: optimizer is no `ShardedOptimizer`.
+        ValueError: the batch is empty, its tensors differ in their leading dimension, it has no targets, `size` or
+            `memory_limit` is not positive, the ranks have different sizes, a loss has dimensions, a checkpoint is
+            reentrant, process_group is not the optimizer's, or the parameters have a `ShardedOptimizer` that was not
+            given.
+        RuntimeError: another rank failed, or an optimizer's `no_sync()` is around the call.
+        torch.OutOfMemoryError, MemoryError or RuntimeError, as it came: a single row or sequence does not fit.
+            Gradients are then those from before the call, as after any other error.
+    """
+    if process_group is None:
+        process_group = getattr(optimizer, "process_group", None)
+    try:
+        _check(size, memory_limit, process_group, optimizer)
+        cut = parts.split(batch)
+        total = float(parts.count_targets(batch, cut.count) if targets is None else targets(batch))
+    except Exception:
+        if process_group is not None:
+            _reduced(True, dist.ReduceOp.MAX, process_group)
+        raise
+    known = _known(step, (memory_limit, *parts.signature(batch)))
+    start = known.size if known.is_limit else cut.count
+    fits = start <= known.size
+    if process_group is not None:
+        if _reduced(False, dist.ReduceOp.MAX, process_group):
+            raise RuntimeError("micro_batch: another rank failed.")
+        rows = 0 if size == "auto" else size
+        if _reduced(rows, dist.ReduceOp.MAX, process_group) != _reduced(rows, dist.ReduceOp.MIN, process_group):
+            raise ValueError(f"size: expected the same on every rank, which {size!r} is not.")
+        total = _reduced(total, dist.ReduceOp.SUM, process_group) / dist.get_world_size(process_group)
+        start = int(_reduced(start, dist.ReduceOp.MAX, process_group))
+        fits = bool(_reduced(start <= known.size, dist.ReduceOp.MIN, process_group))
+    if not total > 0:
+        raise ValueError(f"batch: expected one target at least, got {total}.")
+    run = _Run(step, cut, total, process_group, optimizer)
+    if size != "auto":
+        try:
+            return run.at(size, memory_limit)
+        except _TooLarge as too_large:
+            raise too_large.error from None
+    while True:
+        try:
+            loss = run.at(start, None if fits else memory_limit)
+        except _TooLarge as too_large:
+            if start == 1:
+                raise too_large.error from None
+        else:
+            known.size = start if known.is_limit else max(start, known.size)
+            return loss
+        # Out of the handler, so that nothing keeps the failed part's tensors alive.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        start, fits, known.is_limit = math.ceil(start / 2), False, True
+
+
+def _check(
+    size: int | str,
+    memory_limit: int | None,
+    process_group: dist.ProcessGroup | None,
+    optimizer: ShardedOptimizer | None,
+) -> None:
+    if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f'size: expected "auto" or a positive integer, got {size!r}.')
+    if memory_limit is not None and not memory_limit > 0:
+        raise ValueError(f"memory_limit: expected a positive number of bytes, got {memory_limit!r}.")
+    if optimizer is None:
+        return
+    from memkernels.optim.sharded import ShardedOptimizer  # takes seconds to import
+
+    if not isinstance(optimizer, ShardedOptimizer):
+        raise TypeError(f"optimizer: expected a ShardedOptimizer, got {type(optimizer).__name__}.")
+    if dist.get_process_group_ranks(process_group) != dist.get_process_group_ranks(optimizer.process_group):
+        raise ValueError("process_group: expected the optimizer's, or None.")
+
+
+def _known(step: Step, kind: tuple) -> _Fitting:
+    """What is remembered, to be written to."""
+    owner, function = (step.__self__, step.__func__) if isinstance(step, MethodType) else (step, None)
+    try:
+        return _fitting.setdefault(owner, {}).setdefault((function, *kind), _Fitting())
+    except TypeError:  # no key: not hashable, or not to be referenced weakly
+        return _Fitting()
+
+
+class _TooLarge(Exception):
+    """Memory ran out, on this rank or on another."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error.with_traceback(None)
+
+
+class _Run:
+    """A batch's parts, run at one size or another."""
+
+    def __init__(
+        self,
+        step: Step,
+        cut: parts.Rows | parts.PackedSequences,
+        total: float,
+        group: dist.ProcessGroup | None,
+        optimizer: ShardedOptimizer | None,
+    ) -> None:
+        self.step, self.cut, self.total, self.group, self.optimizer = step, cut, total, group, optimizer
+
+    def at(self, size: int, memory_limit: int | None) -> Tensor:
+        """The loss of the batch in parts of `size`; the gradients from before where that fails."""
+        before: dict[Tensor, Tensor | None] = {}
+        losses: list[Tensor] = []
+        pieces = list(self.cut.parts(size))
+        rounds = len(pieces)
+        if self.group is not None:
+            rounds = int(_reduced(rounds, dist.ReduceOp.MAX, self.group))
+        try:
+            with nullcontext() if self.optimizer is None else self.optimizer.unchanged_by_failure():
+                for index in range(rounds):
+                    error = None
+                    if index < len(pieces):
+                        error = self._part(pieces[index], before, losses, memory_limit)
+                    elif self.optimizer is not None:  # whose exchanges are every rank's
+                        error = self._part(pieces[-1], before, [], memory_limit, weight=0.0)
+                    self._agree(error)
+        except BaseException:
+            for param, grad in before.items():
+                param.grad = grad
+            raise
+        for param, grad in before.items():
+            if grad is not None:
+                param.grad = grad if param.grad is None else grad.add_(param.grad)
+        return torch.stack(losses).sum()
+
+    def _part(
+        self,
+        part: Any,
+        before: dict[Tensor, Tensor | None],
+        losses: list[Tensor],
+        memory_limit: int | None,
+        weight: float | None = None,
+    ) -> BaseException | None:
+        """Forward and backward of a part, its loss added to `losses`; the error where it fails."""
+        optimizer = self.optimizer
+
+        def forward_backward() -> None:
+            loss = self.step(part, self.total)
+            if loss.dim() != 0:
+                raise ValueError(f"step: expected a loss without dimensions, got shape {tuple(loss.shape)}.")
+            for leaf in _leaves(loss, within_backward=optimizer is not None):
+                if leaf not in before and not (optimizer is not None and _is_exchanged(leaf)):
+                    before[leaf], leaf.grad = leaf.grad, None
+            (loss if weight is None else loss * weight).backward()
+            losses.append(loss.detach())
+
+        backwards = 0 if optimizer is None else optimizer.backwards
+        error: BaseException | None = None
+        try:
+            if memory_limit is None:
+                forward_backward()
+            else:
+                taken = peak_bytes(forward_backward, device=parts.tensors(part)[0].device)
+                if taken > memory_limit:
+                    error = MemoryError(f"memory_limit: a part took {taken} bytes, of {memory_limit}.")
+        except Exception as caught:
+            error = caught.with_traceback(None)
+        if error is not None and optimizer is not None and optimizer.backwards == backwards:
+            optimizer.end_backward()
+        return error
+
+    def _agree(self, error: BaseException | None) -> None:
+        """Raises what a part came to, on this rank or on another."""
+        state = _RIGHT if error is None else _OUT_OF_MEMORY if _is_out_of_memory(error) else _FAILED
+        worst = state if self.group is None else int(_reduced(state, dist.ReduceOp.MAX, self.group))
+        if worst == _FAILED:
+            raise error if state == _FAILED and error is not None else RuntimeError("micro_batch: another rank failed.")
+        if worst == _OUT_OF_MEMORY:
+            raise _TooLarge(error or MemoryError("micro_batch: another rank ran out of memory."))
+
+
+def _leaves(loss: Tensor, within_backward: bool) -> list[Tensor]:
+    """The tensors whose `grad` backward from `loss` adds to; `within_backward` gradients may be exchanged."""
+    found, seen, stack = [], set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise ValueError("step: expected checkpoints with use_reentrant=False; the graph hides others' parameters.")
+        exchanged = type(node).__name__ == "RegisterPostBackwardFunctionBackward"  # FSDP2's
+        if not within_backward and (exchanged or (hasattr(node, "variable") and _is_exchanged(node.variable))):
+            raise ValueError(
+                "optimizer: expected the ShardedOptimizer of the model, which exchanges gradients within backward."
+            )
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack += [following for following, _ in node.next_functions]
+    return found
+
+
+def _is_exchanged(leaf: Tensor) -> bool:
+    """Whether a `ShardedOptimizer` sends the gradient to other ranks as soon as backward has it."""
+    hooks = (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()
+    return any(hook.reducer.exchanging for hook in hooks if hasattr(hook, "reducer"))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's allocator on CPU raises a RuntimeError, which only its words tell from others.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _reduced(value: float, operation: Any, group: dist.ProcessGroup) -> float:
+    """A number over all ranks of a group."""
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=operation, group=group)
+    return tensor.item()

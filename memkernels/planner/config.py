@@ -1,0 +1,28 @@
+"""The configuration of a model of transformers, from wherever it is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def load_config(model: Any) -> Any:
+    """The configuration of a causal language model: by its name on the hub, its folder, its config.json, or itself.
+
+    Raises:
+        ImportError: transformers is missing.
+        OSError: there is none.
+        ValueError: it is of another kind of model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("model: transformers is missing: pip install 'memkernels[plan]'") from error
+    config = model
+    if isinstance(model, str | os.PathLike):
+        config = transformers.AutoConfig.from_pretrained(model)
+    if not isinstance(config, transformers.PretrainedConfig):
+        raise TypeError(f"model: expected a name, a path or a configuration, got {type(model).__name__}.")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model: transformers has no causal language model of {type(config).__name__}.")
+    return config

@@ -1,0 +1,137 @@
+"""What a technique takes: bytes at the highest moment of a step, operations, and bytes moved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from memkernels.offload.store import STAGING_BYTES
+from memkernels.planner.step import Sizes
+from memkernels.planner.timeline import Moment, Timeline
+
+PARTS = ("parameters", "gradients", "states", "activations", "transients", "buffers")
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A combination of what saves memory.
+
+    Args:
+        recompute: as `memkernels.patch` takes it, or "transformers": not patched.
+        offload: "none", or "disk": `offload_activations("disk")`.
+        stage: of ZeRO, 0 to 3; 0: every rank has everything.
+        state_bits: of the optimizer's states.
+        micro_batch: rows that are computed at a time.
+        step_in_backward: `optim.step_in_backward`.
+    """
+
+    recompute: str
+    offload: str
+    stage: int
+    state_bits: int
+    micro_batch: int
+    step_in_backward: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a technique takes on each rank.
+
+    Args:
+        technique: the technique.
+        parts: bytes at the highest moment of a step, by `PARTS`. Gradients are those that are complete, activations
+            what forward keeps for backward, transients what an op holds while it computes, buffers what is on its way
+            to other ranks or to the disk.
+        flops: operations of the forward and backward of the whole batch.
+        extra_flops: those beyond recompute="none", over them.
+        offload_bytes: written and read in a step.
+        sent_bytes: that a rank sends in a step, by a ring.
+    """
+
+    technique: Technique
+    parts: dict[str, int]
+    flops: int
+    extra_flops: float
+    offload_bytes: int
+    sent_bytes: int
+
+    @cached_property
+    def peak(self) -> int:
+        """Bytes at the highest moment."""
+        return sum(self.parts.values())
+
+
+def estimate(
+    technique: Technique, sizes: Sizes, step: Timeline, plain: Timeline, *, batch: int, ranks: int, on_host: bool
+) -> Estimate:
+    """What a technique takes.
+
+    Args:
+        step: forward and backward of technique.micro_batch rows.
+        plain: the same with recompute="none" and without offload.
+        batch: rows of a step, on each rank.
+        on_host: whether the memory that is planned is the host's, where offload's staging blocks are.
+    """
+    stage, parts = technique.stage, math.ceil(batch / technique.micro_batch)
+    kept = [
+        (of, _gradients(of, technique, sizes, parts, ranks), _exchange(stage, sizes, of.gradients))
+        for of in step.moments
+    ]
+    if stage == 3:  # when backward ends, gradients outside of layers are copied and sent
+        outside, trained = sizes.outside
+        kept.append((Moment(0, 0, 0), math.ceil(sizes.trained / ranks) + trained, outside + trained))
+    moment, gradients, exchanged = max(kept, key=lambda of: of[0].activations + of[0].transients + of[1] + of[2])
+    bytes_by_part = (
+        math.ceil(sizes.parameters / ranks) if stage == 3 else sizes.parameters,
+        gradients,
+        math.ceil(sizes.states[technique.state_bits] / (ranks if stage else 1)),
+        moment.activations,
+        moment.transients,
+        exchanged + (min(step.moved, STAGING_BYTES) if on_host else 0),
+    )
+    return Estimate(
+        technique,
+        dict(zip(PARTS, bytes_by_part, strict=True)),
+        flops=step.flops * parts,
+        extra_flops=step.flops / plain.flops - 1,
+        offload_bytes=2 * step.moved * parts,
+        sent_bytes=_sent(stage, sizes, parts, ranks),
+    )
+
+
+def _gradients(moment: Moment, technique: Technique, sizes: Sizes, parts: int, ranks: int) -> int:
+    """The gradients that are kept at a moment: where a batch comes in parts, those of the parts before; at stage 1
+    there is always memory for all, at stage 2 for this rank's; at stage 3 those of the layer that backward is at and
+    those outside of layers are whole, the others this rank's part."""
+    own = math.ceil(sizes.trained / ranks)
+    if technique.stage == 3:
+        whole = min(moment.gradients, sizes.outside[1] + sizes.largest_layer[1])
+        return whole + (own if parts > 1 else math.ceil((moment.gradients - whole) / ranks))
+    if technique.stage == 2:
+        return own
+    if technique.stage == 1 or parts > 1:
+        return sizes.trained
+    return 0 if technique.step_in_backward else moment.gradients
+
+
+def _exchange(stage: int, sizes: Sizes, complete: int) -> int:
+    """Buffers of what is on its way between ranks while gradients are `complete`.
+
+    Stage 3 has the parameters outside of layers together throughout a step, and those of two layers: one computes, the
+    next arrives. FSDP2 copies the gradients of a layer, which it sends.
+    """
+    if stage == 3:
+        return sizes.outside[0] + 2 * sizes.largest_layer[0] + min(complete, sizes.largest_layer[1])
+    return sizes.exchanged.get(stage, 0)
+
+
+def _sent(stage: int, sizes: Sizes, parts: int, ranks: int) -> int:
+    """By Rajbhandari et al. 2019, arXiv 1910.02054, section 7, over rings.
+
+    Gradients are summed once a step, from stage 2 on once a part; stages 1 and 2 gather new parameters once a step,
+    stage 3 all of them in each forward and each backward.
+    """
+    reduced = sizes.trained * (parts if stage >= 2 else 1)
+    gathered = 2 * sizes.parameters * parts if stage == 3 else sizes.trained
+    return (reduced + gathered) * (ranks - 1) // ranks

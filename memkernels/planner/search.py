@@ -1,0 +1,218 @@
+"""`plan`: which combination of techniques trains a model within a memory limit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memkernels.adapters.base import check_base
+from memkernels.integrations.patching import RECOMPUTE
+from memkernels.nn.lora_linear import check_adapter
+from memkernels.optim import SGD, AdamW, Lion
+from memkernels.optim.codes import STATE_BITS
+from memkernels.planner.memory_size import parse_bytes
+
+if TYPE_CHECKING:
+    from memkernels.planner.estimate import Estimate
+
+PLAIN = "transformers"
+OFFLOAD = ("none", "disk")
+STAGES = (0, 1, 2, 3)
+OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "adamw": (AdamW, {}), "lion": (Lion, {}), "sgd": (SGD, {"momentum": 0.9}),
+}  # fmt: skip
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found; print it, or `save_plot` it.
+
+    Args:
+        title: what is trained, in words.
+        memory: the limit in bytes.
+        estimates: every combination, those that fit first, the cheapest first; then the others, the smallest first.
+    """
+
+    title: str
+    memory: int
+    estimates: tuple[Estimate, ...]
+
+    @property
+    def best(self) -> Estimate | None:
+        """The cheapest combination that fits; None: none does."""
+        first = self.estimates[0]
+        return first if first.peak <= self.memory else None
+
+    def __str__(self) -> str:
+        from memkernels.planner.report import as_text
+
+        return as_text(self)
+
+    def save_plot(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a PNG of stacked bars, one for each combination of the table; returns its path."""
+        from memkernels.planner.plot import save_plot
+
+        return save_plot(self, Path(path))
+
+
+def plan(
+    model: Any,
+    *,
+    memory: int | str,
+    seq: int,
+    batch: int = 1,
+    ranks: int = 1,
+    lora: int | None = None,
+    base: str | None = None,
+    dtype: str = "bfloat16",
+    optimizer: str = "adamw",
+    rounding: str = "stochastic",
+    recompute: str | None = None,
+    offload: str | None = None,
+    stage: int | None = None,
+    state_bits: int | None = None,
+    micro_batch: int | None = None,
+    step_in_backward: bool | None = None,
+    device: str | None = None,
+) -> Plan:
+    """Which techniques train a model within a memory limit, what each takes, and what it costs.
+
+        print(memkernels.plan("meta-llama/Llama-3.1-8B", memory="24GB", seq=8192, lora=16, base="nf4"))
+
+    Nothing is trained and no weight is loaded. The model's own code, patched by `memkernels.patch`, runs one forward
+    and backward on tensors without memory, and what it would hold at each moment is counted; without offload three of
+    equal layers run and stand for all. So the activations are what the ops save, and the transients (tiles of logits,
+    float32 sums of gradients, recomputed hidden layers) what their code allocates. The states are those that the
+    optimizer makes.
+
+    Counted is the memory of tensors. Not counted are the libraries, the code and context of a GPU, what an allocator
+    keeps beyond them, buffers within torch's operators and within those of this package that are not Python, and the 12
+    MiB through which 16-bit products go on a CPU that torch has no fast ones for (`memkernels.ops.matmul`). The code
+    that is traced is that of `device`, with its sizes of tiles. ZeRO's parts are by formulas: stage 1 divides states,
+    stage 2 gradients too, stage 3 parameters too (Rajbhandari et al. 2019, arXiv 1910.02054), with the buffers of
+    `optim.ShardedOptimizer`, at stage 3 the parameters outside of layers and of two layers, whole gradients of a layer
+    and outside of layers, and FSDP2's copies of those that it sends: at most, as the largest layer is taken for each.
+
+    Combinations that fit are ordered by what they cost: bytes to and from disk, then operations beyond
+    recompute="none", then ZeRO's stage, the number of micro-batches, the bits of the states, and last
+    step_in_backward, which excludes a norm's clipping without a second backward.
+
+    Args:
+        model: of a causal language model of transformers: a name on the hub, a folder, a config.json, or a
+            configuration.
+        memory: bytes of each rank, a number or as "24GB" (10^9) or "80GiB" (2^30).
+        seq: tokens of a row.
+        batch: rows of a step, on each rank.
+        ranks: ranks of data parallelism.
+        lora: rank of adapters on all linear layers (`memkernels.lora`); None: every parameter is trained.
+        base: "nf4" quantises what carries adapters.
+        dtype: of the parameters, bfloat16 or float32; adapters are float32.
+        optimizer: adamw, lion or sgd, with momentum.
+        rounding: of bfloat16 parameters, as the optimizers take it.
+        recompute: "none", "sublayer" or "layer", as `memkernels.patch` takes it, or "transformers": not patched.
+        offload: "none" or "disk", of activations.
+        stage: of ZeRO, 0 to 3.
+        state_bits: 32, 16, 8 or 4.
+        micro_batch: rows computed at a time.
+        step_in_backward: whether `optim.step_in_backward` steps.
+        device: "cpu" or "cuda", whose code is traced; by default cuda where torch finds a device.
+
+        Of those from recompute to step_in_backward all are tried where None is given; "transformers" only as it is.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; a model that transformers has no causal language model
+            for, or nothing that `patch` replaces.
+        OSError: the model's configuration cannot be found.
+        ImportError: transformers is missing.
+    """
+    limit = parse_bytes("memory", memory)
+    for name, value in (("seq", seq), ("batch", batch), ("ranks", ranks)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
+    if lora is not None:
+        check_adapter(lora, 0.0)
+    check_base(base)
+    if base is not None and lora is None:
+        raise ValueError(f"base: {base!r} is what adapters are put on; give lora.")
+    _check_choice("dtype", dtype, DTYPES)
+    _check_choice("optimizer", optimizer, OPTIMIZERS)
+    widths = _choices("state_bits", state_bits, STATE_BITS, STATE_BITS)
+    stages = _choices("stage", stage, STAGES, STAGES if ranks > 1 else STAGES[:1])
+    if micro_batch is not None and not 1 <= micro_batch <= batch:
+        raise ValueError(f"micro_batch: expected a number of rows from 1 to batch={batch}, got {micro_batch!r}.")
+    halves = [math.ceil(batch / 2**i) for i in range(batch.bit_length() + 1)]
+    rows = dict.fromkeys(halves) if micro_batch is None else [micro_batch]
+    recomputes = _choices("recompute", recompute, (*RECOMPUTE, PLAIN), (*RECOMPUTE, PLAIN))
+    offloads = _choices("offload", offload, OFFLOAD, OFFLOAD)
+    in_backward = (False, True) if step_in_backward is None else (bool(step_in_backward),)
+    kind_of_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind_of_device not in ("cpu", "cuda") or (kind_of_device == "cuda" and torch.version.cuda is None):
+        raise ValueError(f"device: expected cpu, or cuda with a torch that has it, got {device!r}.")
+    where = torch.device(kind_of_device)
+
+    from memkernels.planner.config import load_config
+    from memkernels.planner.estimate import Technique, estimate
+    from memkernels.planner.step import Job, trace_model, trace_step
+
+    job = Job(load_config(model), seq, DTYPES[dtype], lora, base, where)
+    kind, options = OPTIMIZERS[optimizer]
+    sizes = trace_model(job, kind, options | {"rounding": rounding}, tuple(widths))
+    found = []
+    for size in rows:
+        plain = trace_step(job, size, "none", False)
+        for again, to_disk in itertools.product(recomputes, offloads):
+            if again == PLAIN and to_disk != "none" and offload is None:
+                continue
+            known = again == "none" and to_disk == "none"
+            step = plain if known else trace_step(job, size, None if again == PLAIN else again, to_disk == "disk")
+            for level, bits, within in itertools.product(stages, widths, in_backward):
+                if within and (level > 0 or size < batch):
+                    continue
+                technique = Technique(again, to_disk, level, bits, size, within)
+                found.append(
+                    estimate(technique, sizes, step, plain, batch=batch, ranks=ranks, on_host=where.type == "cpu")
+                )
+    if not found:
+        raise ValueError("step_in_backward: it steps once a backward, on one rank's gradients: expected stage 0 and"
+                         " micro_batch=batch.")  # fmt: skip
+    fitting = sorted((of for of in found if of.peak <= limit), key=_cost)
+    others = sorted((of for of in found if of.peak > limit), key=lambda of: of.peak)
+    return Plan(_title(job, sizes.count, batch, ranks, optimizer), limit, (*fitting, *others))
+
+
+def _cost(of: Estimate) -> tuple:
+    technique = of.technique
+    extra = of.offload_bytes, round(of.extra_flops, 3), technique.recompute == PLAIN, technique.stage
+    return *extra, -technique.micro_batch, -technique.state_bits, technique.step_in_backward, of.peak
+
+
+def _choices(name: str, given: Any, known: Sequence, tried: Sequence) -> Sequence:
+    """What is tried of an option."""
+    if given is None:
+        return tried
+    _check_choice(name, given, known)
+    return (given,)
+
+
+def _check_choice(name: str, given: Any, known: Any) -> None:
+    if given not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {given!r}.")
+
+
+def _title(job: Any, count: int, batch: int, ranks: int, optimizer: str) -> str:
+    name = getattr(job.config, "name_or_path", "") or type(job.config).__name__
+    adapters = "" if job.rank is None else f", adapters of rank {job.rank} on {job.base or 'its weights'}"
+    dtype = str(job.dtype).removeprefix("torch.")
+    each = f" on each of {ranks} ranks" if ranks > 1 else ""
+    return (
+        f"{name}: {count / 1e9:.3g} billion parameters in {dtype}{adapters}; {optimizer}, {batch} x {job.seq} tokens a"
+        f" step{each}, by the code for {job.device.type}"
+    )

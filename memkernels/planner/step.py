@@ -1,0 +1,154 @@
+"""One forward and backward of a model under a technique, traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memkernels.adapters import lora
+from memkernels.integrations import patch
+from memkernels.offload.layers import plain_parts
+from memkernels.optim.buckets import BUCKET_BYTES, bytes_exchanged
+from memkernels.optim.optimizer import LowMemoryOptimizer
+from memkernels.planner.offload import offloading
+from memkernels.planner.stack import ShortenedStack
+from memkernels.planner.timeline import Timeline, timeline
+from memkernels.planner.trace import Trace
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained; nothing of how.
+
+    Args:
+        config: of a causal language model of transformers.
+        seq: tokens of a row.
+        dtype: of the parameters and of what is computed.
+        rank, base: as `memkernels.lora` takes r and base; no adapters without rank.
+        device: whose code is traced.
+    """
+
+    config: Any
+    seq: int
+    dtype: torch.dtype
+    rank: int | None
+    base: str | None
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model.
+
+    Args:
+        parameters: all of them, and buffers.
+        trained: those of them that are trained; gradients take as much.
+        exchanged: what ZeRO's stages 1 and 2 have on its way between ranks, by stage.
+        outside: parameters outside of the stack of layers; and those of them that are trained.
+        largest_layer: parameters of the largest layer of the stack; and those of a layer that are trained, at most.
+        states: of the optimizer, by state_bits.
+        count: elements of all parameters, as if none were quantised.
+    """
+
+    parameters: int
+    trained: int
+    exchanged: dict[int, int]
+    outside: tuple[int, int]
+    largest_layer: tuple[int, int]
+    states: dict[int, int]
+    count: int
+
+
+def trace_model(
+    job: Job, optimizer: Callable[..., LowMemoryOptimizer], options: dict[str, Any], bits: tuple[int, ...]
+) -> Sizes:
+    """Sizes of a job's model and of the optimizer's states, for each of some state_bits."""
+    from memkernels.optim.sharded.layout import make_buckets  # beside torch.distributed, which takes seconds to import
+
+    trace = Trace(job.device)
+    with trace.running():
+        model = make_model(job)
+        shortened = ShortenedStack(model, trace)
+        put_adapters(model, job)
+        times = {of: count for layer, count in shortened.layers for of in (*layer.parameters(), *layer.buffers())}
+        parameters = list(model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return Sizes(
+            parameters=_bytes([*parameters, *model.buffers()], times),
+            trained=_bytes(trained, times),
+            exchanged=bytes_exchanged(
+                [bucket.nbytes for bucket in make_buckets([("", of, 0) for of in trained], 1, BUCKET_BYTES)]
+            ),
+            outside=_all_and_trained(parameter for parameter in parameters if parameter not in times),
+            largest_layer=max((_all_and_trained(layer.parameters()) for layer, _ in shortened.layers), default=(0, 0)),
+            states={width: _state_bytes(optimizer(trained, state_bits=width, **options), times) for width in bits},
+            count=sum(parameter.numel() * times.get(parameter, 1) for parameter in parameters),
+        )
+
+
+def trace_step(job: Job, rows: int, recompute: str | None, offload: bool) -> Timeline:
+    """Forward and backward of `rows` rows, patched with `recompute`; None: transformers' own computation."""
+    trace = Trace(job.device)
+    with trace.running():
+        model = make_model(job)
+        # Offload keeps what the last layers save, and lets go of others' tensors when it comes to the next.
+        shortened = ShortenedStack(model, trace, whole=offload)
+        put_adapters(model, job)
+        if recompute is not None:
+            patch(model, recompute=recompute)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda parameter: trace.complete(parameter.grad))
+        ids = torch.zeros(rows, job.seq, dtype=torch.int64, device=job.device)
+        trace.events.clear()
+        with offloading(trace) if offload else nullcontext():
+            loss = model(input_ids=ids, labels=ids).loss
+        saved = trace.alive()
+        loss.backward()
+        del loss
+        return timeline(shortened.events(), saved)
+
+
+def make_model(job: Job) -> nn.Module:
+    """The model of a job, in training, without adapters."""
+    from transformers import AutoModelForCausalLM
+
+    with job.device:
+        model = AutoModelForCausalLM.from_config(job.config, dtype=job.dtype).train()
+    return model
+
+
+def put_adapters(model: nn.Module, job: Job) -> None:
+    """Adapters on the weights of a model where a job has them."""
+    if job.rank is not None:
+        lora(model, r=job.rank, base=job.base)
+
+
+def _state_bytes(optimizer: LowMemoryOptimizer, times: dict[Tensor, int]) -> int:
+    """Of all parameters; the counts of steps are on the host."""
+    return sum(
+        times.get(parameter, 1)
+        * _bytes((of for key, of in optimizer._state_of(parameter, group).items() if key != "step"), {})
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+
+
+def _all_and_trained(parameters: Iterable[Tensor]) -> tuple[int, int]:
+    parameters = list(parameters)
+    return _bytes(parameters, {}), _bytes((parameter for parameter in parameters if parameter.requires_grad), {})
+
+
+def _bytes(tensors: Iterable[Tensor], times: dict[Tensor, int]) -> int:
+    """Of the storages of tensors, each counted once, and as often as `times` says where it says so."""
+    sizes = {}
+    for tensor in tensors:
+        for part in plain_parts(tensor):
+            storage = part.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes() * times.get(tensor, 1)
+    return sum(sizes.values())

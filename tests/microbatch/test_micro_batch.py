@@ -1,0 +1,282 @@
+"""micro_batch: the gradients of the whole batch, through running out of memory, and over ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import run_ranks
+from torch.utils.checkpoint import checkpoint
+
+from memkernels import micro_batch
+from memkernels.microbatch import run
+
+
+def batch_of(rows=7, seed=0):
+    """Rows with as many targets as their index, so that means of parts are not the mean of the whole."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 5, (rows, 8), generator=generator)
+    for row in range(rows):
+        labels[row, : 8 - row % 8] = -100
+    return {
+        "x": torch.randn(rows, 8, 6, generator=generator),
+        "labels": labels,
+        "scale": 2.0,
+        "shift": torch.tensor(0.5),
+    }
+
+
+def model_of():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5))
+
+
+def make_step(model, sizes=None):
+    def step(part, targets):
+        if sizes is not None:
+            sizes.append(len(part["labels"]))
+        logits = model(part["x"] * part["scale"] + part["shift"])
+        return F.cross_entropy(logits.flatten(0, -2), part["labels"].flatten(), reduction="sum") / targets
+
+    return step
+
+
+def whole(model, batch):
+    logits = model(batch["x"] * batch["scale"] + batch["shift"])
+    loss = F.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten())
+    loss.backward()
+    return loss.detach()
+
+
+def assert_same_gradients(model, other):
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100, "auto"])
+def test_gradients_and_loss_are_those_of_the_whole_batch(size):
+    model, other, sizes = model_of(), model_of(), []
+    for seed in range(2):  # the second adds to the first
+        loss = micro_batch(make_step(model, sizes), batch_of(seed=seed), size=size)
+        torch.testing.assert_close(loss, whole(other, batch_of(seed=seed)))
+    assert_same_gradients(model, other)
+    assert sum(sizes) == 14 and (size in ("auto", 7, 100) or max(sizes) == size)
+
+
+def test_targets_can_be_counted_by_the_caller():
+    model, seen = model_of(), []
+
+    def step(part, targets):
+        seen.append(targets)
+        return model(part[0]).sum() / targets
+
+    micro_batch(step, (torch.ones(4, 6), ["of", "no", "tensor"]), size=3)
+    micro_batch(step, [torch.ones(4, 6)], size=4, targets=lambda batch: 10)
+    assert seen == [4.0, 4.0, 10.0]
+
+
+class Failing(torch.autograd.Function):
+    """Fails in backward, when other parameters have their gradients already, for more than `limit` rows."""
+
+    @staticmethod
+    def forward(ctx, x, limit, error):
+        ctx.limit, ctx.error = limit, error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        if len(dy) > ctx.limit:
+            raise ctx.error
+        return dy, None, None
+
+
+def failing_step(model, limit, error, sizes=None):
+    def step(part, targets):
+        if sizes is not None:
+            sizes.append(len(part["labels"]))
+        hidden = Failing.apply(model[0](part["x"] * part["scale"] + part["shift"]), limit, error)
+        logits = model[2](model[1](hidden))
+        return F.cross_entropy(logits.flatten(0, -2), part["labels"].flatten(), reduction="sum") / targets
+
+    return step
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1"
+    ),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_running_out_of_memory_halves_the_parts_and_is_remembered(error):
+    model, other, sizes = model_of(), model_of(), []
+    step = failing_step(model, 2, error, sizes)
+    micro_batch(step, batch_of(rows=9, seed=1))
+    assert sizes == [9, 5, 3, 2, 2, 2, 2, 1]
+    loss = micro_batch(step, batch_of(rows=9, seed=2))
+    assert sizes[8:] == [2, 2, 2, 2, 1]
+    whole(other, batch_of(rows=9, seed=1))
+    torch.testing.assert_close(loss, whole(other, batch_of(rows=9, seed=2)))
+    assert_same_gradients(model, other)
+    # Rows of another kind are tried anew.
+    wide = batch_of(rows=3) | {"more": torch.zeros(3, 2)}
+    micro_batch(step, wide)
+    assert sizes[13:] == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "expected"),
+    [(0, MemoryError("full"), MemoryError), (100, None, None), (3, ValueError("a bug"), ValueError)],
+)
+def test_gradients_from_before_outlive_a_failure(limit, error, expected):
+    model = model_of()
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    held = [param.grad for param in model.parameters()]
+    if expected is None:
+        micro_batch(failing_step(model, limit, error), batch_of())
+        assert all(
+            param.grad is grad and not (grad == 1).all() for param, grad in zip(model.parameters(), held, strict=True)
+        )
+        return
+    with pytest.raises(expected, match=str(error)):
+        micro_batch(failing_step(model, limit, error), batch_of(rows=5))
+    assert all(param.grad is grad and (grad == 1).all() for param, grad in zip(model.parameters(), held, strict=True))
+
+
+def test_a_stated_budget(monkeypatch):
+    """Parts that take a megabyte a row, in a budget of three and a half."""
+    monkeypatch.setattr(run, "peak_bytes", lambda part, device: (part(), len(sizes[-1:]) and sizes[-1] << 20)[1])
+    model, other, sizes = model_of(), model_of(), []
+    step = make_step(model, sizes)
+    for _ in range(2):
+        micro_batch(step, batch_of(rows=8), memory_limit=7 << 19)
+        whole(other, batch_of(rows=8))
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert_same_gradients(model, other)
+    with pytest.raises(MemoryError, match="memory_limit: a part took 1048576 bytes, of 1000"):
+        micro_batch(step, batch_of(rows=8), memory_limit=1000)  # another limit is tried anew
+
+
+def test_a_small_batch_does_not_cap_a_larger_one():
+    sizes = []
+    step = make_step(model_of(), sizes)
+    for rows in (2, 7, 5):
+        micro_batch(step, batch_of(rows=rows))
+    assert sizes == [2, 7, 5]
+
+
+def test_a_method_is_remembered():
+    class Trainer:
+        def __init__(self):
+            self.sizes = []
+            self.inner = failing_step(model_of(), 2, MemoryError(), self.sizes)
+
+        def step(self, part, targets):
+            return self.inner(part, targets)
+
+    trainer = Trainer()
+    for _ in range(2):
+        micro_batch(trainer.step, batch_of(rows=4))
+    assert trainer.sizes == [4, 2, 2, 2, 2]
+
+
+def test_a_reentrant_checkpoint_is_refused():
+    """Its parameters are not in the graph, so that a part that begins anew would count twice."""
+    model = model_of()
+
+    def step(part, targets, reentrant=True):
+        hidden = checkpoint(model, part["x"].requires_grad_(), use_reentrant=reentrant)
+        return hidden.sum() / targets
+
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        micro_batch(step, batch_of())
+    assert all(param.grad is None for param in model.parameters())
+    micro_batch(lambda part, targets: step(part, targets, False), batch_of())
+
+
+def packed_batch():
+    lengths = [3, 9, 1, 4, 6]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(23, 6, generator=generator), torch.randint(0, 5, (23,), generator=generator)
+    labels[:7] = -100
+    return {"x": x, "labels": labels, "cu_seqlens": starts, "scale": 1.0, "shift": 0.0}
+
+
+def test_packed_sequences_stay_whole():
+    model, other, seen = model_of(), model_of(), []
+
+    def step(part, targets):
+        starts = part["cu_seqlens"]
+        seen.append(starts.diff().tolist())
+        assert starts[0] == 0 and starts[-1] == len(part["x"]) == len(part["labels"])
+        return make_step(model)(part, targets)
+
+    loss = micro_batch(step, packed_batch(), size=8)
+    assert seen == [[3], [9], [1, 4], [6]]
+    torch.testing.assert_close(loss, whole(other, packed_batch()))
+    assert_same_gradients(model, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"size": 0}, ValueError, 'size: expected "auto" or a positive integer, got 0'),
+        ({"size": 2.5}, ValueError, "size: expected"),
+        ({"memory_limit": 0}, ValueError, "memory_limit: expected a positive number"),
+        ({"batch": {}}, ValueError, "batch: expected tensors of one row at least"),
+        ({"batch": {"x": torch.ones(0, 6)}}, ValueError, "batch: expected tensors of one row at least"),
+        (
+            {"batch": {"x": torch.ones(4, 6), "y": [torch.ones(3)]}},
+            ValueError,
+            r"batch\['y'\]\[0\]: expected 4 along the leading dimension, as the others, got 3",
+        ),
+        ({"batch": {"labels": torch.full((4, 2), -100)}}, ValueError, "batch: expected one target at least, got 0"),
+        ({"batch": {"cu_seqlens": torch.tensor([0, 3, 3])}}, ValueError, "expected ascending starts"),
+        ({"step": lambda part, targets: part["x"].sum(1)}, ValueError, "step: expected a loss without dimensions"),
+    ],
+)
+def test_bad_input_is_named(arguments, error, message):
+    arguments = {"batch": batch_of(), "step": make_step(model_of())} | arguments
+    with pytest.raises(error, match=message):
+        micro_batch(arguments.pop("step"), arguments.pop("batch"), **arguments)
+
+
+def agree():
+    rank, group = dist.get_rank(), dist.group.WORLD
+    model, sizes = model_of(), []
+    batches = [batch_of(rows=4, seed=1), batch_of(rows=7, seed=2)]
+    step = failing_step(model, 2 if rank == 0 else 100, MemoryError("full"), sizes)
+    for _ in range(2):
+        micro_batch(step, batches[rank], process_group=group)
+    # Seven rows a part, then four, then two; the second call knows.
+    assert sizes == [[4, 4, 2, 2, 2, 2], [7, 4, 2, 2, 2, 1, 2, 2, 2, 1]][rank]
+    other = model_of()
+    logits = [other(b["x"] * b["scale"] + b["shift"]).flatten(0, -2) for b in batches]
+    F.cross_entropy(torch.cat(logits), torch.cat([b["labels"].flatten() for b in batches])).backward()
+    for param, exact in zip(model.parameters(), other.parameters(), strict=True):
+        dist.all_reduce(param.grad)
+        torch.testing.assert_close(param.grad / 2 / 2, exact.grad, rtol=1e-5, atol=1e-7)
+    fails = failing_step(model, 0 if rank == 1 else 100, ValueError("a bug"))
+    for attempt, own in (
+        ((fails, batches[rank]), "a bug"),
+        ((step, {} if rank == 1 else batches[0]), "batch: expected tensors"),
+    ):
+        error, message = (ValueError, own) if rank == 1 else (RuntimeError, "micro_batch: another rank failed")
+        with pytest.raises(error, match=message):
+            micro_batch(*attempt, process_group=group)
+
+
+def test_ranks_agree(tmp_path):
+    """Of four and seven rows, memory for two on one rank alone; and one rank that fails, in its step or before it."""
+    run_ranks(agree, 2, tmp_path)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_stated_size_that_does_not_fit_raises_what_came(error):
+    with pytest.raises(type(error)) as caught:
+        micro_batch(failing_step(model_of(), 2, error), batch_of(), size=3)
+    assert caught.value is error

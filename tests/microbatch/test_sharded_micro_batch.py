@@ -1,0 +1,147 @@
+"""micro_batch with optim.ShardedOptimizer, at every stage: all ranks' gradients, through running out of memory."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import run_ranks
+
+from memkernels import micro_batch, optim
+from memkernels.microbatch import run
+from memkernels.optim import ShardedOptimizer
+
+LIMIT = 2  # rows of a part
+
+
+class Failing(torch.autograd.Function):
+    """Runs out of memory in backward, when the gradients of later layers are complete, for more than `limit` rows."""
+
+    @staticmethod
+    def forward(ctx, x, limit):
+        ctx.limit = limit
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        if len(dy) > ctx.limit:
+            raise torch.OutOfMemoryError("full")
+        return dy, None
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(11, 40)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(40, 40) for _ in range(3))
+
+    def forward(self, ids, limit=100, fails_before=False):
+        if fails_before and len(ids) > limit:
+            raise torch.OutOfMemoryError("full")
+        x = self.embed(ids)
+        for i, layer in enumerate(self.layers):
+            x = Failing.apply(layer(x).tanh(), limit if i == 1 else 100)
+        return x
+
+
+def batch_of(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 40, (rows, 6), generator=generator)
+    labels[:, :2] = -100
+    labels[0] = -100
+    return {"ids": torch.randint(0, 11, (rows, 6), generator=generator), "labels": labels}
+
+
+def make_step(model, sizes, **options):
+    def step(part, targets):
+        sizes.append(len(part["ids"]))
+        logits = model(part["ids"], **options).flatten(0, 1)
+        return F.cross_entropy(logits, part["labels"].flatten(), reduction="sum") / targets
+
+    return step
+
+
+def loss_before(model, rank):
+    return model(batch_of(3, 10 + rank)["ids"]).square().mean()
+
+
+def expected_values(rows, ranks):
+    """After a step of SGD at a rate of 1: the mean of the ranks' losses from before, and the batches of all of them."""
+    model = Model().double()
+    sum(loss_before(model, rank) / ranks for rank in range(ranks)).backward()
+    batches = [batch_of(rows[rank], rank) for rank in range(ranks)]
+    logits = torch.cat([model(batch["ids"]).flatten(0, 1) for batch in batches])
+    F.cross_entropy(logits, torch.cat([batch["labels"].flatten() for batch in batches])).backward()
+    return [parameter.detach() - parameter.grad for parameter in model.parameters()]
+
+
+def parts_of_a_batch(rows, stages=(1, 2, 3)):
+    """Rank 1 has more rows than rank 0, and memory for as many."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    expected = expected_values(rows, ranks)
+    for stage in stages:
+        own = LIMIT if rank == 0 or stage == 3 else 100  # at stage 3 all ranks fail alike
+        for options, size, before in (
+            ({}, LIMIT, True),
+            ({"limit": own}, "auto", True),
+            ({"limit": own, "fails_before": True}, "auto", False),
+        ):
+            model, sizes = Model(), []
+            optimizer = ShardedOptimizer(model, optim.SGD, stage=stage, lr=1.0, bucket_bytes=8000)
+            if before:
+                loss_before(model, rank).backward()
+            step = make_step(model, sizes, **options)
+            loss = micro_batch(step, batch_of(rows[rank], rank), size=size, optimizer=optimizer)
+            assert loss.isfinite() and (sizes[0] > LIMIT) == (size == "auto") and max(sizes[-2:]) <= LIMIT
+            if not before:
+                loss_before(model, rank).backward()
+            optimizer.step()
+            assert_values(model, optimizer, expected)
+        memory_limit(stage, rank, rows, expected)
+
+
+def assert_values(model, optimizer, expected):
+    optimizer.wait()
+    for (name, actual), value in zip(model.named_parameters(), expected, strict=True):
+        actual = actual.full_tensor() if hasattr(actual, "full_tensor") else actual
+        difference = (actual.double() - value).abs().max() / value.abs().max()
+        assert difference < 1e-6, (name, difference)
+
+
+def memory_limit(stage, rank, rows, expected):
+    """A part is over it on the first rank alone."""
+    sizes, real = [], run.peak_bytes
+    run.peak_bytes = lambda part, device: (part(), sizes[-1] if rank == 0 else 0)[1]
+    try:
+        model = Model()
+        optimizer = ShardedOptimizer(model, optim.SGD, stage=stage, lr=1.0)
+        loss_before(model, rank).backward()
+        micro_batch(make_step(model, sizes), batch_of(rows[rank], rank), memory_limit=LIMIT, optimizer=optimizer)
+    finally:
+        run.peak_bytes = real
+    optimizer.step()
+    assert_values(model, optimizer, expected)
+    # Without the optimizer, or around it, nothing is computed that would be wrong.
+    again = functools.partial(micro_batch, make_step(model, sizes), batch_of(4, 0), size=LIMIT)
+    with pytest.raises(ValueError, match="optimizer: expected the ShardedOptimizer of the model"):
+        again()
+    optimizer.zero_grad()
+    with optimizer.no_sync(), pytest.raises(RuntimeError, match=r"outside of no_sync\(\)"):
+        again(optimizer=optimizer)
+    one_row = functools.partial(make_step(model, sizes, limit=0), batch_of(1, 0))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        micro_batch(lambda *_: one_row(1.0), torch.ones(2), size=1, optimizer=optimizer)
+    with pytest.raises(ValueError, match="size: expected the same on every rank"):
+        again(optimizer=optimizer, size=1 + rank)
+    wrong = {"size": 0} if rank == 0 else {}
+    with pytest.raises((ValueError, RuntimeError), match=r"size: expected|another rank failed"):
+        again(optimizer=optimizer, **wrong)
+    wrong = {"optimizer": model} if rank == 0 else {"optimizer": optimizer}
+    with pytest.raises((TypeError, RuntimeError), match=r"optimizer: expected a Sharded|another rank failed"):
+        again(process_group=dist.group.WORLD, **wrong)
+
+
+def test_parts_of_a_batch_at_every_stage(tmp_path):
+    run_ranks(parts_of_a_batch, 2, tmp_path, [3, 5], seconds=120)

@@ -1,0 +1,289 @@
+"""The planner's parts: traces, repeated layers, ZeRO's formulas, the search, and the command."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import memkernels
+from memkernels.cli import main
+from memkernels.offload.session import Policy
+from memkernels.optim.buckets import BUCKET_BYTES, bytes_exchanged
+from memkernels.planner import stack
+from memkernels.planner.estimate import Technique, estimate
+from memkernels.planner.memory_size import format_bytes, parse_bytes
+from memkernels.planner.step import Job, Sizes, trace_step
+from memkernels.planner.timeline import Moment, Timeline, timeline
+from memkernels.planner.trace import Happening, Trace
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def config():
+    transformers = pytest.importorskip("transformers", reason="it is not installed: pip install memkernels[plan]")
+    return transformers.LlamaConfig(
+        vocab_size=600, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+
+
+def traced(function):
+    trace = Trace(CPU)
+    with trace.running():
+        function(trace)
+    return trace.events
+
+
+def highest(events):
+    in_use = peak = 0
+    for event in events:
+        in_use += {Happening.ALLOCATE: event.amount, Happening.RELEASE: -event.amount}.get(event.happening, 0)
+        peak = max(peak, in_use)
+    return peak, in_use
+
+
+def test_a_trace_counts_storages_as_long_as_they_live():
+    def function(trace):
+        a = torch.zeros(1000)  # 4000 bytes
+        b = a.view(10, 100).t() + 1  # 4000 more; the view has none
+        del a
+        b += 1
+        c = b.double()  # 8000
+        del b, c
+
+    assert highest(traced(function)) == (12000, 0)
+
+
+def test_a_trace_counts_products_and_answers_questions_about_values():
+    def function(trace):
+        x, w = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
+        assert bool((x > 0).all()) and w.isfinite().all().item()
+        F.linear(x, w).sum().backward()
+
+    events = traced(function)
+    assert sum(event.amount for event in events if event.happening is Happening.COMPUTE) == 2 * (2 * 4 * 8 * 16)
+
+
+@pytest.mark.parametrize(("window", "pairs"), [((-1, -1), 25), ((-1, 0), 15), ((1, 0), 9), ((2, 1), 16)])
+def test_attention_counts_the_pairs_that_see_each_other(window, pairs):
+    def function(trace):
+        q, k = torch.randn(2, 5, 4, 16, requires_grad=True), torch.randn(2, 5, 2, 16, requires_grad=True)
+        memkernels.ops.attention(q, k, k * 2, window=window).sum().backward()
+
+    flops = sum(event.amount for event in traced(function) if event.happening is Happening.COMPUTE)
+    assert flops == 2 * 4 * pairs * 2 * (2 + 5) * 16
+
+
+def test_the_buffers_of_operators_that_are_python_count():
+    rows, size, vocabulary = 64, 32, 5000
+
+    def function(trace):
+        x, weight = torch.randn(rows, size, requires_grad=True), torch.randn(vocabulary, size)
+        trace.events.clear()
+        memkernels.ops.linear_cross_entropy(x, weight, torch.zeros(rows, dtype=torch.int64)).backward()
+
+    tile = rows * vocabulary * 4  # below TILE_BYTES: all of it is one
+    assert tile < highest(traced(function))[0] < 1.1 * tile
+
+
+def test_a_timeline_tells_gradients_activations_and_transients_apart():
+    def function(trace):
+        weight = torch.zeros(10, 10, requires_grad=True)
+        kept.append(weight)
+        weight.register_post_accumulate_grad_hook(lambda weight: trace.complete(weight.grad))
+        x = torch.zeros(50, 10)
+        trace.events.clear()
+        y = (x @ weight).exp()  # keeps y, 2000 bytes
+        saved.update(trace.alive())
+        y.backward(torch.ones(50, 10))
+        del y
+
+    kept, saved = [], set()
+    found = timeline(traced(function), saved)
+    assert found.gradients == 400 and found.flops == 2 * 2 * 50 * 10 * 10 and found.moved == 0
+    top = max(found.moments, key=sum)
+    assert top.activations == 2000 and top.gradients == 0 and top.transients >= 4000
+
+
+@pytest.mark.parametrize("recompute", [None, "none", "sublayer", "layer"])
+def test_three_layers_stand_for_any_number(config, monkeypatch, recompute):
+    job = Job(config, 64, torch.float32, None, None, CPU)
+    short = trace_step(job, 2, recompute, False)
+    monkeypatch.setattr(stack, "_ENOUGH", 99)
+    assert trace_step(job, 2, recompute, False) == short
+
+
+def test_offload_moves_what_forward_keeps(config, monkeypatch):
+    monkeypatch.setattr("memkernels.planner.offload.Policy", lambda: Policy(min_bytes=1 << 10, keep_last_layers=0))
+    job = Job(config, 64, torch.float32, None, None, CPU)
+    kept, moved = (trace_step(job, 2, "layer", offload) for offload in (False, True))
+    tokens, d, layers = 128, 64, 6
+    assert kept.moved == 0 and moved.flops == kept.flops and moved.gradients == kept.gradients
+    by_layers = layers * tokens * (2 * d * 4 + 4 * 4)  # x, out and lse of 4 heads
+    assert by_layers <= moved.moved <= 1.2 * by_layers
+    held = [max(of.activations for of in step.moments) for step in (kept, moved)]
+    assert held[0] >= by_layers and held[1] < 0.3 * by_layers
+
+
+def test_recomputing_more_keeps_less_and_computes_more(config):
+    estimates = [
+        memkernels.plan(config, memory="1GB", seq=128, batch=2, recompute=recompute, offload="none", state_bits=32,
+                        step_in_backward=False, micro_batch=2).estimates[0]
+        for recompute in ("none", "sublayer", "layer")
+    ]  # fmt: skip
+    kept = [estimate.parts["activations"] for estimate in estimates]
+    extra = [estimate.extra_flops for estimate in estimates]
+    assert kept == sorted(kept, reverse=True) and extra == sorted(extra) and extra[0] == 0
+    tokens, d, layers = 256, 64, 6
+    assert kept[1] - kept[2] == layers * tokens * d * 2  # 3 d and 2 d a token and layer, in bfloat16
+
+
+def sizes_of(parameters):
+    """Mixed precision as the paper has it: parameters and gradients of 2 bytes, states of 12."""
+    return Sizes(2 * parameters, 2 * parameters, {1: 2, 2: 5}, (0, 0), (0, 0), {32: 12 * parameters}, parameters)
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_stages_take_what_the_paper_says(stage, gigabytes):
+    """Rajbhandari et al. 2019, figure 1: 7.5 billion parameters on 64 ranks."""
+    sizes, count = sizes_of(7_500_000_000), 7_500_000_000
+    step = Timeline([Moment(2 * count, 0, 0)], 2 * count, 1, 0)
+    technique = Technique("none", "none", stage, 32, 1, False)
+    found = estimate(technique, sizes, step, step, batch=1, ranks=64, on_host=False)
+    assert (found.peak - found.parts["buffers"]) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    assert found.parts["buffers"] == {1: 2, 2: 5}.get(stage, 0)
+    assert found.sent_bytes == (3 if stage == 3 else 2) * 2 * count * 63 // 64
+
+
+def test_gradients_of_earlier_parts_are_there_throughout():
+    sizes = Sizes(1000, 1000, {1: 0}, (0, 0), (0, 0), {32: 0}, 500)
+    step = Timeline([Moment(1000, 0, 10), Moment(100, 300, 0)], 1000, 1, 0)
+
+    def peak(micro_batch, within=False, stage=0):
+        technique = Technique("none", "none", stage, 32, micro_batch, within)
+        found = estimate(technique, sizes, step, step, batch=2, ranks=1, on_host=False)
+        return found.peak - found.parts["buffers"]
+
+    assert (peak(2), peak(1), peak(2, within=True)) == (1000 + 1010, 1000 + 1300, 1000 + 300)
+    assert peak(2, stage=1) == 1000 + 1300  # all have their place from the start
+
+
+@pytest.mark.parametrize(
+    ("buckets", "first", "second"),
+    [
+        ([1000], 1000, 2000),  # adapters: no bucket is full
+        ([1000, 700], 2000, 4000),
+        ([BUCKET_BYTES] * 9, 2 * BUCKET_BYTES, 5 * BUCKET_BYTES),
+        ([1000, 9 * BUCKET_BYTES, 1000, 1000, 1000], 2000 + 9 * BUCKET_BYTES, 5000 + 18 * BUCKET_BYTES),
+        ([3 * BUCKET_BYTES] * 4, 6 * BUCKET_BYTES, 15 * BUCKET_BYTES),
+    ],
+)
+def test_buffers_are_as_large_as_the_buckets(buckets, first, second):
+    assert bytes_exchanged(buckets) == {1: first, 2: second}
+
+
+def test_stage_three_has_whole_gradients_and_copies_that_are_sent():
+    sizes = Sizes(10_000, 9_000, {}, (1000, 900), (500, 400), {32: 0}, 5000)
+    technique = Technique("none", "none", 3, 32, 1, False)
+
+    def parts(*moments):
+        step = Timeline(list(moments), 9_000, 1, 0)
+        return estimate(technique, sizes, step, step, batch=1, ranks=10, on_host=False).parts
+
+    forward = parts(Moment(0, 5000, 0))
+    assert (forward["gradients"], forward["buffers"]) == (0, 2000)
+    within = parts(Moment(9_000, 5000, 0))
+    assert (within["gradients"], within["buffers"]) == (900 + 400 + 7700 // 10, 2000 + 400)
+    ends = parts(Moment(0, 0, 0))
+    assert (ends["gradients"], ends["activations"], ends["buffers"]) == (900 + 900, 0, 1000 + 900)
+
+
+def test_the_cheapest_that_fits_comes_first_and_none_is_lost(config):
+    found = memkernels.plan(config, memory="10MB", seq=128, batch=2, dtype="float32", offload="none")
+    fitting = [estimate.peak <= found.memory for estimate in found.estimates]
+    assert any(fitting) and not all(fitting) and fitting == sorted(fitting, reverse=True)
+    assert len({estimate.technique for estimate in found.estimates}) == len(found.estimates)
+    assert found.best is found.estimates[0]
+    small = memkernels.plan(config, memory=1000, seq=128, recompute="layer", offload="none")
+    assert small.best is None and "none fits" in str(small)
+    peaks = [estimate.peak for estimate in small.estimates]
+    assert peaks == sorted(peaks)
+
+
+def test_nothing_of_a_plan_is_left_behind(config):
+    memkernels.plan(config, memory="1GB", seq=64, lora=4, base="nf4", recompute="layer", offload="disk")
+    parameter = torch.nn.Parameter(torch.ones(512))
+    optimizer = memkernels.optim.AdamW([parameter], state_bits=8)
+    parameter.sum().backward()
+    optimizer.step()
+    assert type(parameter.data) is torch.Tensor and float(parameter.detach().max()) < 1
+    assert float(memkernels.quant.quantize_nf4(torch.ones(64, 64)).dequantize().mean()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"memory": "much"}, "memory: expected a number of bytes"),
+        ({"seq": 0}, "seq: expected a positive integer"),
+        ({"batch": 2.5}, "batch: expected a positive integer"),
+        ({"base": "nf4"}, "base: 'nf4' is what adapters are put on"),
+        ({"lora": 4, "base": "int3"}, "base: expected one of"),
+        ({"lora": 0}, "r: expected a positive number"),
+        ({"recompute": "all"}, "recompute: expected one of none, sublayer, layer, transformers"),
+        ({"offload": "tape"}, "offload: expected one of none, disk"),
+        ({"stage": 4}, "stage: expected one of 0, 1, 2, 3"),
+        ({"state_bits": 5}, "state_bits: expected one of 32, 16, 8, 4"),
+        ({"micro_batch": 3, "batch": 2}, "micro_batch: expected a number of rows from 1 to batch=2"),
+        ({"optimizer": "sophia"}, "optimizer: expected one of adamw, lion, sgd"),
+        ({"dtype": "float64"}, "dtype: expected one of bfloat16, float32"),
+        ({"device": "tpu"}, "device: expected cpu, or cuda"),
+        ({"step_in_backward": True, "stage": 1, "ranks": 2}, "step_in_backward: it steps once a backward"),
+    ],
+)
+def test_bad_arguments_are_named(config, options, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        memkernels.plan(config, **({"memory": "1GB", "seq": 64, "recompute": "layer", "offload": "none"} | options))
+
+
+def test_a_model_that_is_none_is_refused(config, tmp_path, monkeypatch):
+    import transformers
+
+    with pytest.raises(TypeError, match="model: expected a name, a path or a configuration, got int"):
+        memkernels.plan(3, memory="1GB", seq=64)
+    with pytest.raises(ValueError, match="no causal language model of ViTConfig"):
+        memkernels.plan(transformers.ViTConfig(), memory="1GB", seq=64)
+    with pytest.raises(OSError):
+        memkernels.plan(str(tmp_path / "nowhere"), memory="1GB", seq=64)
+
+
+@pytest.mark.parametrize(
+    ("written", "size"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 << 29), ("80gib", 80 << 30), (7, 7), ("9", 9)]
+)
+def test_sizes_are_read(written, size):
+    assert parse_bytes("memory", written) == size
+
+
+@pytest.mark.parametrize(
+    ("size", "written"), [(0, "0 B"), (999, "999 B"), (15_360, "15.4 KB"), (2_500_000_000, "2.5 GB")]
+)
+def test_sizes_are_written(size, written):
+    assert format_bytes(size) == written
+
+
+def test_the_command_prints_a_table_and_draws_it(config, tmp_path, capsys):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "config.json", tmp_path / "plots" / "plan.png"
+    path.write_text(json.dumps(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}))
+    command = ["plan", "--model", str(path), "--memory", "100MB", "--seq", "64", "--offload", "none", "--lora", "4"]
+    assert main([*command, "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("recompute", "activations", "sublayer", "adapters of rank 4", str(picture)):
+        assert expected in printed
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+    assert main([*command, "--memory", "1KB", "--recompute", "layer", "--output", str(picture)]) == 1
+    capsys.readouterr()
+    assert main([*command, "--base", "nf4", "--stage", "2", "--model", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("plan: ")
