@@ -152,13 +152,11 @@ def table(curves: Sequence[Curve]) -> str:
 
 def draw(curves: Sequence[Curve], folder: Path) -> Path:
     """switch.png: the losses, and the load of the experts of one layer, capacity factor 1.25."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which has a state that is the user's
 
     folder.mkdir(parents=True, exist_ok=True)
-    figure, (losses, load) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    losses, load = figure.subplots(1, 2)
     for curve in curves:
         losses.plot(curve.steps, curve.losses, "k--" if not curve.load else "-", label=curve.name)
     losses.set(xlabel="step", ylabel="held-out loss, nats a byte")
@@ -169,7 +167,6 @@ def draw(curves: Sequence[Curve], folder: Path) -> Path:
     load.set(xlabel="step", ylabel="fraction of tokens sent to each expert", ylim=(0, 1), title=shown.name)
     path = folder / "switch.png"
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import _default_apply_gate
 
 from memkernels import ops
 from memkernels.integrations.mlp import activation_name
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.replacement import Replacement, bind
+from memkernels.ops.checks import PLAIN_TENSORS
+from memkernels.ops.moe.weights import ExpertsWeight
+from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
 def plan_experts(experts: Any, recompute: bool) -> Replacement:
@@ -35,9 +37,8 @@ def experts_forward(
     if _why_not(experts) is not None:
         return type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
     y = ops.moe_mlp(
-        hidden_states, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj, activation=activation,
-        recompute=recompute,
-    )  # fmt: skip
+        hidden_states, top_k_index, top_k_weights, *_weights(experts), activation=activation, recompute=recompute
+    )
     return y.to(hidden_states.dtype)
 
 
@@ -49,7 +50,23 @@ def _why_not(experts: Any) -> str | None:
         return "experts with biases, norms or weights of another layout"
     if type(experts)._apply_gate is not _default_apply_gate:
         return "experts with a gate of their own"
-    weights = (experts.gate_up_proj, experts.down_proj)
-    if any(type(weight) not in (nn.Parameter, torch.Tensor) for weight in weights):
-        return "a weight of another kind"
+    for given in _weights(experts):
+        weight = given.weight if isinstance(given, ops.ExpertsLoRAWeight) else given
+        if type(weight) not in PLAIN_TENSORS and not isinstance(weight, QuantizedTensor):
+            return "a weight of another kind"
     return None
+
+
+def _weights(experts: Any) -> list[ExpertsWeight]:
+    return [_weight(experts, name) for name in ("gate_up_proj", "down_proj")]
+
+
+def _weight(experts: Any, name: str) -> ExpertsWeight:
+    """A weight of the experts; with the adapter that PEFT's target_parameters puts on it for this call, factored."""
+    parametrizations = getattr(experts, "parametrizations", {})
+    if name in parametrizations and len(parametrizations[name]) == 1:
+        (proxy,), weight = parametrizations[name], parametrizations[name].original
+        kind = type(proxy)
+        if kind.__name__ == "_LoraFactorsProxy" and kind.__module__ == "peft.tuners.lora.layer":
+            return ops.ExpertsLoRAWeight(weight, proxy.rhs, proxy.lhs, proxy.scaling)
+    return getattr(experts, name)

@@ -14,6 +14,8 @@ FAMILY = Family(
     causal_lm=gpt_oss.GptOssForCausalLM,
     eager_attention=gpt_oss.eager_attention_forward,
     outputs=MoeCausalLMOutputWithPast,
+    experts=gpt_oss.GptOssExperts,
+    experts_left="their gate is clamped, and they have biases",
     half_tables=True,
     sliding_window=own_window,
 )

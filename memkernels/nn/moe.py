@@ -1,22 +1,72 @@
-"""Mixture-of-experts layers."""
+"""Mixture-of-experts layers, and the adapter of their experts."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memkernels import ops
+from memkernels.nn.expert_mesh import check_mesh, shard_of, sharded
+from memkernels.nn.lora_linear import check_adapter
 from memkernels.nn.routers import Router, Routing, SwitchRouter
 from memkernels.ops.gated_activation.op import check_activation
+from memkernels.ops.moe.exchange import failing_together
+from memkernels.ops.moe.parallel import start_moe_mlp
+
+
+class ExpertsLoRA(torch.nn.Module):
+    """A low-rank adapter of experts' weights (E, out, in): lora_A, (E, r, in), and lora_B, (E, out, r).
+
+    The weights with it are W[e] + scaling lora_B[e] lora_A[e]; nothing is saved for it but itself. Each expert's A is
+    drawn as torch.nn.Linear draws its weight, and B is zero, so that at first it changes nothing.
+
+    Args:
+        weight: the weights, which it does not keep.
+        r: rank, from 1 up.
+        alpha: scaling is alpha / r.
+        use_rslora: scaling is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+        dtype: the adapter's; None: float32, or float64 if weight's is.
+
+    Raises:
+        ValueError: r is out of its range.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        r: int = 16,
+        *,
+        alpha: float = 32.0,
+        use_rslora: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_adapter(r, 0.0)
+        experts, out, size = weight.shape
+        self.scaling = alpha / (r**0.5 if use_rslora else r)
+        options: dict[str, Any] = {
+            "device": weight.device, "dtype": dtype or torch.promote_types(weight.dtype, torch.float32)
+        }  # fmt: skip
+        self.lora_A = torch.nn.Parameter(torch.empty(experts, r, size, **options).uniform_(-(size**-0.5), size**-0.5))
+        self.lora_B = torch.nn.Parameter(torch.zeros(experts, out, r, **options))
+
+    def adapted(self, weight: Tensor) -> ops.ExpertsLoRAWeight:
+        """The weights with it, as `ops.moe_mlp` takes them."""
+        return ops.ExpertsLoRAWeight(weight, self.lora_A, self.lora_B, self.scaling)
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_A.shape[1]}, scaling={self.scaling}"
 
 
 class MoE(torch.nn.Module):
     """A router and its experts, `ops.moe_mlp`, with or without a layer that every token goes through.
 
     y[t] = sum over t's experts e of weight[t, e] f_e(x[t]) + shared(x[t]). Parameters of the experts have the names and
-    layout of transformers' (`gate_up_proj`, `down_proj`).
+    layout of transformers', gate_up_proj (E, 2 n, d), or (E, n, d) ungated, and down_proj (E, d, n); frozen ones of
+    `memkernels.quant` may take their place.
 
     Args:
         router: which experts a token goes to.
@@ -25,7 +75,33 @@ class MoE(torch.nn.Module):
         activation: silu, gelu, gelu_tanh, relu or relu_squared.
         gated: False: f_e(x) = act(x gate_up_proj[e]^T) down_proj[e]^T.
         shared: a layer (..., d) to (..., d), `nn.GatedMLP` for one: the shared experts of DeepSeek and Qwen2-MoE.
+        expert_dropout: `dropout_p` of `ops.moe_mlp` in training.
         recompute: as `ops.moe_mlp`.
+        expert_mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension: its ranks hold the experts in equal
+            parts, and tokens travel to them and back, beside the work of `shared`.
+
+    With `expert_mesh` (expert parallelism; GShard, arXiv 2006.16668) each rank calls the layer with tokens of its own,
+    as many as it has, none for one, and all ranks call it and its backward pass alike. The router and `shared` are the
+    same on every rank, by one seed or by DistributedDataParallel, and see the rank's own tokens, of which capacity,
+    losses and `Routing` are. Results and gradients are those of one process that has all tokens. The experts'
+    gradients are of the sum of the ranks' losses: where those of other parameters are averaged over the ranks, the
+    loss of the experts' is as many times as large.
+
+    The experts are DTensors, sharded by the first dimension, under the same keys. `torch.distributed.checkpoint` saves
+    and loads them, and their optimizer states, over any number of ranks; `get_model_state_dict` with
+    `full_state_dict=True` returns what one process has, and `load_state_dict` takes that on any number of ranks, each
+    its part. For one seed parameters are the same on any number of ranks.
+
+    In an optimizer and in `torch.nn.utils.get_total_norm` DTensors are a group of their own (foreach kernels take no
+    mixture), and DistributedDataParallel is to leave them, by `_set_params_and_buffers_to_ignore_for_model`.
+
+    Saved for backward: as `ops.moe_mlp`. With `expert_mesh`, where `recompute` is off, also the rows that the rank
+    received: d elements for each; with it x is sent again in backward, together with the gradient of y.
+
+    Raises:
+        TypeError: expert_mesh is no DeviceMesh.
+        ValueError: an unknown activation, or expert_dropout outside [0, 1); an expert_mesh of several dimensions; ranks
+            differ in their arguments, on every rank; num_experts is not a multiple of the ranks.
     """
 
     def __init__(
@@ -37,42 +113,116 @@ class MoE(torch.nn.Module):
         *,
         gated: bool = True,
         shared: torch.nn.Module | None = None,
+        expert_dropout: float = 0.0,
         recompute: bool = True,
+        expert_mesh=None,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        check_activation(activation)
         experts, width = router.num_experts, 2 * expert_size if gated else expert_size
+        if expert_mesh is not None:
+            settings = {
+                "router": type(router).__name__, "num_experts": experts, "hidden_size": hidden_size,
+                "expert_size": expert_size, "activation": activation, "gated": gated, "recompute": recompute,
+                "expert_dropout": expert_dropout, "dtype": str(dtype or torch.get_default_dtype()),
+            }  # fmt: skip
+            check_mesh(expert_mesh, experts, settings)
+            experts //= expert_mesh.size()
+        check_activation(activation)
+        if not 0.0 <= expert_dropout < 1.0:
+            raise ValueError(f"expert_dropout: expected a number in [0, 1), got {expert_dropout}.")
         self.router = router
-        self.gate_up_proj = torch.nn.Parameter(torch.empty(experts, width, hidden_size, device=device, dtype=dtype))
-        self.down_proj = torch.nn.Parameter(torch.empty(experts, hidden_size, expert_size, device=device, dtype=dtype))
+        self.expert_mesh = expert_mesh
+        self.gate_up_proj = self._experts_weight(experts, width, hidden_size, device, dtype)
+        self.down_proj = self._experts_weight(experts, hidden_size, expert_size, device, dtype)
         self.shared = shared
+        self.adapters = torch.nn.ModuleDict()
         self.activation = activation
+        self.expert_dropout = expert_dropout
         self.recompute = recompute
         self.reset_parameters()
 
+    def _experts_weight(self, experts: int, out: int, size: int, device, dtype) -> torch.nn.Parameter:
+        weight = torch.empty(experts, out, size, device=device, dtype=dtype)
+        return torch.nn.Parameter(weight if self.expert_mesh is None else sharded(weight, self.expert_mesh))
+
+    def _held(self, weight: Tensor) -> Tensor:
+        """The weights of the experts that this rank holds."""
+        return weight if self.expert_mesh is None else weight.to_local()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Truncated normal of variance 0.1 / fan-in (Switch Transformers, section 2.4)."""
+        """Truncated normal of variance 0.1 / fan-in (Switch Transformers, section 2.4), each expert by its own seed."""
         for weight in (self.gate_up_proj, self.down_proj):
+            seeds = torch.randint(2**63 - 1, (weight.shape[0],), device="cpu")
+            if weight.is_meta:
+                continue
+            held = self._held(weight)
+            first = 0 if self.expert_mesh is None else self.expert_mesh.get_local_rank() * held.shape[0]
             std = math.sqrt(0.1 / weight.shape[2])
-            torch.nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+            for matrix, seed in zip(held, seeds[first:].tolist(), strict=False):
+                generator = torch.Generator(held.device).manual_seed(seed)
+                torch.nn.init.trunc_normal_(matrix, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+    def adapt(self, r: int = 16, **options: Any) -> None:
+        """Freezes the experts and puts an `ExpertsLoRA` of rank r on both of their weights; options: as it has them.
+
+        Raises:
+            ValueError: they have one already, or lie on several ranks; r is out of its range.
+        """
+        if self.expert_mesh is not None:
+            raise ValueError("expert_mesh: experts on several ranks take no adapter.")
+        if len(self.adapters):
+            raise ValueError("MoE: the experts have an adapter already.")
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(self, name).requires_grad_(False)
+            self.adapters[name] = ExpertsLoRA(weight, r, **options)
+
+    def _weight(self, name: str) -> Any:
+        """Of the experts that this rank holds, as `ops.moe_mlp` takes it."""
+        weight = self._held(getattr(self, name))
+        adapters: Any = self.adapters
+        return adapters[name].adapted(weight) if name in adapters else weight
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """y, like x (..., d), and the `Routing`, which holds the losses and reports what was dropped.
 
         padding_mask (...,), bool, is True where a token is padding: its y is that of `shared` alone, else zero.
+
+        Raises:
+            TypeError, ValueError: as the router and `ops.moe_mlp`: a dtype, shape or device that does not fit.
+            RuntimeError: with `expert_mesh`, on the other ranks where one rank's router or arguments raise.
         """
         rows = x.reshape(-1, x.shape[-1])
-        routing = self.router(rows, None if padding_mask is None else padding_mask.reshape(-1))
-        y = ops.moe_mlp(
-            rows, routing.plan, routing.expert_weights, self.gate_up_proj, self.down_proj, activation=self.activation,
-            recompute=self.recompute,
-        ).view(x.shape)  # fmt: skip
-        return y if self.shared is None else y + self.shared(x), routing
+        mask = None if padding_mask is None else padding_mask.reshape(-1)
+        weights = self._weight("gate_up_proj"), self._weight("down_proj")
+        options: dict[str, Any] = {
+            "activation": self.activation, "dropout_p": self.expert_dropout if self.training else 0.0,
+            "recompute": self.recompute,
+        }  # fmt: skip
+        if self.expert_mesh is None:
+            routing = self.router(rows, mask)
+            y = ops.moe_mlp(rows, routing.plan, routing.expert_weights, *weights, **options).view(x.shape)
+            return y if self.shared is None else y + self.shared(x), routing
+        group = self.expert_mesh.get_group()
+        with failing_together(group, self.router.num_experts, weights[0].device):
+            routing = self.router(rows, mask)
+        finish = start_moe_mlp(rows, routing.plan, routing.expert_weights, *weights, group, **options)
+        shared = None if self.shared is None else self.shared(x)
+        y = finish().view(x.shape)
+        return y if shared is None else y + shared, routing
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Of an experts' weight that is whole, as one process saved it, the part that this rank holds."""
+        for name in ("gate_up_proj", "down_proj") if self.expert_mesh is not None else ():
+            given = state_dict.get(prefix + name)
+            if type(given) in (Tensor, torch.nn.Parameter) and given.shape == getattr(self, name).shape:
+                state_dict[prefix + name] = shard_of(given, self.expert_mesh)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, recompute={self.recompute}"
+        return f"activation={self.activation!r}, expert_dropout={self.expert_dropout}, recompute={self.recompute}"
 
 
 class SwitchFFN(MoE):
@@ -80,11 +230,18 @@ class SwitchFFN(MoE):
 
     Args:
         hidden_size: d.
-        expert_size: n.
+        expert_size: n, of an expert's hidden layer; gate_up_proj is (E, n, d), down_proj (E, d, n).
         num_experts: E.
         activation: that of the experts; the paper's is relu.
         capacity_factor, eval_capacity_factor, jitter: as `SwitchRouter`.
+        expert_dropout: as `MoE`; the paper fine-tunes with 0.4, and 0.1 elsewhere (section 2.4).
         recompute: as `ops.moe_mlp`.
+        expert_mesh: as `MoE`.
+
+    Raises:
+        TypeError, ValueError: as `MoE` and `SwitchRouter`.
+
+    Saved for backward: as `MoE`.
     """
 
     def __init__(
@@ -97,7 +254,9 @@ class SwitchFFN(MoE):
         capacity_factor: float | None = 1.25,
         eval_capacity_factor: float | None = 2.0,
         jitter: float = 1e-2,
+        expert_dropout: float = 0.0,
         recompute: bool = True,
+        expert_mesh=None,
         device=None,
         dtype=None,
     ):
@@ -106,5 +265,6 @@ class SwitchFFN(MoE):
             jitter=jitter, device=device, dtype=dtype,
         )  # fmt: skip
         super().__init__(
-            router, hidden_size, expert_size, activation, gated=False, recompute=recompute, device=device, dtype=dtype
-        )
+            router, hidden_size, expert_size, activation, gated=False, expert_dropout=expert_dropout,
+            recompute=recompute, expert_mesh=expert_mesh, device=device, dtype=dtype,
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compilers import on_every_compiler
 from training_step import exact_step, train_step
 
 import memkernels
@@ -107,12 +108,13 @@ def test_generation_after_training(make, make_batch, family):
 
 
 @pytest.mark.parametrize("recompute", ["sublayer", "layer"])
-def test_torch_compile_in_one_graph(make, make_batch, recompute):
+@on_every_compiler
+def test_torch_compile_in_one_graph(make, make_batch, recompute, backend):
     batch, model = make_batch(), make("Mixtral")
     memkernels.patch(model, recompute=recompute)
     expected = train_step(model, batch)
     torch._dynamo.reset()
-    actual = train_step(model, batch, torch.compile(model, fullgraph=True))
+    actual = train_step(model, batch, torch.compile(model, fullgraph=True, backend=backend))
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
@@ -129,3 +131,44 @@ def test_experts_with_another_activation_are_left(make, make_batch):
     report = memkernels.patch(model)
     assert any("no activation" in why for why in report.left.values())
     model(**make_batch()).loss.backward()
+
+
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize("targets", [PARAMETERS, PARAMETERS[1:]], ids=["both", "one"])
+def test_adapters_on_parameters_are_never_multiplied_out(make, make_batch, targets):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install memkernels[hf]")
+
+    def adapted():
+        model = make("Mixtral")
+        options = {"target_modules": [], "target_parameters": targets, "init_lora_weights": False}
+        return peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, **options)).train()
+
+    batch, model = make_batch(), adapted()
+    plain, exact = train_step(model, batch), exact_step(adapted(), batch)
+    experts = next(of for name, of in model.named_parameters() if name.endswith("gate_up_proj"))
+    memkernels.patch(model)
+    assert_same(train_step(model, batch), exact, plain)
+    layer = next(module for name, module in model.named_modules() if name.endswith("mlp.experts"))
+    routed = torch.ones(7, SIZES["hidden_size"], requires_grad=True), torch.tensor([[0, 3]] * 7), torch.ones(7, 2)
+    assert saved_bytes(lambda: layer(*routed), exclude=tuple(model.parameters())) < experts.nbytes / 5
+    with model.disable_adapter():
+        assert not torch.equal(model(**batch).loss, plain["loss"])
+
+
+@pytest.mark.parametrize(("family", "widths"), [("Mixtral", 4), ("Qwen3Moe", 4), ("Qwen2Moe", 5)])
+def test_what_a_layer_keeps_is_what_the_readme_says(make, make_batch, family, widths):
+    """By the difference between depths, of attention's heads with d elements together."""
+    d, heads, tokens, experts = SIZES["hidden_size"], SIZES["num_attention_heads"], 2 * 37, 5
+    kept = {}
+    for recompute in ("sublayer", "layer"):
+        for depth in (3, 4):
+            model = make(family, num_hidden_layers=depth, head_dim=d // heads)
+            memkernels.patch(model, recompute=recompute)
+            kept[recompute, depth] = saved_bytes(lambda: model(**make_batch()), exclude=tuple(model.parameters()))  # noqa: B023
+    of_lse, of_checkpoint = 4 * heads, torch.get_rng_state().nbytes
+    assert kept["layer", 4] - kept["layer", 3] == tokens * (4 * 3 * d + of_lse) + of_checkpoint
+    # Of each choice 12 bytes in `ops.moe_mlp` and 12 of the router's choice; its scores, and two sums.
+    routing = tokens * (24 * FAMILIES[family]["num_experts_per_tok"] + 4 * experts + 8) + 8 * (experts + 1)
+    assert 0 < kept["sublayer", 4] - kept["sublayer", 3] - tokens * (4 * widths * d + of_lse) <= routing

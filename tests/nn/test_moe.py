@@ -242,6 +242,17 @@ def test_switch_ffn_learns_and_compiles_whole():
     torch.testing.assert_close(compiled, layer(x)[0])
 
 
+def test_expert_dropout_is_of_training_alone():
+    layer = nn.SwitchFFN(D, 16, 4, jitter=0.0, expert_dropout=0.4, capacity_factor=None, eval_capacity_factor=None)
+    x = tokens()
+    quiet = layer.eval()(x)[0]
+    assert torch.equal(quiet, layer(x)[0])
+    layer.train()
+    mean = torch.stack([layer(x)[0].detach() for _ in range(400)]).mean(0)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    assert (mean - quiet).norm() < 0.15 * quiet.norm()
+
+
 def test_a_dropped_token_is_zero_and_reported():
     layer = nn.SwitchFFN(D, 16, 4, capacity_factor=0.25, jitter=0.0)
     y, routing = layer(tokens())
@@ -266,6 +277,7 @@ def test_a_dropped_token_is_zero_and_reported():
         (lambda: nn.TopKRouter(D, E, 2, score_bias=True).update_bias(torch.zeros(5)), r"counts: expected shape \(6,\)"),
         (lambda: nn.SwitchRouter(D, E)(torch.zeros(T, 5)), r"x: expected shape \(T, 8\)"),
         (lambda: nn.SwitchRouter(D, E)(tokens(), torch.zeros(T)), r"padding_mask: expected bool of shape \(24,\)"),
+        (lambda: nn.SwitchFFN(D, 7, E, expert_dropout=1.0), r"expert_dropout: expected a number in \[0, 1\)"),
         (lambda: nn.MoE(nn.SwitchRouter(D, E), D, 7, "tanh"), "activation: expected one of"),
     ],
 )

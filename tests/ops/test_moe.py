@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import contextmanager
+from unittest import mock
+
 import pytest
 import torch
+from compilers import on_every_compiler
+from experts import layer_inputs, loop_over_tokens, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memkernels import ops
-from memkernels.ops.gated_activation.reference import gated_activation
+from memkernels import _library, ops
+from memkernels.ops.lora_linear.reference import keep_mask
 from memkernels.ops.moe import reference
+from memkernels.ops.moe.weights import select_backend
 from memkernels.testing import check_op, implementations, poisoned_memory, random_tensor, saved_bytes
 
+MASK_SEED = 1234567890123456789
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 on_every_implementation = pytest.mark.parametrize("implementation", implementations("moe_dispatch"), ids=str)
 # Of the layer: the Triton kernels of its activation too, under the interpreter.
 on_every_layer = pytest.mark.parametrize("implementation", implementations("expert_activation_fwd"), ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def random_ids(tokens: int, choices: int, experts: int, *, nowhere: bool = False, seed: int = 0) -> torch.Tensor:
-    """(T, k), distinct in a row; with `nowhere` some are num_experts."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :choices]
-    if nowhere:
-        ids[torch.rand(ids.shape, generator=generator) < 0.2] = experts
-    return ids
-
-
-def loop_over_tokens(x, expert_ids, expert_weights, w_gate_up, w_down, *, activation="silu", capacity=None):
-    """The layer by its definition, one token and one choice at a time."""
-    taken = [0] * w_down.shape[0]
-    rows = []
-    for token, ids in enumerate(expert_ids.tolist()):
-        row = torch.zeros_like(x[token], dtype=torch.promote_types(x.dtype, torch.float32))
-        for choice, expert in enumerate(ids):
-            if expert == len(taken) or (capacity is not None and taken[expert] >= capacity):
-                continue
-            taken[expert] += 1
-            hidden = w_gate_up[expert] @ x[token]
-            n = w_down.shape[2]
-            gate, up = (hidden, None) if hidden.shape[0] == n else (hidden[:n], hidden[n:])
-            y = w_down[expert] @ gated_activation(gate, up, activation)
-            row = row + expert_weights[token, choice] * y
-        rows.append(row.to(x.dtype))
-    return torch.stack(rows)
-
-
-def layer_inputs(tokens, choices, experts, d, n, dtype, *, gated=True, weights_dtype=torch.float32, **ids):
-    return {
-        "x": random_tensor(tokens, d, dtype=dtype, seed=1),
-        "expert_ids": random_ids(tokens, choices, experts, **ids),
-        "expert_weights": random_tensor(tokens, choices, dtype=weights_dtype, seed=2, scale=0.5),
-        "w_gate_up": random_tensor(experts, (2 if gated else 1) * n, d, dtype=dtype, seed=3, scale=d**-0.5),
-        "w_down": random_tensor(experts, d, n, dtype=dtype, seed=4, scale=n**-0.5),
-    }
 
 
 # --- plan ---
@@ -207,21 +177,125 @@ def test_dispatch_and_combine_of_bad_input_name_the_argument():
 # --- grouped products ---
 
 
+@contextmanager
+def device_of(backend: str):
+    """Where a backend runs: Triton's kernels on a GPU, else under the interpreter."""
+    if backend != "triton":
+        yield "cpu"
+        return
+    with implementations("grouped_product")[0].active() as device:
+        yield device
+
+
+def check_grouped_matmul(backend, plan, size, columns, dtype, device, *, transposed=False):
+    def weights_of(stored):
+        return stored.mT if transposed else stored
+
+    shape = (plan.num_experts, size, columns) if transposed else (plan.num_experts, columns, size)
+    check_op(
+        lambda x_grouped, stored: ops.grouped_matmul(x_grouped, weights_of(stored), plan, backend=backend),
+        lambda x_grouped, stored: reference.grouped_matmul(x_grouped, weights_of(stored), plan.offsets),
+        {
+            "x_grouped": random_tensor(plan.pair_of_row.shape[0], size, dtype=dtype, device=device),
+            "stored": random_tensor(*shape, dtype=dtype, device=device, seed=1),
+        },
+        strided_grads=True,
+    )
+
+
 @dtypes
 @pytest.mark.parametrize("capacity", [None, 4])
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm", "triton"])
 def test_grouped_matmul_matches_the_reference(dtype, capacity, backend):
-    ids = random_ids(23, 2, 5, nowhere=True)
-    plan = ops.moe_plan(torch.where(ids == 5, 7, ids), 7, capacity=capacity)  # experts 5 and 6 get nothing
-    inputs = {
-        "x_grouped": random_tensor(plan.pair_of_row.shape[0], 24, dtype=dtype),
-        "weights": random_tensor(7, 16, 24, dtype=dtype, seed=1),  # rows of 16 bytes' multiples, as grouped_mm wants
-    }
-    check_op(
-        lambda x_grouped, weights: ops.grouped_matmul(x_grouped, weights, plan, backend=backend),
-        lambda x_grouped, weights: reference.grouped_matmul(x_grouped, weights, plan.offsets),
-        inputs, strided_grads=True,
-    )  # fmt: skip
+    with device_of(backend) as device:
+        ids = random_ids(23, 2, 5, nowhere=True).to(device)
+        plan = ops.moe_plan(torch.where(ids == 5, 7, ids), 7, capacity=capacity)  # experts 5 and 6 get nothing
+        # Rows of 16 bytes' multiples, as grouped_mm wants.
+        check_grouped_matmul(backend, plan, 24, 16, dtype, device)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("columns", [48, 37], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("routing", ["spread", "to one", "one token", "no token", "nowhere", "one expert"])
+def test_triton_products_of_any_groups(routing, columns, transposed):
+    """Several tiles a group, none full, and a walk over the rows' size of several steps."""
+    tokens = {"one token": 1, "no token": 0}.get(routing, 45)
+    experts = 1 if routing == "one expert" else 5
+    ids = random_ids(tokens, 1, experts, nowhere=routing == "spread")
+    if routing in ("to one", "nowhere"):
+        ids.fill_({"to one": 3, "nowhere": experts}[routing])
+    with device_of("triton") as device:
+        plan = ops.moe_plan(ids.to(device), experts)
+        size = 80 if columns == 48 else 70
+        check_grouped_matmul("triton", plan, size, columns, torch.float32, device, transposed=transposed)
+
+
+def grouped_operators(x, tokens, dy, weights, offsets, backend="triton"):
+    """A product by rows, one by columns and the weights' gradient, x and dy gathered."""
+    memkernels, rows = torch.ops.memkernels, tokens.shape[0]
+    return (
+        memkernels.grouped_product(x, tokens, weights.mT, offsets, rows, backend),
+        memkernels.grouped_product(dy, tokens, weights, offsets, rows, backend),
+        memkernels.grouped_weight_grad(dy, tokens, x, tokens, offsets, backend),
+    )
+
+
+def grouped_inputs(tokens, experts, size, columns, dtype, device):
+    """x, the token of each row, dy, weights, offsets; rows beyond the last group have token -1."""
+    plan = ops.moe_plan(random_ids(tokens, 2, experts, nowhere=True).to(device), experts)
+    shapes = ((tokens, size), (tokens, columns), (experts, columns, size))
+    x, dy, weights = (random_tensor(*s, dtype=dtype, device=device, seed=i).detach() for i, s in enumerate(shapes))
+    return x, plan.token_of_row, dy, weights, plan.offsets
+
+
+@pytest.mark.parametrize("size", [48, 37], ids=["descriptors", "pointers"])
+def test_triton_keeps_what_is_not_finite_with_its_rows_and_expert(size):
+    with device_of("triton") as device:
+        x, tokens, dy, weights, offsets = grouped_inputs(45, 5, size, 16, torch.float32, device)
+        expected = grouped_operators(x, tokens, dy, weights, offsets)
+        bounds = offsets.tolist()
+        ill = tokens[bounds[2]]  # a token of expert 2, and the rows of it, one of them another expert's
+        x[ill], weights[1] = torch.inf, torch.nan
+        found = grouped_operators(x, tokens, dy, weights, offsets)
+    well = tokens != ill
+    well[bounds[1] : bounds[2]] = False
+    assert torch.equal(found[0][well], expected[0][well]) and not found[0][~well][:, 0].isfinite().any()
+    others = [expert for expert in range(5) if ill not in tokens[bounds[expert] : bounds[expert + 1]]]
+    assert len(others) < 5 and torch.equal(found[2][others], expected[2][others])
+
+
+def test_triton_never_follows_rows_or_offsets_out_of_bounds():
+    with device_of("triton") as device:
+        x, tokens, dy, weights, offsets = grouped_inputs(9, 4, 16, 32, torch.float32, device)
+        for shift in (10**9, -(10**9)):
+            y, dx, dweights = grouped_operators(x, tokens + shift, dy, weights, offsets)
+            assert not y.any() and not dx.any() and not dweights.any()
+            grouped_operators(x, tokens, dy, weights, offsets + shift)
+
+
+@pytest.mark.parametrize("size", [64, 15], ids=["descriptors", "pointers"])
+def test_triton_products_have_addresses_beyond_32_bits(size):
+    with device_of("triton") as device:
+        x, tokens, dy, weights, offsets = grouped_inputs(3, 4, size, 16, torch.float16, device)
+        expected = grouped_operators(x, tokens, dy, weights, offsets)
+        # Gigabytes of addresses, of which a few rows are ever touched.
+        far = [
+            torch.empty_strided(near.shape, strides, dtype=near.dtype, device=device).copy_(near)
+            for near, strides in ((x, (2**30, 1)), (dy, (2**30, 1)), (weights, (2**30, size, 1)))
+        ]
+        found = grouped_operators(far[0], tokens, *far[1:], offsets)
+        assert all(map(torch.equal, found, expected))
+
+
+def test_auto_takes_triton_where_it_runs():
+    assert select_backend("auto", torch.zeros(1), 8) == "loop"
+    with pytest.raises(ValueError, match=r"backend: grouped_mm takes weights \(E, out, in\), got one for each expert"):
+        select_backend("grouped_mm", torch.zeros(1), [torch.zeros(2, 2)])
+    with implementations("grouped_product")[0].active() as device:
+        x = torch.zeros(1, device=device)
+        assert select_backend("auto", x, 7) == "triton"
+        with mock.patch.object(_library, "_products", "matmul"):
+            assert select_backend("auto", x, 7) == "loop"
 
 
 def test_grouped_matmul_of_bad_input_names_the_argument():
@@ -249,6 +323,17 @@ def test_moe_mlp_is_the_loop_over_tokens(implementation, capacity, recompute, dt
         )  # fmt: skip
 
 
+@dtypes
+@pytest.mark.parametrize("recompute", [True, False])
+def test_weights_that_are_tensors_of_their_own(recompute, dtype):
+    def separate(w_gate_up, w_down, **tensors):
+        weights = {"w_gate_up": w_gate_up.unbind(), "w_down": list(w_down.unbind())}
+        return ops.moe_mlp(**tensors, **weights, capacity=4, recompute=recompute)
+
+    inputs = layer_inputs(23, 2, 30, 19, 12, dtype, nowhere=True)
+    check_op(separate, lambda **tensors: loop_over_tokens(**tensors, capacity=4), inputs, strided_grads=True)
+
+
 @on_every_layer
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
@@ -263,7 +348,36 @@ def test_every_activation(implementation, activation, gated):
 def test_rows_wider_than_a_block(implementation, gated):
     with implementation.active() as device:
         inputs = {k: v.to(device) for k, v in layer_inputs(5, 2, 3, 8, 1030, torch.bfloat16, gated=gated).items()}
-        check_op(ops.moe_mlp, loop_over_tokens, inputs)
+        check_op(functools.partial(ops.moe_mlp, backend="loop"), loop_over_tokens, inputs)  # the activation's blocks
+
+
+@on_every_layer
+@dtypes
+@pytest.mark.parametrize(("recompute", "gated"), [(True, True), (False, False)])
+def test_dropout_is_a_mask_of_rows_and_columns(implementation, recompute, gated, dtype):
+    with implementation.active() as device:
+        inputs = layer_inputs(23, 2, 5, 19, 70, dtype, gated=gated, nowhere=True)
+        rows = ops.moe_plan(inputs["expert_ids"], 5).row_of_pair
+        kept = keep_mask(torch.tensor(MASK_SEED), 46, 70, 0.4, 0)[rows.clamp(min=0)].to(device) / 0.6
+        check_op(
+            lambda **tensors: ops.moe_mlp(**tensors, dropout_p=0.4, seed=MASK_SEED, recompute=recompute),
+            lambda **tensors: loop_over_tokens(**tensors, kept=kept),
+            {name: tensor.to(device) for name, tensor in inputs.items()},
+            # A choice's weight has one sum of 19 * 70 terms for gradient, off by a walk of their roundings.
+            atol=torch.finfo(torch.float32).eps * (19 * 70) ** 0.5,
+        )  # fmt: skip
+
+
+def test_dropout_keeps_no_mask_and_draws_a_seed_each_time():
+    inputs = layer_inputs(64, 2, 4, 16, 24, torch.bfloat16)
+    exclude = tuple(inputs.values())
+    kept = [saved_bytes(lambda p=p: ops.moe_mlp(**inputs, dropout_p=p), exclude=exclude) for p in (0.0, 0.5)]
+    assert kept[1] == kept[0] + 8
+    first, second = (ops.moe_mlp(**inputs, dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+    state = torch.random.get_rng_state()
+    assert torch.equal(ops.moe_mlp(**inputs, dropout_p=0.0), ops.moe_mlp(**inputs))
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4), (40, 2, 64), (64, 4, 4)], ids=str)
@@ -381,6 +495,7 @@ def test_opcheck(implementation):
         x, grouped, weights = (torch.randn(shape, device=device) for shape in ((9, 6), (rows, 6), (9, 2)))
         matrices, offsets, tokens = torch.randn(4, 6, 8, device=device), plan.offsets, plan.token_of_row
         wide, row_weight = torch.randn(rows, 12, device=device), torch.rand(rows, device=device)
+        backends = {"loop", select_backend("auto", x)}
         for operator, args in (
             (memkernels.moe_plan, (ids, 4, 3)),
             (memkernels.moe_dispatch, (x, None, plan.row_of_pair, offsets, rows)),
@@ -388,8 +503,13 @@ def test_opcheck(implementation):
             (memkernels.moe_combine, (grouped, None, plan.row_of_pair)),
             (memkernels.moe_combine, (grouped, weights, plan.row_of_pair)),
             (memkernels.moe_combine_bwd, (x, grouped, weights, plan.row_of_pair, offsets)),
-            (memkernels.grouped_product, (x, tokens, matrices, offsets, rows, False)),
-            (memkernels.grouped_weight_grad, (grouped, None, x, tokens, offsets, False)),
+            *((memkernels.grouped_product, (x, tokens, matrices, offsets, rows, backend)) for backend in backends),
+            *((memkernels.grouped_weight_grad, (grouped, None, x, tokens, offsets, backend)) for backend in backends),
+            (memkernels.separate_product, (x, tokens, list(matrices), offsets, rows)),
+            (
+                memkernels.separate_weight_grad,
+                (grouped, None, x, tokens, offsets, [True, False, True, False]),
+            ),
             (memkernels.expert_activation_fwd, (wide, row_weight, True, "silu")),
             (memkernels.expert_activation_fwd, (wide, row_weight, False, "gelu")),
             (memkernels.expert_activation_bwd, (grouped, wide, row_weight, True, "silu")),
@@ -399,13 +519,16 @@ def test_opcheck(implementation):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_compiles_whole_and_equals_eager(recompute):
+@on_every_compiler
+def test_compiles_whole_and_equals_eager(recompute, backend):
     def step(x, expert_ids, expert_weights, w_gate_up, w_down):
         plan = ops.moe_plan(expert_ids, 5, capacity=9)
-        return ops.moe_mlp(x * 2, plan, expert_weights, w_gate_up, w_down, recompute=recompute).square().sum()
+        dropout = {} if recompute else {"dropout_p": 0.3, "seed": MASK_SEED}
+        y = ops.moe_mlp(x * 2, plan, expert_weights, w_gate_up, w_down, recompute=recompute, **dropout)
+        return y.square().sum()
 
     found = []
-    for function in (step, torch.compile(step, fullgraph=True)):
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
         inputs = layer_inputs(23, 2, 5, 8, 12, torch.float32)
         loss = function(**inputs)
         loss.backward()
@@ -442,9 +565,15 @@ PLAN = ops.moe_plan(torch.zeros(9, 2, dtype=torch.int64), 4)
         ({"w_gate_up": torch.zeros(4, 13, 8)}, ValueError, r"w_gate_up: expected shape \(4, 12, 8\), or 6"),
         ({"w_gate_up": torch.zeros(4, 12, 8).half()}, TypeError, "w_gate_up: expected torch.float32"),
         ({"w_down": torch.zeros(4, 7, 6)}, ValueError, r"w_down: expected shape \(4, 8, 6\)"),
+        ({"w_down": []}, TypeError, "w_down: expected a tensor, or a sequence of one for each expert, got list"),
+        ({"w_down": [torch.zeros(8, 6), torch.zeros(8, 7)]}, ValueError, r"w_down\[1\]: expected shape \(8, 6\)"),
+        ({"w_down": [torch.zeros(8, 6)] * 5}, ValueError, r"w_gate_up: expected shape \(5, out, 8\)"),
         ({"activation": "tanh"}, ValueError, "activation: expected one of"),
         ({"capacity": 0}, ValueError, "capacity: expected at least 1 or None"),
-        ({"backend": "triton"}, ValueError, "backend: expected one of auto, loop, grouped_mm"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\)"),
+        ({"dropout_p": 0.5, "seed": 0.5}, ValueError, "seed: expected an integer of 64 bits"),
+        ({"backend": "cublas"}, ValueError, "backend: expected one of auto, loop, grouped_mm, triton"),
+        ({"backend": "triton"}, ValueError, "backend: triton does not run on cpu: "),
         ({"expert_ids": PLAN, "capacity": 3}, ValueError, "capacity: expected None beside a plan"),
     ],
 )  # fmt: skip
@@ -452,3 +581,10 @@ def test_bad_input_names_the_argument(change, error, message):
     inputs = {k: v.detach() for k, v in layer_inputs(9, 2, 4, 8, 6, torch.float32).items()}
     with pytest.raises(error, match=message):
         ops.moe_mlp(**(inputs | change))
+
+
+def test_a_frozen_expert_costs_no_gradient():
+    """Of weights of their own, as experts of SwitchTransformers have them."""
+    x, offsets = torch.randn(6, 4), torch.tensor([0, 2, 6])
+    none, whole = torch.ops.memkernels.separate_weight_grad(x, None, x, None, offsets, [False, True])
+    assert none.numel() == 0 and torch.equal(whole, x[2:].t() @ x[2:])

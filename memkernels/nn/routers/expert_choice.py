@@ -21,6 +21,11 @@ class ExpertChoiceRouter(Router):
         num_experts: E.
         capacity_factor: experts a token has on average.
         jitter: as `Router`.
+
+    Raises:
+        ValueError: as `Router`; a capacity factor that is not positive.
+
+    Saved for backward: as `Router`.
     """
 
     def __init__(

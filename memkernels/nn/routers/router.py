@@ -38,8 +38,13 @@ class Router(torch.nn.Module):
 
     Args:
         hidden_size: d.
-        num_experts: E.
+        num_experts: E; weight is (E, d).
         jitter: the noise's half width; 0: none.
+
+    Raises:
+        ValueError: no expert, or a jitter outside [0, 1).
+
+    Saved for backward, by autograd: x in float32 (x itself where it is), and a few tensors (T, E) and (T, k).
     """
 
     def __init__(self, hidden_size: int, num_experts: int, *, jitter: float = 0.0, device=None, dtype=None):
@@ -59,7 +64,11 @@ class Router(torch.nn.Module):
         torch.nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(T, E), float32, of x (T, d)."""
+        """(T, E), float32, of x (T, d).
+
+        Raises:
+            ValueError: another shape.
+        """
         if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
             raise ValueError(f"x: expected shape (T, {self.weight.shape[1]}), got {tuple(x.shape)}.")
         with torch.autocast(x.device.type, enabled=False):

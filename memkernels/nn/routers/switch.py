@@ -31,6 +31,11 @@ class SwitchRouter(Router):
         capacity_factor: in training; None: dropless.
         eval_capacity_factor: in evaluation; None: dropless.
         jitter: as `Router`; the paper's is 1e-2.
+
+    Raises:
+        ValueError: as `Router`; a capacity factor that is not positive.
+
+    Saved for backward: as `Router`.
     """
 
     def __init__(

@@ -41,6 +41,11 @@ class TopKRouter(Router):
         score_bias: a buffer (E,) that steers the choice but not the weights (Wang et al. 2024, arXiv 2408.15664):
             `update_bias` after each step balances the load without a loss.
         jitter: as `Router`.
+
+    Raises:
+        ValueError: as `Router`; unknown scores; groups that do not divide the experts; k or top_groups out of range.
+
+    Saved for backward: as `Router`.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from memkernels._library import define, has_kernel
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
+from memkernels.ops.once_differentiable import once_differentiable
 
 
 def _dispatch_fake(x, weights, row_of_pair, offsets, rows):
@@ -45,6 +46,7 @@ class _Dispatch(torch.autograd.Function):
         return torch.ops.memkernels.moe_dispatch(x, None, row_of_pair, offsets, rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dx_grouped):
         (row_of_pair,) = ctx.saved_tensors
         return torch.ops.memkernels.moe_combine(dx_grouped, None, row_of_pair), None, None, None
@@ -59,6 +61,7 @@ class _Combine(torch.autograd.Function):
         return torch.ops.memkernels.moe_combine(y_grouped, weights, row_of_pair)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         y_grouped, weights, row_of_pair, offsets = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
@@ -117,9 +120,14 @@ def moe_dispatch(
     check_floating("x", x)
     plan = moe_plan(expert_ids, num_experts, capacity=capacity)
     check_tokens("x", x, plan)
+    return dispatch_rows(x, plan), plan
+
+
+def dispatch_rows(x: Tensor, plan: DispatchPlan) -> Tensor:
+    """x_grouped of x (T, d), as `moe_dispatch` has it, by a plan that there is."""
     if not has_kernel("moe_dispatch", x):
-        return reference.dispatch(x, None, plan.row_of_pair, plan.pair_of_row), plan
-    return _Dispatch.apply(x, plan.row_of_pair, plan.offsets, plan.pair_of_row.shape[0]), plan
+        return reference.dispatch(x, None, plan.row_of_pair, plan.pair_of_row)
+    return _Dispatch.apply(x, plan.row_of_pair, plan.offsets, plan.pair_of_row.shape[0])
 
 
 def moe_combine(y_grouped: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -> Tensor:

@@ -7,19 +7,29 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memkernels._library import has_kernel
-from memkernels.ops.autocast import as_product_dtype, product_dtype
+from memkernels.ops.autocast import product_dtype
 from memkernels.ops.checks import check_shape
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.gradient_sum import gradient_sums, results
 from memkernels.ops.moe import activation as _activation  # noqa: F401  defines the operators
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.dispatch import check_tokens, check_weights
-from memkernels.ops.moe.grouped_matmul import check_expert_weights, takes_grouped_mm
+from memkernels.ops.moe.dropout import DroppedExpertsProjection
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
-from memkernels.ops.moe.projection import DenseExpertsProjection, GroupedDescription, GroupedProjection, Groups
+from memkernels.ops.moe.projection import GroupedDescription, GroupedProjection, Groups
+from memkernels.ops.moe.weights import (
+    ExpertsWeight,
+    as_product_weights,
+    check_expert_weights,
+    dense_of,
+    projection_of,
+    select_backend,
+    stand_in,
+)
+from memkernels.ops.once_differentiable import once_differentiable
+from memkernels.ops.philox import seed_tensor
 from memkernels.ops.projection import split_by
 
 
@@ -103,11 +113,13 @@ def moe_mlp(
     x: Tensor,
     expert_ids: Tensor | DispatchPlan,
     expert_weights: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
+    w_gate_up: ExpertsWeight,
+    w_down: ExpertsWeight,
     *,
     activation: str = "silu",
     capacity: int | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     recompute: bool = True,
     backend: str = "auto",
 ) -> Tensor:
@@ -122,14 +134,21 @@ def moe_mlp(
     2025, SonicMoE, arXiv 2512.14080.) Under autocast x and the experts' weights are cast as
     `torch.nn.functional.linear` casts them.
 
+    With dropout_p, elements of what w_down multiplies are dropped and the others scaled by 1 / (1 - dropout_p): the
+    expert dropout of Switch Transformers (Fedus et al. 2021, arXiv 2101.03961, section 2.4). The mask is that of
+    Philox at an element's grouped row and column, made anew in backward.
+
     Args:
         x: (T, d); float32, bfloat16 or float16 (float64 is computed by the reference).
         expert_ids: (T, k), int64 or int32, 0 to E; E itself means nowhere. Or the `DispatchPlan` of `moe_plan`.
         expert_weights: (T, k), any of those dtypes, computed with in float32.
-        w_gate_up: (E, 2 n, d), or (E, n, d); x's dtype.
-        w_down: (E, d, n), x's dtype.
+        w_gate_up: (E, 2 n, d), or (E, n, d); x's dtype. Dense, or quantised (`memkernels.quant`) and frozen; either in
+            an `ExpertsLoRAWeight` with an adapter; or a sequence of E dense tensors without the first dimension.
+        w_down: (E, d, n), likewise.
         activation: silu, gelu (by erf), gelu_tanh, relu or relu_squared.
         capacity: the most rows an expert takes, as `moe_plan` has it; None: dropless.
+        dropout_p: in [0, 1).
+        seed: of the dropout, 64 bits; a tensor of one stays on its device. None: drawn from torch's generator.
         recompute: compute the pre-activation again in backward instead of keeping it.
         backend: as `grouped_matmul` has it.
 
@@ -138,38 +157,48 @@ def moe_mlp(
 
     Raises:
         TypeError: a dtype other than those above.
-        ValueError: a shape, device, activation, capacity or backend that does not fit; a capacity beside a plan.
+        ValueError: a shape, device, activation, capacity, dropout_p, seed or backend that does not fit; a capacity
+            beside a plan; quantised weights that require a gradient.
         RuntimeError: an expert id out of range.
 
     Saved for backward: x (d elements a token), expert_weights and the plan (12 bytes a choice), and the parameters.
     Without `recompute` also the pre-activation, 2 n elements a choice; with it backward has two products' worth more
-    than the nine that keep it (a product: T k n d multiplications).
+    than the nine that keep it (a product: T k n d multiplications). An adapter keeps nothing more: its r elements a
+    choice are recomputed.
     """
     check_activation(activation)
+    gate_up_like, down_like = stand_in("w_gate_up", w_gate_up), stand_in("w_down", w_down)
     if isinstance(expert_ids, DispatchPlan):
         if capacity is not None:
             raise ValueError(f"capacity: expected None beside a plan, which has its own, got {capacity}.")
         plan = expert_ids
     else:
-        num_experts = w_down.shape[0] if isinstance(w_down, Tensor) and w_down.dim() else 0
-        plan = moe_plan(expert_ids, num_experts, capacity=capacity)
+        plan = moe_plan(expert_ids, down_like.shape[0] if down_like.dim() else 0, capacity=capacity)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}.")
     check_tokens("x", x, plan)
     check_weights("expert_weights", expert_weights, plan)
-    check_expert_weights("w_gate_up", w_gate_up, "x", x, plan)
-    size = w_down.shape[-1]
-    check_shape("w_down", w_down, (plan.num_experts, x.shape[1], size), "experts, the last dimension of x, n")
-    if w_gate_up.shape[1] not in (size, 2 * size):
+    check_expert_weights("w_gate_up", gate_up_like, "x", x, plan)
+    width, size = gate_up_like.shape[1], down_like.shape[-1]
+    check_shape("w_down", down_like, (plan.num_experts, x.shape[1], size), "experts, the last dimension of x, n")
+    if width not in (size, 2 * size):
         raise ValueError(
             f"w_gate_up: expected shape ({plan.num_experts}, {2 * size}, {x.shape[1]}), or {size} in the middle where"
-            f" there is no gate, got {tuple(w_gate_up.shape)}."
+            f" there is no gate, got {tuple(gate_up_like.shape)}."
         )
     dtype = product_dtype(x)
-    weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
+    weights = as_product_weights(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
     x = x.to(dtype)
-    grouped_mm = takes_grouped_mm(backend, x, x.shape[1], w_gate_up.shape[1], size)
+    backend = select_backend(backend, x, w_gate_up, w_down)
+    mask_seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     if not (has_kernel("moe_dispatch", x) and has_kernel("expert_activation_fwd", x)):
+        dense = {name: dense_of(weight) for name, weight in weights.items()}
         with torch.autocast(x.device.type, enabled=False):
-            return reference.moe_mlp(x, *plan[:3], expert_weights, **weights, activation=activation)
-    gate_up, down = (DenseExpertsProjection(weights[name], grouped_mm) for name in ("w_gate_up", "w_down"))
-    layer = Layer(gate_up.description, down.description, w_gate_up.shape[1] != size, activation, recompute)
+            return reference.moe_mlp(
+                x, *plan[:3], expert_weights, **dense, activation=activation, dropout_p=dropout_p, seed=mask_seed
+            )
+    gate_up, down = (projection_of(weight, backend) for weight in weights.values())
+    if mask_seed is not None:
+        down = DroppedExpertsProjection(down, mask_seed, dropout_p)
+    layer = Layer(gate_up.description, down.description, width != size, activation, recompute)
     return _MoEMLP.apply(layer, x, expert_weights.float(), *plan, *gate_up.tensors, *down.tensors)

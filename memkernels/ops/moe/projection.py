@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.gradient_sum import GradientSum
+from memkernels.ops.moe import operators  # noqa: F401  defines the operators
 
 
 class Groups(NamedTuple):
@@ -61,9 +62,9 @@ class GroupedProjection(Protocol):
 
 @dataclass(frozen=True)
 class DenseExperts:
-    """Dense weights (E, out, in); by `torch.nn.functional.grouped_mm`, or a product an expert."""
+    """Dense weights (E, out, in), and how products with them are computed."""
 
-    grouped_mm: bool
+    backend: str
 
     @property
     def num_tensors(self) -> int:
@@ -71,29 +72,29 @@ class DenseExperts:
 
     def bind(self, tensors: Sequence[Tensor]) -> DenseExpertsProjection:
         (weights,) = tensors
-        return DenseExpertsProjection(weights, self.grouped_mm)
+        return DenseExpertsProjection(weights, self.backend)
 
 
 class DenseExpertsProjection:
     """y[r] = x[rows[r]] weights[e]^T."""
 
-    def __init__(self, weights: Tensor, grouped_mm: bool):
+    def __init__(self, weights: Tensor, backend: str):
         self.weights = weights
-        self.grouped_mm = grouped_mm
+        self.backend = backend
 
     @property
     def description(self) -> DenseExperts:
-        return DenseExperts(self.grouped_mm)
+        return DenseExperts(self.backend)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.weights,)
 
     def forward(self, x: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
-        return torch.ops.memkernels.grouped_product(x, rows, self.weights.transpose(1, 2), *groups, self.grouped_mm)
+        return torch.ops.memkernels.grouped_product(x, rows, self.weights.transpose(1, 2), *groups, self.backend)
 
     def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
-        return torch.ops.memkernels.grouped_product(dy, rows, self.weights, *groups, self.grouped_mm)
+        return torch.ops.memkernels.grouped_product(dy, rows, self.weights, *groups, self.backend)
 
     def add_gradients(
         self,
@@ -105,5 +106,5 @@ class DenseExpertsProjection:
         sums: Sequence[GradientSum | None],
     ) -> None:
         if sums[0] is not None:
-            grad = torch.ops.memkernels.grouped_weight_grad(dy, dy_rows, x, x_rows, groups.offsets, self.grouped_mm)
+            grad = torch.ops.memkernels.grouped_weight_grad(dy, dy_rows, x, x_rows, groups.offsets, self.backend)
             sums[0].add(grad)

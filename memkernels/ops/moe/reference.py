@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.gated_activation.reference import gated_activation
+from memkernels.ops.lora_linear.reference import row_dropout
 
 
 def plan(expert_ids: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -68,6 +69,8 @@ def moe_mlp(
     w_gate_up: Tensor,
     w_down: Tensor,
     activation: str,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """The experts' feed-forward layer, each step an op of its own."""
     x_grouped = dispatch(x, None, row_of_pair, pair_of_row)
@@ -77,4 +80,6 @@ def moe_mlp(
     else:
         gate, up = gate_up.chunk(2, dim=1)
         h = gated_activation(gate, up, activation)
+    if seed is not None:
+        h = row_dropout(h, seed, dropout_p, 0, h.dtype)
     return combine(grouped_matmul(h, w_down, offsets), expert_weights, row_of_pair)

@@ -1,15 +1,35 @@
-"""The configurations of the experts' activation that are compiled ahead of time, and whose traffic is counted."""
+"""The configurations of the experts' kernels that are compiled ahead of time, and whose traffic is counted.
+
+Of the grouped products every tile of every architecture, rows gathered, and the small ones over rows that are not
+aligned and in exact float32. Their least bytes are those of their tiles: a tile of the output moves its rows of the one
+factor and its columns of the other once, and no tile has rows of two groups.
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 
+from memkernels.ops.gated_mlp.tiles import GemmTile
+from memkernels.ops.moe.tiles import EXACT_QUANTIZED, NARROW, PRODUCT, QUANTIZED, SMALL_TILES, TF32_TILE, WEIGHT_GRAD
 from memkernels.ops.moe.triton import expert_activation_bwd, expert_activation_bwd_, expert_activation_fwd
-from memkernels.testing.cases import KernelCase
+from memkernels.ops.moe.triton_grouped import (
+    grouped_product,
+    grouped_product_add_,
+    grouped_quantized_product,
+    grouped_weight_grad,
+)
+from memkernels.ops.quantized.triton_cases import stored_zeros
+from memkernels.testing.cases import AMD, NVIDIA, KernelCase, Target, targets_of
 
 ROWS, SIZE = 32, 2048
+# Of the grouped products: groups of which one is empty, and rows beyond the last.
+OFFSETS, GROUPED_ROWS, TOKENS = (0, 200, 200, 328, 500), 512, 256
+ALIGNED, UNALIGNED = (128, 256), (130, 250)
 
 
 def _tensors(dtype, device, gated=True):
@@ -34,6 +54,109 @@ def _backward_in_place(gated, activation, dtype, device):
     return dh, gate_up, row_weight, dh, gate_up, drow_weight
 
 
+def _grouped(size: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A matrix of the tokens, the token of each row, offsets, and what all groups gather."""
+    tokens = torch.arange(GROUPED_ROWS, dtype=torch.int32, device=device) % TOKENS
+    x, gathered = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (TOKENS, OFFSETS[-1]))
+    return x, tokens, torch.tensor(OFFSETS, dtype=torch.int32, device=device), gathered
+
+
+def _product(
+    by_rows: bool, tile: GemmTile, shape: tuple[int, int], dtype: torch.dtype, device: str
+) -> tuple[Tensor, ...]:
+    inner, columns = shape
+    x, tokens, offsets, gathered = _grouped(inner, dtype, device)
+    stored = (columns, inner) if by_rows else (inner, columns)
+    weights = torch.ones(len(OFFSETS) - 1, *stored, dtype=dtype, device=device)
+    y = grouped_product(x, tokens, weights.mT if by_rows else weights, offsets, GROUPED_ROWS, "triton", tile)
+    row_tiles = sum(-(-(end - begin) // tile.BLOCK_M) for begin, end in pairwise(OFFSETS))
+    column_tiles = -(-columns // tile.BLOCK_N)
+    return y, *[weights[0]] * row_tiles, *[gathered, tokens[: OFFSETS[-1]]] * column_tiles
+
+
+def _quantized_product(
+    by_rows: bool, kind: str, tile: GemmTile, shape: tuple[int, int], dtype: torch.dtype, device: str
+) -> tuple[Tensor, ...]:
+    inner, columns = shape
+    x, tokens, offsets, _ = _grouped(inner, dtype, device)
+    experts = len(OFFSETS) - 1
+    rows, row_size = (experts * columns, inner) if by_rows else (experts * inner, columns)
+    parts, sizes = stored_zeros(kind, rows, row_size, dtype, device)
+    stored = parts, kind.split()[-1], sizes
+    return x, grouped_quantized_product(x, tokens, *stored, offsets, GROUPED_ROWS, by_rows, "triton", tile)
+
+
+def _weight_grad(tile: GemmTile, shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    inner, columns = shape
+    x, tokens, offsets, x_gathered = _grouped(inner, dtype, device)
+    dy, _, _, dy_gathered = _grouped(columns, dtype, device)
+    dweights = grouped_weight_grad(dy, tokens, x, tokens, offsets, "triton", tile)
+    tiles_m, tiles_n = -(-columns // tile.BLOCK_M), -(-inner // tile.BLOCK_N)
+    rows = tokens[: OFFSETS[-1]]
+    return dweights, *[dy_gathered] * tiles_n, *[x_gathered] * tiles_m, *[rows] * (2 * tiles_m * tiles_n)
+
+
+def _grouped_cases(
+    name: str,
+    tiles: tuple[GemmTile, GemmTile],
+    targets: tuple[Target, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, int] = ALIGNED,
+) -> list[KernelCase]:
+    of_products, of_weight_grad = tiles
+    launches = {
+        "product": functools.partial(_product, True, of_products, shape, dtype),
+        "input grad": functools.partial(_product, False, of_products, shape, dtype),
+        "weight grad": functools.partial(_weight_grad, of_weight_grad, shape, dtype),
+    }
+    return [
+        KernelCase(f"{label} {str(dtype)[6:]} {name}", launch, targets=targets) for label, launch in launches.items()
+    ]
+
+
+def _quantized_cases(
+    name: str,
+    kinds: tuple[str, ...],
+    tile: GemmTile,
+    targets: tuple[Target, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, int] = ALIGNED,
+) -> list[KernelCase]:
+    return [
+        KernelCase(
+            f"{direction} {str(dtype)[6:]} {kind} {name}",
+            functools.partial(_quantized_product, direction == "product", kind, tile, shape, dtype),
+            None,
+            targets,
+        )
+        for direction in ("product", "input grad")
+        for kind in kinds
+    ]
+
+
+def _narrow(direction: str, tile: GemmTile, dtype: torch.dtype, rank: int, device: str) -> tuple[Tensor, ...]:
+    """Products of bfloat16 rows with an adapter's factors."""
+    size, experts = ALIGNED[1], len(OFFSETS) - 1
+    x, tokens, offsets, _ = _grouped(size, torch.bfloat16, device)
+    y = torch.ones(GROUPED_ROWS, size, dtype=torch.bfloat16, device=device)
+    s = torch.ones(GROUPED_ROWS, rank, dtype=dtype, device=device)
+    a = torch.ones(experts, rank, size, dtype=dtype, device=device)
+    b = torch.ones(experts, size, rank, dtype=dtype, device=device)
+    if direction == "down":
+        return x, a, grouped_product(x, tokens, a.mT, offsets, GROUPED_ROWS, "triton", tile)
+    if direction == "up grad":
+        return x, b, grouped_product(x, tokens, b, offsets, GROUPED_ROWS, "triton", tile)
+    if direction == "up add":
+        grouped_product_add_(y, s, b.mT, offsets, "triton", tile)
+        return s, b, y, y
+    if direction == "input add":
+        grouped_product_add_(y, s, a, offsets, "triton", tile)
+        return s, a, y, y
+    if direction == "down weight grad":
+        return s, x, grouped_weight_grad(s, None, x, tokens, offsets, "triton", tile)
+    return x, s, grouped_weight_grad(x, tokens, s, None, offsets, "triton", tile)
+
+
 KERNEL_CASES = [
     KernelCase(f"{name} {activation} {str(dtype)[6:]}", functools.partial(launch, gated, activation, dtype))
     for name, launch, gated, activation, dtype in (
@@ -43,4 +166,35 @@ KERNEL_CASES = [
         ("backward in place", _backward_in_place, True, "silu", torch.bfloat16),
         ("backward in place ungated", _backward_in_place, False, "relu", torch.float16),
     )
+]
+KERNEL_CASES += [
+    *(case for name in PRODUCT for case in _grouped_cases(name, (PRODUCT[name], WEIGHT_GRAD[name]), targets_of(name))),
+    *(
+        case
+        for name, tile in QUANTIZED.items()
+        for case in _quantized_cases(name, ("nested nf4", "int8"), tile, targets_of(name))
+    ),
+    *(
+        case
+        for vendor, targets in (("nvidia", NVIDIA), ("amd", AMD))
+        for tile in (SMALL_TILES[vendor],)
+        for name, quantized, options in (
+            ("unaligned", tile, {"shape": UNALIGNED}),
+            ("exact", EXACT_QUANTIZED if vendor == "nvidia" else tile, {"dtype": torch.float32}),
+        )
+        for case in (
+            *_grouped_cases(f"{name} {vendor}", (tile, tile), targets, **options),
+            *_quantized_cases(f"{name} {vendor}", ("nested nf4",), quantized, targets, **options),
+        )
+    ),
+    *_grouped_cases("tf32", (TF32_TILE, TF32_TILE), NVIDIA, torch.float32),
+    *_quantized_cases("tf32", ("nested nf4",), TF32_TILE, NVIDIA, torch.float32),
+]
+KERNEL_CASES += [
+    KernelCase(f"{direction} {str(dtype)[6:]} {rank} {vendor}", launch, None, targets)
+    for vendor, targets in (("nvidia", NVIDIA), ("amd", AMD))
+    for dtype, rank in ((torch.bfloat16, 16), (torch.bfloat16, 3), (torch.float32, 3))
+    for direction in ("down", "up grad", "up add", "input add", "down weight grad", "up weight grad")
+    for tile in (replace(NARROW[vendor][dtype.itemsize], PRECISION="ieee" if vendor == "amd" else "tf32x3"),)
+    for launch in (functools.partial(_narrow, direction, tile, dtype, rank),)
 ]

@@ -1,0 +1,290 @@
+"""Experts on several ranks, 2 and 4 gloo processes, against one process that has all experts and all tokens."""
+
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+
+from memkernels import nn, ops
+from memkernels.ops.moe.exchange import InFlight
+from memkernels.ops.moe.parallel import start_moe_mlp
+from memkernels.testing import assert_within_factor_two, poisoned_memory, random_tensor, saved_bytes
+
+D, N, E, K = 16, 12, 8, 3
+TOKENS = (13, 0, 7, 22)  # of each rank
+LEAVES = ("x", "expert_weights", "w_gate_up", "w_down")
+
+
+def draw(name, *shape, dtype=torch.float32):
+    """The same on every rank; without gradient."""
+    return random_tensor(*shape, dtype=dtype, seed=sum(map(ord, name))).detach()
+
+
+def part(mesh, tensor, sizes):
+    return tensor.split(sizes)[mesh.get_local_rank()]
+
+
+def gradients_of(y, dy, leaves):
+    grads = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    again = torch.autograd.grad(y, leaves, dy)
+    assert all(torch.equal(one, other) for one, other in zip(grads, again, strict=True))
+    return dict(zip(LEAVES, grads, strict=True))
+
+
+def choices(tokens, experts):
+    """(T, K) of so many experts; some go nowhere."""
+    ids = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(experts)).argsort(1)[:, :K]
+    ids[::5, 1] = E
+    return ids
+
+
+def bit_for_bit(mesh, dtype, gated, recompute, experts, capacity, autocast=False):
+    """With one process's choices, of so many experts: those of some ranks receive nothing."""
+    sizes = TOKENS[: mesh.size()]
+    ids = choices(sum(sizes), experts)
+    plan = ops.moe_plan(part(mesh, ids, sizes), E, capacity=capacity)
+    dropped = torch.cat([ops.moe_plan(own, E, capacity=capacity).row_of_pair < 0 for own in ids.split(sizes)])
+    drawn = {
+        "x": draw("x", sum(sizes), D, dtype=dtype), "expert_weights": draw("weights", sum(sizes), K),
+        "w_gate_up": draw("gate_up", E, 2 * N if gated else N, D, dtype=dtype),
+        "w_down": draw("down", E, D, N, dtype=dtype),
+    }  # fmt: skip
+    of_rank = {"x": sizes, "expert_weights": sizes, "w_gate_up": E // mesh.size(), "w_down": E // mesh.size()}
+    whole = {name: tensor.clone().requires_grad_() for name, tensor in drawn.items()}
+    own = {name: part(mesh, tensor, of_rank[name]).clone().requires_grad_() for name, tensor in drawn.items()}
+    dy = draw("dy", sum(sizes), D, dtype=torch.bfloat16 if autocast else dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = ops.moe_mlp(expert_ids=ids.masked_fill(dropped, E), **whole, recompute=recompute)
+    with poisoned_memory():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = start_moe_mlp(plan=plan, group=mesh.get_group(), **own, recompute=recompute)()
+        actual = gradients_of(y, part(mesh, dy, sizes), tuple(own.values()))
+    assert y.dtype == (torch.bfloat16 if autocast else dtype) and torch.equal(y, part(mesh, expected, sizes))
+    for name, grad in gradients_of(expected, dy, tuple(whole.values())).items():
+        assert torch.equal(actual[name], part(mesh, grad, of_rank[name])), name
+
+
+def make_layer(router, mesh=None, dtype=torch.float32):
+    torch.manual_seed(3)
+    if router is nn.SwitchRouter:
+        return nn.SwitchFFN(D, N, E, jitter=0.0, capacity_factor=0.8, expert_mesh=mesh, dtype=dtype)
+    layer = nn.MoE(nn.TopKRouter(D, E, K, dtype=dtype), D, N, shared=nn.GatedMLP(D, N), expert_mesh=mesh, dtype=dtype)
+    return layer.to(dtype)
+
+
+def step(layer, x, dy):
+    x = x.clone().requires_grad_()
+    y, routing = layer(x)
+    ((y * dy).sum() + routing.load_balance_loss + routing.z_loss).backward()
+    return {"y": y.detach(), "x": x.grad, "dropped": routing.plan.dropped}
+
+
+def alone(router, mesh, x, dy, sizes, dtype):
+    """One process's layer on each rank's tokens in turn: this rank's results, and the parameters' gradients."""
+    layer = make_layer(router).to(dtype)
+    steps = [step(layer, *pair) for pair in zip(x.to(dtype).split(sizes), dy.to(dtype).split(sizes), strict=True)]
+    return steps[mesh.get_local_rank()] | {name: p.grad for name, p in layer.named_parameters()}
+
+
+def layer_equals_one_process(mesh, router):
+    sizes = TOKENS[: mesh.size()]
+    x, dy = (draw(name, sum(sizes), D) for name in ("x", "dy"))
+    layer = make_layer(router, mesh)
+    actual = step(layer, part(mesh, x, sizes), part(mesh, dy, sizes))
+    for name, parameter in layer.named_parameters():
+        if name in ("gate_up_proj", "down_proj"):
+            actual[name] = parameter.grad.full_tensor()
+        else:
+            dist.all_reduce(parameter.grad, group=mesh.get_group())
+            actual[name] = parameter.grad
+    exact, plain = (alone(router, mesh, x, dy, sizes, dtype) for dtype in (torch.float64, torch.float32))
+    dropped = [result.pop("dropped") for result in (actual, exact, plain)]
+    assert torch.equal(dropped[0], dropped[1])
+    assert actual.keys() == exact.keys()
+    for name, value in actual.items():
+        assert_within_factor_two(name, value, exact[name], plain[name])
+
+
+class Model(torch.nn.Module):
+    def __init__(self, mesh=None):
+        super().__init__()
+        torch.manual_seed(5)
+        self.embedding = torch.nn.Linear(D, D)
+        self.moe = make_layer(nn.TopKRouter, mesh)
+
+    def forward(self, x):
+        return self.moe(self.embedding(x))[0].square().sum()
+
+
+def train(model, batches, world, wrapped=None):
+    """Two steps of clipped AdamW on the mean of the ranks' losses."""
+    experts = [p for name, p in model.named_parameters() if name in ("moe.gate_up_proj", "moe.down_proj")]
+    others = [p for p in model.parameters() if all(p is not expert for expert in experts)]
+    optimizer = torch.optim.AdamW([{"params": experts}, {"params": others}], lr=1e-2, foreach=True)
+    for batch in batches:
+        optimizer.zero_grad()
+        (wrapped or model)(batch).backward()
+        for parameter in model.parameters() if wrapped is None else experts:
+            parameter.grad.div_(world)
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in (experts, others)]
+        total = torch.stack([norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]).norm()
+        for group in (experts, others):
+            torch.nn.utils.clip_grads_with_norm_(group, 0.1, total)
+        optimizer.step()
+    return whole_state(model)
+
+
+def training_equals_one_process(mesh):
+    """Under DistributedDataParallel: the loss curves' end, the parameters, are the same up to rounding."""
+    sizes = TOKENS[: mesh.size()]
+    batches = [draw(name, sum(sizes), D) for name in ("first", "second")]
+    model = Model(mesh)
+    data_parallel = torch.nn.parallel.DistributedDataParallel
+    data_parallel._set_params_and_buffers_to_ignore_for_model(model, ["moe.gate_up_proj", "moe.down_proj"])
+    actual = train(model, [part(mesh, x, sizes) for x in batches], mesh.size(), data_parallel(model))
+    expected = train(Model(), batches, mesh.size())
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6)
+
+
+def checkpointing_sends_again(mesh):
+    layer, x = make_layer(nn.TopKRouter, mesh), draw("x", 9, D).requires_grad_()
+    parameters = (x, *layer.parameters())
+    expected = torch.autograd.grad(layer(x)[0].square().sum(), parameters)
+    y = torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)
+    for grad, other in zip(torch.autograd.grad(y.square().sum(), parameters), expected, strict=True):
+        assert torch.equal(grad, other)
+
+
+def state_dict_loads_on_any_number_of_ranks(mesh, folder):
+    layer, single = make_layer(nn.TopKRouter, mesh), make_layer(nn.TopKRouter)
+    same_state(get_model_state_dict(layer, options=StateDictOptions(full_state_dict=True)), single.state_dict())
+    checkpoint.save(layer.state_dict(), checkpoint_id=folder)
+    zero(layer)
+    layer.load_state_dict(single.state_dict())
+    same_state(whole_state(layer), single.state_dict())
+    fewer = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("copies", "experts"))["experts"]
+    other = make_layer(nn.TopKRouter, fewer)
+    zero(other)
+    state = other.state_dict()
+    checkpoint.load(state, checkpoint_id=folder)
+    other.load_state_dict(state)
+    same_state(whole_state(other), single.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for gate_up_proj"):
+        layer.load_state_dict(single.state_dict() | {"gate_up_proj": single.gate_up_proj[1:]})
+
+
+def zero(layer):
+    for parameter in layer.parameters():
+        parameter.data.zero_()
+
+
+def whole_state(layer):
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in layer.state_dict().items()}
+
+
+def same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def ranks_that_differ_are_told_all(mesh):
+    rank = mesh.get_local_rank()
+    router = nn.TopKRouter(D, E * (1 + rank % 2), K)
+    with pytest.raises(ValueError, match="num_experts: the ranks of expert_mesh differ: 8, 16"):
+        nn.MoE(router, D, N, expert_mesh=mesh)
+    with pytest.raises(ValueError, match="activation: the ranks of expert_mesh differ: silu, nothing"):
+        nn.MoE(nn.TopKRouter(D, E, K), D, N, ("silu", "nothing")[rank % 2], expert_mesh=mesh)
+    with pytest.raises(ValueError, match=r"num_experts: expected a multiple of the \d ranks of expert_mesh, got 7"):
+        nn.SwitchFFN(D, N, 7, expert_mesh=mesh)
+    layer, x = make_layer(nn.TopKRouter, mesh), draw("x", 4, D)
+    with pytest.raises(ValueError, match="differ in whether it needs a gradient: True, False"):
+        layer(x.requires_grad_(rank % 2 == 0))
+    x.requires_grad_()
+    differing = torch.autocast("cpu", torch.bfloat16, enabled=rank % 2 == 0)
+    with differing, pytest.raises(ValueError, match=r"differ in its dtype: torch.bfloat16, torch.float32"):
+        layer(x)
+    for wrong, error in ((x[:, :5], r"x: expected shape \(T, 16\)"), (x.double(), "w_gate_up: expected torch.float64")):
+        told = error if rank == 1 else "expert_mesh: rank 1 failed before the exchange"
+        with pytest.raises((ValueError, TypeError) if rank == 1 else RuntimeError, match=told):
+            layer(wrong if rank == 1 else x)
+    layer(x)[0].sum().backward()  # nothing is left over of what failed
+
+
+def shared_experts_run_beside_the_exchange(mesh):
+    layer, events = make_layer(nn.TopKRouter, mesh), []
+    exchange, wait, shared = dist.all_to_all_single, InFlight.wait, layer.shared.forward
+
+    def recorded(name, function):
+        def call(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(dist, "all_to_all_single", recorded("start", exchange)),
+        mock.patch.object(InFlight, "wait", recorded("wait", wait)),
+        mock.patch.object(layer.shared, "forward", recorded("shared", shared)),
+    ):
+        layer.shared.register_full_backward_hook(lambda *_: events.append("shared backward"))
+        y, _ = layer(draw("x", 9, D).requires_grad_())
+        assert events == ["start", "start", "start", "wait", "wait", "start", "shared", "wait"]
+        events.clear()
+        y.sum().backward()
+        assert events == ["start", "start", "shared backward", "wait", "wait", "start", "start", "wait", "wait"]
+
+
+def what_is_kept(mesh):
+    """With recompute, of tokens, x alone: the rows that a rank received, as many from each here, are sent again."""
+    plan, experts = ops.moe_plan(choices(50, E), E), E // mesh.size()
+    x, weights = draw("x", 50, D).requires_grad_(), draw("weights", 50, K)
+    w_gate_up, w_down = (draw("w", experts, *shape).requires_grad_() for shape in ((2 * N, D), (D, N)))
+    kept = {}
+    time.sleep(0.2)
+    for recompute in (True, False):
+
+        def forward(recompute=recompute):
+            y = start_moe_mlp(x, plan, weights, w_gate_up, w_down, mesh.get_group(), recompute=recompute)()
+            time.sleep(0.2)  # gloo's threads let go of what they sent a moment after it arrived
+            return y
+
+        kept[recompute] = saved_bytes(forward, exclude=(x, weights, *plan, w_gate_up, w_down))
+    received = plan.offsets[::experts].diff()[mesh.get_local_rank()].item() * mesh.size()
+    offsets = 4 * 2 * (experts + 1)
+    assert kept[True] == 12 * received + offsets
+    assert kept[False] == kept[True] + 4 * received * (D + 2 * N)
+
+
+def all_cases(folder):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for case in (
+        (torch.float32, True, True, E, None), (torch.float32, True, False, E, None), (torch.bfloat16, True, True, E, 2),
+        (torch.float32, True, True, E, 2, True), (torch.float32, False, True, E, 2),
+        (torch.bfloat16, False, False, 3, None), (torch.float32, True, True, 3, 1),
+    ):  # fmt: skip
+        bit_for_bit(mesh, *case)
+    for router in (nn.TopKRouter, nn.SwitchRouter):
+        layer_equals_one_process(mesh, router)
+    training_equals_one_process(mesh)
+    checkpointing_sends_again(mesh)
+    state_dict_loads_on_any_number_of_ranks(mesh, folder)
+    ranks_that_differ_are_told_all(mesh)
+    shared_experts_run_beside_the_exchange(mesh)
+    what_is_kept(mesh)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_experts_on_several_ranks(world, tmp_path):
+    run_ranks(all_cases, world, tmp_path, tmp_path / "checkpoint")
+
+
+def test_a_mesh_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match=r"expert_mesh: expected a torch.distributed.device_mesh.DeviceMesh, got int"):
+        nn.SwitchFFN(D, N, E, expert_mesh=2)
