@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memkernels._library import FLOATING
 from memkernels.nn.lora_linear import is_conv1d
+from memkernels.ops.checks import PLAIN_TENSORS
 from memkernels.ops.quantized.tensor import QuantizedTensor
 from memkernels.quant.nf4 import quantize_nf4
 
@@ -31,7 +32,7 @@ def check_quantizable(layers: Mapping[str, Any]) -> None:
         weight = layer.weight
         if isinstance(weight, QuantizedTensor):
             continue
-        if type(weight) not in (nn.Parameter, Tensor):
+        if type(weight) not in PLAIN_TENSORS:
             raise TypeError(f"base: {name}.weight: expected a plain tensor, got {type(weight).__name__}.")
         if weight.dtype not in FLOATING:
             raise TypeError(f"base: {name}.weight: expected float32, bfloat16 or float16, got {weight.dtype}.")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memkernels.integrations.family import CustomFamily
 from memkernels.integrations.linears import weight_and_bias, why_not
-from memkernels.integrations.peft_lora import is_lora
+from memkernels.integrations.peft_lora import is_lora, named, takes_names
 from memkernels.integrations.replacement import Replacement, bind
 from memkernels.ops.lora_linear.op import adapted_linear
 from memkernels.ops.lora_linear.weight import LoRAWeight
@@ -18,8 +18,6 @@ def plan(module: Any, recompute: str, loss: bool) -> Replacement | None:
     kind = type(module)
     if is_lora(module):
         return Replacement("LoRA adapter", bind(lora_forward, module), why_not(module))
-    if kind.__name__ == "LoraModel":
-        return Replacement("adapters", left="calls with adapter_names, whose adapters PEFT applies sample by sample")
     if hasattr(module, "adapter_layer_names"):
         return Replacement("adapter", left=f"memkernels fuses no adapter of {kind.__module__}.{kind.__name__}")
     return None
@@ -27,7 +25,9 @@ def plan(module: Any, recompute: str, loss: bool) -> Replacement | None:
 
 def lora_forward(layer: Any, x: Tensor, *args, **kwargs) -> Tensor:
     """`ops.lora_linear` where it computes what the call asks for, else PEFT's."""
-    if args or kwargs or why_not(layer) is not None:  # adapter_names, for one
+    if not args and kwargs.keys() == {"adapter_names"} and takes_names(layer, x, kwargs["adapter_names"]):
+        return named(layer, x, kwargs["adapter_names"])
+    if args or kwargs or why_not(layer) is not None:
         return type(layer).forward(layer, x, *args, **kwargs)
     weight, bias = weight_and_bias(layer)
     return adapted_linear(x, weight, bias) if isinstance(weight, LoRAWeight) else layer.base_layer(x)

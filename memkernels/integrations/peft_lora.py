@@ -5,9 +5,11 @@ PEFT switches, merges and disables adapters at any time, so a layer's state is r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memkernels.integrations.plain import has_hooks, is_plain_linear
@@ -45,6 +47,40 @@ def adapted(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Weight, Te
     return LoRAWeight(weight, a.weight, b.weight, scaling, dropout_p, magnitude=magnitude), bias
 
 
+def takes_names(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> bool:
+    """Whether `named` computes a call in which each sample has the adapter of its name."""
+    names = _named(layer, adapter_names)
+    return (
+        not layer.disable_adapters
+        and not layer.merged
+        and len(x) == len(adapter_names)
+        and all(_why_not(layer, name) is None and name not in layer.lora_variant for name in names)
+        and all(layer.lora_B[name].bias is None for name in names)
+        and not any(layer.lora_dropout[name].training and getattr(layer.lora_dropout[name], "p", 0.0) for name in names)
+        and len({layer.lora_A[name].weight.dtype for name in names}) <= 1
+    )
+
+
+def named(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+    """y = base(x) + (m * (x A^T)) B^T: each sample of x with the adapter of its name, all adapters in one product.
+
+    A and B have all of the batch's adapters side by side, and m keeps of each sample the columns of its own. An adapter
+    that is not finite makes all samples NaN.
+    """
+    y = layer.base_layer(x)
+    names = _named(layer, adapter_names)
+    if not names:
+        return y
+    a = torch.cat([layer.lora_A[name].weight for name in names])
+    b = torch.cat([layer.scaling[name] * layer.lora_B[name].weight for name in names], 1)
+    ranks = torch.tensor([layer.lora_A[name].weight.shape[0] for name in names])
+    of_column = torch.arange(len(names)).repeat_interleave(ranks)
+    of_sample = torch.tensor([names.index(name) if name in names else -1 for name in adapter_names])
+    mask = (of_sample[:, None] == of_column).to(x.device)
+    s = F.linear(x.to(a.dtype), a) * mask.view(len(mask), *(1,) * (x.dim() - 2), -1)
+    return y + F.linear(s, b).to(y.dtype)
+
+
 def saved_module(module: Any) -> Any:
     """The module that computes in this call where PEFT trains a copy of one (modules_to_save); else `module` itself."""
     kind = type(module)
@@ -61,6 +97,11 @@ def _active(layer: Any) -> list[str]:
     if layer.disable_adapters or layer.merged:
         return []
     return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _named(layer: Any, adapter_names: Sequence[str]) -> list[str]:
+    """The adapters of the layer that a batch names, once each."""
+    return [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
 
 
 def _why_not(layer: Any, name: str) -> str | None:

@@ -25,10 +25,11 @@ class Magnitude(torch.nn.Module):
 class LoRALinear(torch.nn.Module):
     """`ops.lora_linear` around a linear layer, under the state_dict keys of PEFT's LoRA layers.
 
-    They are base_layer.weight, base_layer.bias, lora_A.<adapter_name>.weight (r, K), lora_B.<adapter_name>.weight
-    (N, r) and, with DoRA, lora_magnitude_vector.<adapter_name>.weight (N,). A is drawn as torch.nn.Linear draws its
-    weight, B is zero and the magnitude is the norm of W's rows, so that at first y is the base layer's. In training the
-    dropout mask is drawn from torch's generator as a seed. The base layer is frozen.
+    y = x W^T + bias + scaling (m * x) A^T B^T, m the dropout mask; with DoRA as `ops.lora_linear` has it. The keys are
+    base_layer.weight, base_layer.bias, lora_A.<adapter_name>.weight (r, K), lora_B.<adapter_name>.weight (N, r) and,
+    with DoRA, lora_magnitude_vector.<adapter_name>.weight (N,). A is drawn as torch.nn.Linear draws its weight, B is
+    zero and the magnitude is the norm of W's rows, so that at first y is the base layer's. In training the dropout mask
+    is drawn from torch's generator as a seed. The base layer is frozen.
 
     Args:
         base_layer: torch.nn.Linear, whose weight may be one of `memkernels.quant`, or transformers' Conv1D, whose
@@ -44,6 +45,9 @@ class LoRALinear(torch.nn.Module):
     Raises:
         TypeError: base_layer is no linear layer, or its weight not of a floating dtype.
         ValueError: r or dropout is out of its range.
+
+    Saved for backward, beside the parameters: x itself, K elements a token, r elements of A's dtype, and dropout's
+    seed, 8 bytes. Merged: what the base layer saves.
     """
 
     def __init__(
@@ -115,7 +119,11 @@ class LoRALinear(torch.nn.Module):
         return LoRAWeight(self.weight, a, b, self.scaling, dropout_p, magnitude=magnitude, row_squares=squares)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y, (..., N), for x (..., K)."""
+        """y, (..., N), for x (..., K) of W's dtype, unless autocast casts both.
+
+        Raises:
+            TypeError, ValueError: as `ops.lora_linear`: a dtype, shape or device that does not fit.
+        """
         return self.base_layer(x) if self.merged else adapted_linear(x, self.adapted(), self.bias)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """lora(base="nf4"): against dense weights of the same values in float64, fused by patch, saved, merged, in memory."""
 
 import copy
+import functools
 
 import peft
 import pytest
@@ -14,7 +15,7 @@ from memkernels.nn import LoRALinear
 from memkernels.testing import assert_within_factor_two, peak_bytes, run_in_child
 
 # In bfloat16 one of a model's 28 gradients may be off by 4 times what plain PyTorch's is, though the median of the
-# ratios is 1.0 in 16 draws: steps are compared over several batches.
+# ratios is 1.0 in 16 draws: its steps are compared over several batches.
 BATCHES = [torch.randint(3, 101, (2, 17), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
 IDS = BATCHES[1]
 LAYERS = {"Llama": 14, "Phi3": 8, "GPT2": 8}
@@ -57,7 +58,7 @@ def dense(model):
 def step(model, of=train_step):
     """Losses and gradients of the batches, those of the adapters alone; dropout's seeds are the same at each call."""
     found = []
-    for ids in BATCHES:
+    for ids in BATCHES if model.dtype == torch.bfloat16 else [IDS]:
         torch.manual_seed(3)
         model.zero_grad()
         found.append(of(model, {"input_ids": ids, "labels": ids, "use_cache": False}))
@@ -69,32 +70,45 @@ def exact(model):
     return step(copy.deepcopy(model), exact_step)
 
 
+@pytest.fixture(scope="module")
+def of_dense():
+    """of_dense(dtype, dropout, use_dora): exact and plain steps over dense weights, computed once."""
+
+    @functools.cache
+    def steps(dtype, dropout, use_dora):
+        model = dense(make_adapted(dtype=dtype, dropout=dropout, use_dora=use_dora))
+        return exact(model), step(model)
+
+    return steps
+
+
 def assert_same_step(actual, exact, plain, dtype=torch.float32):
     """By the factor-two rule; the loss, one number, may besides be off by what the rule grants a mean.
 
-    The gradient of a float32 adapter has the roundings of the activations that it was computed from.
+    The gradient of a float32 adapter has the roundings of the activations that it was computed from. Of the draws in
+    bfloat16 the typical errors are compared: one rounding of an activation may treble those of a draw, ours or plain's,
+    where over five sets of six draws the largest errors had a median ratio of 0.97 to 1.03.
     """
     assert actual.keys() == plain.keys()
     for name, value in actual.items():
         atol = {"atol": exact["loss"].max().item() * torch.finfo(dtype).eps / 16} if name == "loss" else {}
         roundings = torch.finfo(dtype).eps / torch.finfo(value.dtype).eps
-        assert_within_factor_two(name, value, exact[name], plain[name], roundings=roundings, **atol)
+        assert_within_factor_two(name, value, exact[name], plain[name], roundings=roundings, draws=True, **atol)
 
 
 def logits(model):
     return model.eval()(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recompute", [None, "sublayer", "layer"])
-def test_steps_are_those_of_dense_weights_of_the_same_values(recompute, dtype, dropout, options):
-    model = make_adapted(dtype=dtype, dropout=dropout, **options)
-    plain = dense(model)
+def test_steps_are_those_of_dense_weights_of_the_same_values(recompute, dtype, dropout, use_dora, of_dense):
+    model = make_adapted(dtype=dtype, dropout=dropout, use_dora=use_dora)
     if recompute is not None:
         memkernels.patch(model, recompute=recompute)
-    assert_same_step(step(model), exact(plain), step(plain), dtype)
+    assert_same_step(step(model), *of_dense(dtype, dropout, use_dora), dtype)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -5,44 +5,18 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_blocks import ATTENTION, MLP, assembled, layer, over_flat
+from adapted_blocks import ATTENTION, F_SIZE, HEADS, MLP, RANK, D, assembled, layer, make_inputs, over_flat
+from compilers import on_every_compiler
 
 from memkernels import ops
 from memkernels.ops.attention_block import reference as attention_reference
 from memkernels.ops.decoder_layer import reference as layer_reference
 from memkernels.ops.gated_mlp import reference as mlp_reference
-from memkernels.testing import check_op, random_tensor, saved_bytes
+from memkernels.testing import check_op, saved_bytes
 
-D, F_SIZE, HEADS, SIZE, RANK = 24, 40, 4, 8, 3
-OUT_IN = {"w_gate": (F_SIZE, D), "w_up": (F_SIZE, D), "w_down": (D, F_SIZE), "w_q": (HEADS * SIZE, D),
-          "w_k": (2 * SIZE, D), "w_v": (2 * SIZE, D), "w_o": (D, HEADS * SIZE)}  # fmt: skip
 CAUSAL = {"num_heads": HEADS, "causal": True}
 REFERENCE_CAUSAL = {"num_heads": HEADS, "window": (-1, 0)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def make_inputs(shape, names, dtype, *, magnitude=False, adapter=None, plain=()):
-    """x, a norm's weight, and of each weight the base, frozen, with adapter and bias; no adapter of those in `plain`.
-
-    q and k have no bias: without rotation the gradient of k's is zero but for rounding, and q's is attention's error.
-    """
-    adapter = adapter or dtype
-    inputs = {"x": random_tensor(*shape, D, dtype=dtype), "norm_weight": random_tensor(D, dtype=dtype, seed=1)}
-    for index, name in enumerate(names):
-        out, size = OUT_IN[name]
-        parts = {"": (out, size)}
-        parts |= {} if name in plain else {".a": (RANK, size), ".b": (out, RANK)}
-        parts |= {".magnitude": (out,)} if magnitude and name not in plain else {}
-        for part, of in parts.items():
-            narrow = adapter if part in (".a", ".b") else dtype
-            inputs[name + part] = random_tensor(
-                *of, dtype=narrow, seed=10 * index + len(part) + 2, scale=of[-1] ** -0.5
-            )
-        inputs[name].requires_grad_(name in plain)
-        if name in ("w_q", "w_k"):
-            continue
-        inputs[f"b{name[1:]}"] = random_tensor(out, dtype=dtype, seed=10 * index + 9)
-    return inputs
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,12 +130,13 @@ def test_autocast_casts_adapters_as_linear_does():
         assert ours_error <= 2 * plain_error, name
 
 
-def test_compiles_whole_and_equals_eager():
+@on_every_compiler
+def test_compiles_whole_and_equals_eager(backend):
     inputs = make_inputs((2, 11), ATTENTION + MLP, torch.float32, magnitude=True)
     wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
     step = layer(ops.decoder_layer, 0.3, CAUSAL)
     results = []
-    for function in (step, torch.compile(step, fullgraph=True)):
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
         y = function(**inputs)
         results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
     for eager, compiled in zip(*results, strict=True):

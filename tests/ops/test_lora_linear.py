@@ -6,13 +6,14 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import Calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memkernels import ops
 from memkernels.ops.lora_linear import reference
 from memkernels.ops.lora_linear.dropout import row_dropout, row_dropout_add_
+from memkernels.ops.matmul import SLOW_DTYPES
 from memkernels.testing import (
     assert_within_factor_two,
     check_op,
@@ -26,8 +27,7 @@ from memkernels.testing import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = torch.tensor(1234567890123456789)
 # On CPU the products are torch's around native dropout; on GPUs all of it is Triton's.
-MASKS, PRODUCTS = implementations("row_dropout"), implementations("lora_down")
-on_every_implementation = pytest.mark.parametrize("implementation", MASKS + PRODUCTS, ids=str)
+on_every_implementation = pytest.mark.parametrize("implementation", implementations("row_dropout"), ids=str)
 
 
 def make_inputs(tokens, k, n, rank, dtype, device="cpu", *, adapter=None, bias=True, magnitude=False):
@@ -173,7 +173,7 @@ def test_agrees_with_peft(dtype, adapter, dropout_p, magnitude, rslora):
         assert_within_factor_two(name, actual, exact, plain, atol=1e-5 if dtype == torch.float32 else 1e-6)
 
 
-@pytest.mark.parametrize("implementation", MASKS, ids=str)
+@on_every_implementation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 15, 64, 65, 130])
 def test_the_mask_is_that_of_the_reference_at_any_first_row(implementation, dtype, columns):
@@ -184,6 +184,10 @@ def test_the_mask_is_that_of_the_reference_at_any_first_row(implementation, dtyp
         for out in (dtype, torch.float32):
             torch.testing.assert_close(row_dropout(x, seed, 0.3, 5, out), whole.to(out))
         torch.testing.assert_close(row_dropout(x[10:], seed, 0.3, 15, torch.float32), whole[10:])
+        ones, far = torch.ones_like(x), 2**31 - 40
+        for first_row in (5, far):
+            keep = reference.keep_mask(seed, *x.shape, 0.3, first_row)
+            assert torch.equal(row_dropout(ones, seed, 0.3, first_row, dtype) != 0, keep)
         y = random_tensor(37, columns, dtype=dtype, device=device, seed=2).detach()
         expected = (y.float() + whole).to(dtype)
         row_dropout_add_(y, x, seed, 0.3, 5)
@@ -228,20 +232,6 @@ def test_saves_x_once_and_a_few_columns(dropout_p, adapter):
     assert saved(frozen=("lora_a", "lora_b", "weight")) == seed
 
 
-class Calls(TorchDispatchMode):
-    """Names of the operators that multiply, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        if name.startswith("lora_") or name in ("mm", "addmm"):
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("trained", "products"),
     [
@@ -276,7 +266,9 @@ def backward_peak(tokens, k, n, dropout_p):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_backward_holds_dx_and_a_tile(dropout_p):
     tokens, k, n = 16384, 512, 256
-    assert run_in_child(backward_peak, tokens, k, n, dropout_p) <= tokens * k * 2 + (7 << 20)  # dx and two tiles
+    # In float32, of a product and of both operands, by 1024 rows.
+    blocks = 4 * (1024 * k + 1024 * n + n * k) if torch.bfloat16 in SLOW_DTYPES else 0
+    assert run_in_child(backward_peak, tokens, k, n, dropout_p) <= tokens * k * 2 + (7 << 20) + blocks  # and two tiles
 
 
 def test_equal_inputs_give_equal_gradients_and_inputs_are_left_alone():

@@ -8,7 +8,7 @@ import torch
 from memkernels import _library
 from memkernels.ops.lora_linear import operators, products, reference  # noqa: F401  (defines the operators)
 from memkernels.ops.lora_linear.tiles import DOWN, select_narrow
-from memkernels.ops.product_tiles import QUANTIZED_TILES, SMALL_TILES, TILES, select_tile
+from memkernels.ops.product_tiles import EXACT_QUANTIZED_TILE, QUANTIZED_TILES, SMALL_TILES, TILES, select_tile
 from memkernels.testing import implementations, poisoned_memory, random_tensor
 
 OPERATORS = torch.ops.memkernels
@@ -152,6 +152,8 @@ def test_tiles_by_capability_and_dtype(monkeypatch, capability, name):
             assert select_tile(bf16, f32, device, aligned=True) == replace(TILES[name], LOW_RANK_PRECISION=narrow)
             small = replace(SMALL_TILES["nvidia"], PRECISION=exact, LOW_RANK_PRECISION=exact)
             assert select_tile(f32, f32, device, aligned=False) == small
+            stored = select_tile(f32, f32, device, aligned=False, tiles=QUANTIZED_TILES)
+            assert stored == (EXACT_QUANTIZED_TILE if exact == "ieee" else small)
             assert select_narrow(DOWN, f32, device) == replace(DOWN["nvidia"][4], PRECISION=narrow)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkernels._library import define, has_kernel
+from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.lora_linear import reference
 
 
@@ -13,14 +13,11 @@ def _dropout_fake(x, seed, dropout_p, first_row, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _add_fake(y, term, seed, dropout_p, first_row):
-    return None
-
-
 # m * x / (1 - p) in dtype, and y += m * term / (1 - p). The mask m is that of `reference.keep_mask`: a function of the
 # seed (0-dim, int64) and of an element's row, counted from first_row, and column. x, y, term: (rows, columns).
 define("row_dropout(Tensor x, Tensor seed, float dropout_p, int first_row, ScalarType dtype) -> Tensor", _dropout_fake)
-define("row_dropout_add_(Tensor(a!) y, Tensor term, Tensor seed, float dropout_p, int first_row) -> ()", _add_fake)
+define("row_dropout_add_(Tensor(a!) y, Tensor term, Tensor seed, float dropout_p, int first_row) -> ()")
+implement_with_triton("memkernels.ops.lora_linear.triton_dropout", "row_dropout", "row_dropout_add_")
 
 
 def row_dropout(x: Tensor, seed: Tensor | None, dropout_p: float, first_row: int, dtype: torch.dtype) -> Tensor:

@@ -8,10 +8,11 @@ row in the whole.
 from __future__ import annotations
 
 from memkernels._library import define, implement_with_python, implement_with_triton
-from memkernels.ops.lora_linear import products
+from memkernels.ops.lora_linear import products, shared_products
 from memkernels.ops.quantized.operators import STORED
 
 _MASK = "Tensor? seed, float dropout_p, int first_row"
+_MASKS = "Tensor? seeds, float dropout_p, int first_row"
 
 
 def _down_fake(x, lora_a, seed, dropout_p, first_row):
@@ -39,12 +40,16 @@ def _quantized_input_grad_fake(dy, parts, kind, sizes, *rest):
     return dy.new_empty(dy.shape[0], sizes[1])
 
 
-def _add_fake(*args):
-    return None
-
-
 def _down_grad_fake(p, x, seed, dropout_p, first_row):
     return p.new_empty(p.shape[1], x.shape[1])
+
+
+def _down_shared_fake(x, lora_a, seeds, dropout_p, first_row):
+    return lora_a.new_empty(lora_a.shape[0], x.shape[0], lora_a.shape[1])
+
+
+def _down_grad_shared_fake(p, x, seeds, dropout_p, first_row):
+    return p.new_empty(p.shape[0], p.shape[2], x.shape[1])
 
 
 # s = (m * x) lora_a^T
@@ -56,10 +61,7 @@ define(
     _up_fake,
 )
 # y = (y + scaling s lora_b^T) * out_scale + bias
-define(
-    "lora_up_add_(Tensor(a!) y, Tensor s, Tensor lora_b, float scaling, Tensor? out_scale, Tensor? bias) -> ()",
-    _add_fake,
-)
+define("lora_up_add_(Tensor(a!) y, Tensor s, Tensor lora_b, float scaling, Tensor? out_scale, Tensor? bias) -> ()")
 # p = scaling dy lora_b and lora_b's gradient scaling dy^T s from one read of dy; empty where not wanted
 define(
     "lora_up_grad(Tensor dy, Tensor? s, Tensor lora_b, float scaling, bool p_needed) -> (Tensor p, Tensor dlora_b)",
@@ -78,14 +80,23 @@ define(
     _quantized_input_grad_fake,
 )
 # dx += m * (p lora_a)
-define(f"lora_input_add_(Tensor(a!) dx, Tensor p, Tensor lora_a, {_MASK}) -> ()", _add_fake)
+define(f"lora_input_add_(Tensor(a!) dx, Tensor p, Tensor lora_a, {_MASK}) -> ()")
 # lora_a's gradient p^T (m * x)
 define(f"lora_down_grad(Tensor p, Tensor x, {_MASK}) -> Tensor", _down_grad_fake)
+
+# The three that read or write what adapters share, for n of them at once: lora_a (n, r, K), s and p (n, T, r), and a
+# seed each, (n,). The sum of dx is that over the adapters.
+define(f"lora_down_shared(Tensor x, Tensor lora_a, {_MASKS}) -> Tensor", _down_shared_fake)
+define(f"lora_input_add_shared_(Tensor(a!) dx, Tensor p, Tensor lora_a, {_MASKS}) -> ()")
+define(f"lora_down_grad_shared(Tensor p, Tensor x, {_MASKS}) -> Tensor", _down_grad_shared_fake)
 
 _NAMES = (
     "lora_down", "lora_up", "lora_quantized_up", "lora_up_add_", "lora_up_grad", "lora_input_grad",
     "lora_quantized_input_grad", "lora_input_add_", "lora_down_grad",
 )  # fmt: skip
+_SHARED_NAMES = ("lora_down_shared", "lora_input_add_shared_", "lora_down_grad_shared")
 for _name in _NAMES:
     implement_with_python(_name, getattr(products, _name))
+for _name in _SHARED_NAMES:
+    implement_with_python(_name, getattr(shared_products, _name))
 implement_with_triton("memkernels.ops.lora_linear.triton", *_NAMES, otherwise=products)

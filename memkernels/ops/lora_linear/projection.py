@@ -12,7 +12,7 @@ from torch import Tensor
 from memkernels.ops.gradient_sum import GradientSum
 from memkernels.ops.lora_linear import operators  # noqa: F401  defines the operators
 from memkernels.ops.lora_linear.dropout import row_dropout, row_dropout_add_
-from memkernels.ops.projection import as_right_operand
+from memkernels.ops.matmul import addmm, mm
 from memkernels.ops.quantized.encoding import Encoding
 from memkernels.ops.quantized.projection import QuantizedProjection
 
@@ -101,35 +101,36 @@ class LoRAProjection:
     def up(self, x: Tensor, s: Tensor, first_row: int = 0) -> Tensor:
         """y, given s."""
         of = self.of
-        if not self._scales_dropped:
+        if not self.scales_dropped:
             return self._up(x, s, of.bias, of.out_scale)
         dropped = self._dropped(x, first_row)
         y = self._up(dropped, s, of.bias, of.out_scale)
         if self.base is not None:
             return y.add_(self.base.forward(x - dropped))
-        return torch.addmm(y, x - dropped, of.weight.t(), out=y)
+        return addmm(y, x - dropped, of.weight.t(), out=y)
 
     def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
         return self.up(x, self.down(x, first_row), first_row)
 
     def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
         p, _ = self._up_grad(dy, None, True)
-        return self._input_grad(dy, p, into, first_row)
+        return self.input_grad_of(dy, p, into, first_row)
 
     def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:
         wanted = self.description.named(sums)
         s = self.down(x, first_row) if wanted.lora_b is not None or wanted.out_scale is not None else None
-        self._add_gradients(dy, x, s, sums, first_row, p_needed=False)
+        self.add_gradients_of(dy, x, s, sums, first_row, p_needed=False)
 
     def backward(
         self, dy: Tensor, x: Tensor | None, s: Tensor | None, sums: Sequence[GradientSum | None], input_grad: bool
     ) -> Tensor | None:
         """Both halves at once, of a whole x, with forward's s: from one p. dx, or None where it is not wanted."""
-        p = self._add_gradients(dy, x, s, sums, 0, p_needed=input_grad)
-        return self._input_grad(dy, p, None, 0) if input_grad else None
+        p = self.add_gradients_of(dy, x, s, sums, 0, p_needed=input_grad)
+        return self.input_grad_of(dy, p, None, 0) if input_grad else None
 
     @property
-    def _scales_dropped(self) -> bool:
+    def scales_dropped(self) -> bool:
+        """Whether a scale goes to what comes through the dropped-out input, of which W too then multiplies a part."""
         return self.of.out_scale is not None and self.of.seed is not None
 
     def _mask(self, first_row: int) -> tuple[Tensor | None, float, int]:
@@ -148,8 +149,8 @@ class LoRAProjection:
         """dy W, new or added to `into`."""
         if self.base is not None:
             return self.base.input_grad(dy, into)
-        weight = as_right_operand(self.of.weight)
-        return torch.mm(dy, weight) if into is None else torch.addmm(into, dy, weight, out=into)
+        weight = self.of.weight
+        return mm(dy, weight) if into is None else addmm(into, dy, weight, out=into)
 
     def _up_grad(self, dy: Tensor, s: Tensor | None, p_needed: bool) -> tuple[Tensor, Tensor]:
         """p, and B's gradient. g goes to what is of B's size and dtype: dy may be narrower."""
@@ -163,7 +164,7 @@ class LoRAProjection:
         g = self.of.out_scale
         return dy if g is None else torch.mul(dy, g - less, out=torch.empty_like(dy))
 
-    def _add_gradients(
+    def add_gradients_of(
         self,
         dy: Tensor,
         x: Any,
@@ -172,8 +173,12 @@ class LoRAProjection:
         first_row: int,
         *,
         p_needed: bool,
+        but_a: bool = False,
     ) -> Tensor:
-        """Adds the gradients of the tensors; p, empty unless it is needed for them or outside."""
+        """Adds the gradients of the tensors, given s; p, empty unless it is needed for them or outside.
+
+        but_a: the gradient of A is made from p by the caller.
+        """
         wanted = self.description.named(sums)
         if wanted.bias is not None:
             wanted.bias.add(dy.sum(0))
@@ -185,18 +190,24 @@ class LoRAProjection:
             p, db = self._up_grad(dy, None if wanted.lora_b is None else s, p_needed)
             if wanted.lora_b is not None:
                 wanted.lora_b.add(db)
-        if wanted.lora_a is not None:
+        if wanted.lora_a is not None and not but_a:
             wanted.lora_a.add(torch.ops.memkernels.lora_down_grad(p, x, *self._mask(first_row)))
-        if wanted.weight is not None and self._scales_dropped:
+        if wanted.weight is not None and self.scales_dropped:
             dropped = self._dropped(x, first_row)
-            wanted.weight.add(torch.mm(self._scaled(dy).t(), dropped).addmm_(dy.t(), x - dropped))
+            term = mm(self._scaled(dy).t(), dropped)
+            wanted.weight.add(addmm(term, dy.t(), x - dropped, out=term))
         elif wanted.weight is not None:
             wanted.weight.add_product(self._scaled(dy), x)
         return p
 
-    def _input_grad(self, dy: Tensor, p: Tensor, into: Tensor | None, first_row: int) -> Tensor:
+    def base_grad(self, dy: Tensor, into: Tensor | None) -> Tensor:
+        """(g * dy) W, new or added to `into`: dx but for the adapter's term."""
+        return self._base_grad(self._scaled(dy), into)
+
+    def input_grad_of(self, dy: Tensor, p: Tensor, into: Tensor | None, first_row: int) -> Tensor:
+        """dx, given p."""
         of, mask = self.of, self._mask(first_row)
-        if not self._scales_dropped:
+        if not self.scales_dropped:
             scaled = self._scaled(dy)
             if into is None and self.base is None:
                 return torch.ops.memkernels.lora_input_grad(scaled, of.weight, p, of.lora_a, *mask)

@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.lora_linear import triton as kernels
+from memkernels.ops.lora_linear import triton_dropout as dropouts
 from memkernels.ops.lora_linear.tiles import DOWN, DOWN_GRAD, UP_GRAD, NarrowTile
-from memkernels.ops.product_tiles import QUANTIZED_TILES, SMALL_TILES, TF32_TILE, TILES, ProductTile
+from memkernels.ops.product_tiles import (
+    EXACT_QUANTIZED_TILE,
+    QUANTIZED_TILES,
+    SMALL_TILES,
+    TF32_TILE,
+    TILES,
+    ProductTile,
+)
 from memkernels.ops.quantized.triton_cases import stored_zeros
 from memkernels.testing.cases import AMD, NVIDIA, KernelCase, Target, targets_of
 
@@ -181,7 +189,25 @@ def _quantized_cases() -> list[KernelCase]:
             tile = replace(SMALL_TILES[vendor], LOW_RANK_PRECISION=precision)
             label = f"{kind} small {vendor}"
             cases.append(_case(label, of_kind, tile, targets, shape=UNALIGNED, adapter=torch.float32))
+        cases.append(_case(f"{kind} exact nvidia", of_kind, EXACT_QUANTIZED_TILE, NVIDIA, dtype=torch.float32))
     return cases
 
 
-KERNEL_CASES = [*_narrow_cases(), *_product_cases(), *_quantized_cases()]
+def _row_dropout(add: bool, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    x = torch.ones(ALIGNED[:2], dtype=dtype, device=device)
+    mask = torch.zeros((), dtype=torch.int64, device=device), DROPOUT_P, 0
+    if not add:
+        return x, dropouts.row_dropout(x, *mask, dtype)
+    term = x.float()
+    dropouts.row_dropout_add_(x, term, *mask)
+    return x, x, term
+
+
+def _dropout_cases() -> list[KernelCase]:
+    return [
+        KernelCase(f"row dropout{' add' if add else ''} {str(dtype)[6:]}", partial(_row_dropout, add, dtype))
+        for add, dtype in ((False, torch.bfloat16), (False, torch.float32), (True, torch.bfloat16))
+    ]
+
+
+KERNEL_CASES = [*_narrow_cases(), *_product_cases(), *_quantized_cases(), *_dropout_cases()]

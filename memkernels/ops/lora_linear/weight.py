@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memkernels.ops.autocast import as_product_dtype
+from memkernels.ops.autocast import as_product_dtype, is_autocast
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.lora_linear import reference
 from memkernels.ops.lora_linear.norm import adapted_row_norms
@@ -22,7 +22,8 @@ from memkernels.ops.quantized.tensor import QuantizedTensor, check_frozen
 class LoRAWeight:
     """W + scaling B A, with dropout in front of A, or DoRA's: magnitude * (W + scaling B A) / its rows' norms.
 
-    The block ops, `ops.gated_mlp`, `ops.attention_block` and `ops.decoder_layer`, take it wherever they take a weight.
+    The block ops, `ops.gated_mlp`, `ops.attention_block` and `ops.decoder_layer`, take it wherever they take a weight,
+    and so does `ops.linear_cross_entropy`.
     Hu et al. 2021, arXiv 2106.09685; rsLoRA by `scaling`; DoRA: Liu et al. 2024, arXiv 2402.09353, with the norm a
     constant for backward.
 
@@ -82,8 +83,12 @@ class LoRAWeight:
     def as_product_dtype(self, name: str, x: Tensor, dtype: torch.dtype) -> LoRAWeight:
         """With its tensors cast under autocast, else checked to be of x's dtype or, the adapter's, float32."""
         weight = as_product_dtype(x, dtype, **{name: self.weight})[name]
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            return replace(self, weight=weight, lora_a=self.lora_a.to(dtype), lora_b=self.lora_b.to(dtype))
+        return replace(self.adapter_as_product_dtype(name, x, dtype), weight=weight)
+
+    def adapter_as_product_dtype(self, name: str, x: Tensor, dtype: torch.dtype) -> LoRAWeight:
+        """With those of the adapter so, and W as it is."""
+        if is_autocast(x):
+            return replace(self, lora_a=self.lora_a.to(dtype), lora_b=self.lora_b.to(dtype))
         for part in ("lora_a", "magnitude"):
             tensor = getattr(self, part)
             if tensor is not None and tensor.dtype not in (dtype, torch.float32):

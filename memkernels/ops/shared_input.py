@@ -1,0 +1,115 @@
+"""Several projections of one input: their adapters read it together, once in forward and once in each half of backward.
+
+Each function does what the projections' own would one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memkernels.ops.gradient_sum import GradientSum
+from memkernels.ops.lora_linear.projection import LoRAProjection
+from memkernels.ops.projection import Projection
+
+
+class _Adapters(NamedTuple):
+    """Adapters of one rank, dtype and dropout probability, each with a mask of its own, as operators take them."""
+
+    lora_a: Tensor
+    seeds: Tensor | None
+    dropout_p: float
+
+    def mask(self, first_row: int) -> tuple[Tensor | None, float, int]:
+        return self.seeds, self.dropout_p, first_row
+
+
+def _stacked(projections: Sequence[LoRAProjection]) -> _Adapters:
+    dropout_p = projections[0].description.dropout_p
+    seeds = torch.stack([projection.of.seed for projection in projections]) if dropout_p > 0 else None
+    return _Adapters(torch.stack([projection.of.lora_a for projection in projections]), seeds, dropout_p)
+
+
+def _groups(projections: Sequence[Projection]) -> tuple[dict[int, LoRAProjection], list[list[int]]]:
+    """Of those that are adapted weights, by place; and the places of those that go together.
+
+    On GPUs each goes alone, by kernels with its mask inline and its term in the base product's epilogue: a group's
+    operators have none there yet.
+    """
+    adapted = {i: of for i, of in enumerate(projections) if isinstance(of, LoRAProjection) and not of.scales_dropped}
+    alike: dict[tuple, list[int]] = {}
+    for i, projection in adapted.items():
+        lora_a = projection.of.lora_a
+        if lora_a.is_cuda:
+            continue
+        alike.setdefault((lora_a.shape, lora_a.dtype, projection.description.dropout_p), []).append(i)
+    return adapted, [places for places in alike.values() if len(places) > 1]
+
+
+def forward_all(projections: Sequence[Projection], x: Tensor, first_row: int = 0) -> list[Tensor]:
+    """y of each, (tokens, out)."""
+    adapted, groups = _groups(projections)
+    s: dict[int, Tensor] = {}
+    for places in groups:
+        adapters = _stacked([adapted[i] for i in places])
+        s |= zip(places, _down(adapters, x, first_row), strict=True)
+    return [
+        adapted[i].up(x, s[i], first_row) if i in s else projection.forward(x, first_row)
+        for i, projection in enumerate(projections)
+    ]
+
+
+def add_gradients_all(
+    projections: Sequence[Projection],
+    dys: Sequence[Tensor],
+    x: Tensor,
+    sums: Sequence[Sequence[GradientSum | None]],
+    first_row: int = 0,
+    *,
+    input_grad: bool,
+) -> dict[int, Tensor]:
+    """Adds one tile's gradients to the sums of each; with input_grad p of adapted weights, by place, for dx."""
+    adapted, groups = _groups(projections)
+    p: dict[int, Tensor] = {}
+    for places in groups:
+        wanted = {i: adapted[i].description.named(sums[i]) for i in places}
+        s: dict[int, Tensor] = {}
+        if any(of.lora_b is not None or of.out_scale is not None for of in wanted.values()):
+            s |= zip(places, _down(_stacked([adapted[i] for i in places]), x, first_row), strict=True)
+        for i in places:
+            p[i] = adapted[i].add_gradients_of(dys[i], x, s.get(i), sums[i], first_row, p_needed=input_grad, but_a=True)
+        trained = [i for i in places if wanted[i].lora_a is not None]
+        if trained:
+            mask = _stacked([adapted[i] for i in trained]).mask(first_row)
+            of_trained = torch.stack([p[i] for i in trained])
+            da = torch.ops.memkernels.lora_down_grad_shared(of_trained, x, *mask)
+            for i, term in zip(trained, da, strict=True):
+                wanted[i].lora_a.add(term)
+    for i, projection in enumerate(projections):
+        if i not in p:
+            projection.add_gradients(dys[i], x, sums[i], first_row)
+    return p
+
+
+def input_grad_all(
+    projections: Sequence[Projection], dys: Sequence[Tensor], p: dict[int, Tensor], first_row: int = 0
+) -> Tensor:
+    """The sum of dx of each, given the p of `add_gradients_all`."""
+    adapted, groups = _groups(projections)
+    dx: Tensor | None = None
+    for i, projection in enumerate(projections):
+        grouped = i in p
+        dx = adapted[i].base_grad(dys[i], dx) if grouped else projection.input_grad(dys[i], dx, first_row)
+    assert dx is not None
+    for places in groups:
+        adapters = _stacked([adapted[i] for i in places])
+        of_places = torch.stack([p[i] for i in places])
+        torch.ops.memkernels.lora_input_add_shared_(dx, of_places, adapters.lora_a, *adapters.mask(first_row))
+    return dx
+
+
+def _down(adapters: _Adapters, x: Tensor, first_row: int) -> Tensor:
+    return torch.ops.memkernels.lora_down_shared(x, adapters.lora_a, *adapters.mask(first_row))
