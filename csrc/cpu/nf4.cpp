@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <tuple>
 
 #include "common/kernel_table.h"
 #include "common/nf4_tensors.h"
+#include "cpu/absmax.h"
+#include "cpu/lookup.h"
+#include "cpu/nibbles.h"
 #include "cpu/outputs.h"
 #include "cpu/vec.h"
 
@@ -16,9 +18,6 @@ namespace memkernels::cpu {
 namespace {
 
 constexpr int64_t kElementsPerTask = 32768;
-
-typedef uint64_t PairVec __attribute__((vector_size(kLanes * 4)));
-typedef uint8_t PairBytes __attribute__((vector_size(kLanes / 2)));
 
 constexpr Nf4Table kValues = nf4_values(), kMidpoints = nf4_midpoints();
 
@@ -43,6 +42,20 @@ inline IntVec codes_of(Vec v) {
   return bits_as<IntVec>(first) - (v > bits_as<Vec>(midpoint));
 }
 
+#elif defined(CPU_CAPABILITY_AVX2)
+
+// One more bit of a code: above which of the midpoints between the halves of what is left, by the bits so far, v lies.
+inline IntVec with_next_bit(IntVec code, Vec v, Vec midpoints) {
+  return code + code - (v > bits_as<Vec>(_mm256_permutevar8x32_ps(midpoints, bits_as<__m256i>(code))));
+}
+
+inline IntVec codes_of(Vec v) {
+  constexpr auto& m = kMidpoints.value;
+  IntVec code = with_next_bit(-(v > m[7]), v, Vec{m[3], m[11]});
+  code = with_next_bit(code, v, Vec{m[1], m[5], m[9], m[13]});
+  return with_next_bit(code, v, Vec{m[0], m[2], m[4], m[6], m[8], m[10], m[12], m[14]});
+}
+
 #else
 
 inline IntVec codes_of(Vec v) {
@@ -53,47 +66,12 @@ inline IntVec codes_of(Vec v) {
 
 #endif
 
-// kLanes bytes of twice as many codes.
-inline void store_codes(uint8_t* packed, IntVec first, IntVec second) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m256i codes =
-      _mm256_set_m128i(_mm512_cvtepi32_epi8(bits_as<__m512i>(second)), _mm512_cvtepi32_epi8(bits_as<__m512i>(first)));
-  const __m256i bytes = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_cvtepi16_epi8(bytes));
-#else
-  // Two neighbours are one 64-bit lane, the first its low half.
-  for (const IntVec& codes : {first, second}) {
-    const PairVec pairs = bits_as<PairVec>(codes);
-    const PairBytes bytes = __builtin_convertvector((pairs << 4) | (pairs >> 32), PairBytes);
-    std::memcpy(packed, &bytes, sizeof(bytes));
-    packed += sizeof(bytes);
-  }
-#endif
-}
-
-// The largest magnitude of n values, n a multiple of kLanes; as integers, so that a NaN is above infinity.
-template <typename T>
-float absolute_maximum(const T* values, int64_t n) {
-  IntVec largest{};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const IntVec magnitude = bits_as<IntVec>(load(values + i)) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  // By vectors of four, for a block may be two vectors long.
-  typedef int32_t Four __attribute__((vector_size(16)));
-  Four parts[kLanes / 4];
-  std::memcpy(parts, &largest, sizeof(largest));
-  Four four = parts[0];
-  for (const Four& part : parts) four = part > four ? part : four;
-  return std::bit_cast<float>(std::max(std::max(four[0], four[1]), std::max(four[2], four[3])));
-}
-
 template <typename T>
 float quantize_block(const T* values, int64_t n, uint8_t* packed) {
   const float absmax = absolute_maximum(values, n);
   const float inverse = 1.0f / std::max(absmax, kLeastAbsmax);
   for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    store_codes(packed + i / 2, codes_of(load(values + i) * inverse), codes_of(load(values + i + kLanes) * inverse));
+    store_nibbles(packed + i / 2, codes_of(load(values + i) * inverse), codes_of(load(values + i + kLanes) * inverse));
   }
   return absmax;
 }
@@ -107,7 +85,7 @@ float quantize_incomplete_block(const T* values, int64_t n, uint8_t* packed) {
   const int64_t whole = (n + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
   const float absmax = std::max(absolute_maximum(scaled, whole), kLeastAbsmax);
   for (int64_t i = 0; i < whole; i += 2 * kLanes) {
-    store_codes(bytes + i / 2, codes_of(load(scaled + i) / absmax), codes_of(load(scaled + i + kLanes) / absmax));
+    store_nibbles(bytes + i / 2, codes_of(load(scaled + i) / absmax), codes_of(load(scaled + i + kLanes) / absmax));
   }
   std::memcpy(packed, bytes, (n + 1) / 2);
   return absmax;
@@ -137,18 +115,6 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& values_in, int64_t block_s
   return {packed, absmax};
 }
 
-inline Vec gather(const float* table, IntVec index) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_i32gather_ps(bits_as<__m512i>(index), table, 4);
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_i32gather_ps(table, bits_as<__m256i>(index), 4);
-#else
-  Vec v;
-  for (int64_t lane = 0; lane < kLanes; ++lane) v[lane] = table[index[lane]];
-  return v;
-#endif
-}
-
 // The midpoints between neighbours of the ascending 8-bit code, with a last one that no value is above.
 struct NestedMidpoints {
   float value[256];
@@ -161,7 +127,15 @@ struct NestedMidpoints {
   // How many are below each lane.
   IntVec below(Vec v) const {
     IntVec count{};
-    for (int half = 128; half > 0; half /= 2) count += (v > gather(value + half - 1, count)) & half;
+    int half = 128;
+#if defined(CPU_CAPABILITY_AVX2) && !defined(CPU_CAPABILITY_AVX512)
+    // A gather takes several times as long as a permutation, which is enough for the first bits.
+    const Vec first = {value[63], value[191]}, second = {value[31], value[95], value[159], value[223]};
+    const Vec third = {value[15], value[47], value[79], value[111], value[143], value[175], value[207], value[239]};
+    count = with_next_bit(with_next_bit(with_next_bit(-(v > value[127]), v, first), v, second), v, third) << 4;
+    half = 8;
+#endif
+    for (; half > 0; half /= 2) count += (v > gather(value + half - 1, count)) & half;
     return count;
   }
 };
@@ -212,60 +186,6 @@ inline float absmax_of(const Nf4Scales& scales, int64_t block) {
   return product + *scales.offset;
 }
 
-// The values of a block's codes, and their lookup.
-template <typename T>
-class BlockValues {
- public:
-  explicit BlockValues(float absmax) {
-    for (int64_t i = 0; i < kNf4Codes; i += kLanes) store(values_ + i, load(kValues.value + i) * absmax);
-#if defined(CPU_CAPABILITY_AVX512)
-    const Vec scaled = load(kValues.value) * absmax;
-    if constexpr (std::is_same_v<T, float>) {
-      table_ = bits_as<__m512i>(scaled);
-    } else if constexpr (std::is_same_v<T, BFloat16>) {
-      table_ = _mm512_broadcast_i64x4(bits_as<__m256i>(_mm512_cvtneps_pbh(scaled)));
-    } else {
-      table_ = _mm512_broadcast_i64x4(_mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
-    }
-#endif
-  }
-
-  T operator[](int code) const { return values_[code]; }
-
-  // out[2 i] and out[2 i + 1] of byte i.
-  void expand(const uint8_t* packed, T* out, int64_t bytes) const {
-    int64_t i = 0;
-#if defined(CPU_CAPABILITY_AVX512)
-    // A byte goes into both halves of a lane, shifted in the lower; a lookup takes the low bits of its index alone, of
-    // 16 floats four, and of 16 values twice over five.
-    for (; i + kBytes <= bytes; i += kBytes) {
-      __m512i values;
-      if constexpr (std::is_same_v<T, float>) {
-        const __m512i pair = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + i)));
-        const __m512i index = _mm512_or_si512(_mm512_srli_epi64(pair, 4), _mm512_slli_epi64(pair, 32));
-        values = _mm512_permutexvar_epi32(index, table_);
-      } else {
-        const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i)));
-        const __m512i index = _mm512_or_si512(_mm512_srli_epi32(pair, 4), _mm512_slli_epi32(pair, 16));
-        values = _mm512_permutexvar_epi16(index, table_);
-      }
-      _mm512_storeu_si512(out + 2 * i, values);
-    }
-#endif
-    for (; i < bytes; ++i) {
-      out[2 * i] = values_[packed[i] >> 4];
-      out[2 * i + 1] = values_[packed[i] & 15];
-    }
-  }
-
- private:
-  T values_[kNf4Codes];
-#if defined(CPU_CAPABILITY_AVX512)
-  static constexpr int64_t kBytes = 32 / sizeof(T);
-  __m512i table_;
-#endif
-};
-
 // `size` elements from element `first` on, of the whole tensor, by blocks.
 template <typename T>
 void dequantize_row(const uint8_t* packed, const Nf4Scales& scales, int64_t block_size, int64_t first, int64_t size,
@@ -273,7 +193,7 @@ void dequantize_row(const uint8_t* packed, const Nf4Scales& scales, int64_t bloc
   const int64_t last = first + size;
   for (int64_t block = first / block_size; first < last; ++block) {
     const int64_t end = std::min(last, (block + 1) * block_size);
-    const BlockValues<T> values(absmax_of(scales, block));
+    const NibbleValues<T> values(kValues.value, absmax_of(scales, block));
     if (first % 2 != 0) *out++ = values[packed[first++ / 2] & 15];
     const int64_t bytes = (end - first) / 2;
     values.expand(packed + first / 2, out, bytes);

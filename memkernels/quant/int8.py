@@ -16,13 +16,13 @@ from memkernels.quant.checks import check_values
 
 @dataclass(frozen=True)
 class Int8Encoding(Encoding):
-    """Rows of int8 with a float32 absmax each."""
+    """Rows of int8 with a float32 absmax each; a row is what one index of all dimensions but the last takes."""
 
     kind = "int8"
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """codes (rows, row_size) int8; absmax (rows,) float32."""
+        """codes (..., K) int8; absmax (...) float32. A vector is a column: its codes are (N, 1)."""
         return "codes", "absmax"
 
     @property
@@ -33,17 +33,28 @@ class Int8Encoding(Encoding):
     def from_sizes(cls, sizes: Sequence[int], dtype: torch.dtype, num_parts: int) -> Int8Encoding:
         return cls(tuple(sizes), dtype)
 
+    @property
+    def codes_shape(self) -> tuple[int, ...]:
+        return self.shape if len(self.shape) > 1 else (*self.shape, 1)
+
+    def reshaped(self, parts: Sequence[Tensor], shape: Sequence[int]) -> tuple[Int8Encoding, tuple[Tensor, ...]]:
+        """Of the same rows; with others, as FSDP2 flattens a shard, the parts stay as they are."""
+        like = dataclasses.replace(self, shape=tuple(shape))
+        if like.codes_shape[-1] != self.codes_shape[-1]:
+            return like, tuple(parts)
+        return like, (parts[0].view(like.codes_shape), parts[1].view(like.codes_shape[:-1]))
+
     def decode_(self, out: Tensor, parts: Sequence[Tensor], first_row: int, first_column: int) -> None:
         rows = slice(first_row, first_row + out.shape[0])
         codes = parts[0][rows, first_column : first_column + out.shape[1]]
         torch.mul(codes, (parts[1][rows, None] / 127).to(torch.promote_types(out.dtype, torch.float32)), out=out)
 
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        rows = values.detach().reshape(self.rows, self.row_size)
-        absmax = rows.abs().amax(1).float() if self.row_size else rows.new_zeros(self.rows, dtype=torch.float32)
+        rows = values.detach().reshape(self.codes_shape)
+        absmax = rows.abs().amax(-1).float() if rows.shape[-1] else rows.new_zeros(rows.shape[:-1]).float()
         if not absmax.isfinite().all():
             raise ValueError("weight: expected finite values.")
-        scale = torch.where(absmax > 0, 127 / absmax, 0.0)[:, None]
+        scale = torch.where(absmax > 0, 127 / absmax, 0.0)[..., None]
         return torch.mul(rows, scale).round_().to(torch.int8), absmax
 
     def row_slice(self, parts: Sequence[Tensor], first: int, last: int) -> tuple[Int8Encoding, tuple[Tensor, ...]]:
@@ -52,7 +63,7 @@ class Int8Encoding(Encoding):
 
     def zeros(self, parts: Sequence[Tensor], shape: Sequence[int]) -> tuple[Int8Encoding, tuple[Tensor, ...]]:
         like = dataclasses.replace(self, shape=tuple(shape))
-        return like, (parts[0].new_zeros(like.rows, like.row_size), parts[1].new_zeros(like.rows))
+        return like, (parts[0].new_zeros(like.codes_shape), parts[1].new_zeros(like.codes_shape[:-1]))
 
     def sharded_parts(self, parts: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return tuple(parts), ()
@@ -75,7 +86,7 @@ def quantize_int8(weight: Tensor) -> Int8Tensor:
     Dettmers et al. 2022, arXiv 2208.07339, section 2.1.
 
     Args:
-        weight: (N, ...), float32, bfloat16 or float16; a row is what one index of the first dimension takes.
+        weight: (..., K), float32, bfloat16 or float16; a row is what one index of all dimensions but the last takes.
 
     Returns:
         An `Int8Tensor` of weight's shape and dtype.

@@ -27,10 +27,6 @@ def _quantize_absmax_fake(absmax, offset, code):
     return absmax.new_empty(n, dtype=torch.uint8), absmax.new_empty(-(-n // reference.NESTED_BLOCK))
 
 
-def _dequantize_fake(out, *stored_as):
-    return None
-
-
 define("nf4_quantize(Tensor values, int block_size) -> (Tensor packed, Tensor absmax)", _quantize_fake)
 # absmax - offset in 8 bits.
 define(
@@ -40,8 +36,7 @@ define(
 # Fills out (rows, columns) with the rectangle at (first_row, first_column) of the tensor seen as rows of row_size.
 define(
     "nf4_dequantize_(Tensor(a!) out, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code,"
-    " Tensor? offset, int block_size, int row_size, int first_row, int first_column) -> ()",
-    _dequantize_fake,
+    " Tensor? offset, int block_size, int row_size, int first_row, int first_column) -> ()"
 )
 
 

@@ -26,12 +26,12 @@ def nested_code() -> Tensor:
     Of the seven bits beside the sign, the exponent 10^-e takes e and a stop bit, and a linear fraction in [0.1, 1] the
     rest; 0 and 1 fill the two codes that are left.
     """
-    values = [0.0, 1.0]
+    values = [torch.tensor([0.0, 1.0])]
     for bits in range(7):
         edges = torch.linspace(0.1, 1, 2**bits + 1, dtype=torch.float32)
         magnitudes = 10 ** (bits - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*magnitudes.tolist(), *(-magnitudes).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+        values += [magnitudes, -magnitudes]
+    return torch.cat(values).sort().values
 
 
 def quantize_blocks(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ class Encoding:
 
     @abstractmethod
     def decode_(self, out: Tensor, parts: Sequence[Tensor], first_row: int, first_column: int) -> None:
-        """Fills out (rows, columns) with the values of the matrix from (first_row, first_column) on."""
+        """Fills out (rows, columns) with the values of a matrix from (first_row, first_column) on."""
 
     @abstractmethod
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
@@ -89,29 +89,49 @@ class Encoding:
     def with_shape(self, shape: Sequence[int]) -> Encoding:
         return dataclasses.replace(self, shape=tuple(shape))
 
+    def reshaped(self, parts: Sequence[Tensor], shape: Sequence[int]) -> tuple[Encoding, tuple[Tensor, ...]]:
+        """The same values in another shape; views of the parts."""
+        return self.with_shape(shape), tuple(parts)
+
+    def as_matrix(self, parts: Sequence[Tensor]) -> tuple[Encoding, tuple[Tensor, ...]]:
+        """The same values with the rows of the last dimension, of more than two dimensions."""
+        if len(self.shape) <= 2:
+            return self, tuple(parts)
+        return self.reshaped(parts, (math.prod(self.shape[:-1]), self.shape[-1]))
+
     def values(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """All of them, of `shape`."""
-        out = torch.empty(self.rows, self.row_size, dtype=dtype, device=parts[0].device)
-        self.decode_(out, parts, 0, 0)
+        matrix, parts = self.as_matrix(parts)
+        out = torch.empty(matrix.rows, matrix.row_size, dtype=dtype, device=parts[0].device)
+        matrix.decode_(out, parts, 0, 0)
         return out.view(self.shape)
 
-    def row_tiles(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their values), tile by tile, each in the memory of the one before."""
-        rows = _tile_size(self.rows, self.row_size * dtype.itemsize, parts[0].device)
+    def row_tiles(
+        self, parts: Sequence[Tensor], dtype: torch.dtype, within: range | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their values) of a matrix or its rows `within`, tile by tile, each in the memory of the one before.
+
+        Rows are counted from the first of them.
+        """
+        within = range(self.rows) if within is None else within
+        rows = _tile_size(len(within), self.row_size * dtype.itemsize, parts[0].device)
         buffer = torch.empty(rows, self.row_size, dtype=dtype, device=parts[0].device)
-        for first in range(0, self.rows, rows):
-            last = min(first + rows, self.rows)
-            self.decode_(buffer[: last - first], parts, first, 0)
+        for first in range(0, len(within), rows):
+            last = min(first + rows, len(within))
+            self.decode_(buffer[: last - first], parts, within.start + first, 0)
             yield slice(first, last), buffer[: last - first]
 
-    def column_tiles(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, their values), tile by tile, each in the memory of the one before."""
-        columns = _tile_size(self.row_size, self.rows * dtype.itemsize, parts[0].device)
-        buffer = torch.empty(self.rows * columns, dtype=dtype, device=parts[0].device)
+    def column_tiles(
+        self, parts: Sequence[Tensor], dtype: torch.dtype, within: range | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, their values) of a matrix or its rows `within`, tile by tile, each in the memory of the last."""
+        within = range(self.rows) if within is None else within
+        columns = _tile_size(self.row_size, len(within) * dtype.itemsize, parts[0].device)
+        buffer = torch.empty(len(within) * columns, dtype=dtype, device=parts[0].device)
         for first in range(0, self.row_size, columns):
             last = min(first + columns, self.row_size)
-            tile = buffer[: self.rows * (last - first)].view(self.rows, last - first)
-            self.decode_(tile, parts, 0, first)
+            tile = buffer[: len(within) * (last - first)].view(len(within), last - first)
+            self.decode_(tile, parts, within.start, first)
             yield slice(first, last), tile
 
 

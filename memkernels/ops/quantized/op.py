@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memkernels.ops.autocast import as_product_dtype, product_dtype
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.gradient_sum import gradient_sums, results
+from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.quantized.projection import QuantizedProjection
 from memkernels.ops.quantized.tensor import QuantizedTensor, check_frozen
 

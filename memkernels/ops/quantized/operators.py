@@ -19,16 +19,12 @@ def _input_grad_fake(dy, parts, kind, sizes):
     return dy.new_empty(dy.shape[0], sizes[1])
 
 
-def _input_grad_add_fake(dx, dy, parts, kind, sizes):
-    return None
-
-
 # y = x W^T + bias
 define(f"quantized_linear(Tensor x, Tensor? bias, {STORED}) -> Tensor", _linear_fake)
 # dx = dy W
 define(f"quantized_input_grad(Tensor dy, {STORED}) -> Tensor", _input_grad_fake)
 # dx += dy W
-define(f"quantized_input_grad_add_(Tensor(a!) dx, Tensor dy, {STORED}) -> ()", _input_grad_add_fake)
+define(f"quantized_input_grad_add_(Tensor(a!) dx, Tensor dy, {STORED}) -> ()")
 
 _NAMES = ("quantized_linear", "quantized_input_grad", "quantized_input_grad_add_")
 for _name in _NAMES:

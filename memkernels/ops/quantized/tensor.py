@@ -171,7 +171,7 @@ def _new_zeros(self: QuantizedTensor, size: Sequence[int], **kwargs: Any) -> Ten
 
 def _view(self: QuantizedTensor, size: Sequence[int], *args: Any) -> QuantizedTensor:
     shape = torch.empty(self.shape, device="meta").view(size).shape
-    return _like(self, self.encoding.with_shape(tuple(shape)), self.parts)
+    return _like(self, *self.encoding.reshaped(self.parts, tuple(shape)))
 
 
 def _as_strided(self: QuantizedTensor, size, stride, storage_offset=None) -> QuantizedTensor:

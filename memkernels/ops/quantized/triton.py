@@ -37,6 +37,20 @@ def _stored(parts: Sequence[Tensor], kind: str, sizes: Sequence[int]) -> Stored:
     )  # fmt: skip
 
 
+def in_parts(kind: str, sizes: Sequence[int]) -> bool:
+    """Whether 64 columns cut a matrix's rows into whole parts, of one block each."""
+    return kind != "nf4" or (sizes[1] % 64 == 0 and sizes[2] % 64 == 0)
+
+
+def stored_matrix(parts: Sequence[Tensor], kind: str, sizes: Sequence[int], columns: int) -> tuple[Stored, bool]:
+    """A matrix as kernels take it, and whether `columns` of it, which a program holds at a time, are SEGMENTS.
+
+    Kernels over nested absolute maxima are compiled without fused multiply-adds, as `triton_tiles` says.
+    """
+    segments = kind == "nf4" and sizes[1] % columns == 0 and sizes[2] % columns == 0
+    return _stored(parts, kind, sizes), segments
+
+
 def launch_quantized(
     y: Tensor,
     x: Tensor,
@@ -50,17 +64,14 @@ def launch_quantized(
     **options: Any,
 ) -> None:
     """`launch_product` over a quantised weight, whose other arguments are the options."""
-    x, stored = row_major(x), _stored(parts, kind, sizes)
+    x = row_major(x)
     if tile is None:
-        in_parts = kind != "nf4" or (sizes[1] % 64 == 0 and sizes[2] % 64 == 0)
         low_rank_dtype = x.dtype if low_rank is None else low_rank[0].dtype
-        aligned = in_parts and is_aligned(x) and is_aligned(y)
+        aligned = in_parts(kind, sizes) and is_aligned(x) and is_aligned(y)
         tile = select_tile(x.dtype, low_rank_dtype, x.device, aligned=aligned, tiles=QUANTIZED_TILES)
-    # Columns of the tile of W that a program holds at a time.
-    columns = tile.BLOCK_K if by_rows else tile.BLOCK_N
+    stored, segments = stored_matrix(parts, kind, sizes, tile.BLOCK_K if by_rows else tile.BLOCK_N)
     launch_product(
-        y, x, None, tile, by_rows=by_rows, low_rank=low_rank, stored=stored,
-        segments=kind == "nf4" and sizes[1] % columns == 0 and sizes[2] % columns == 0,
+        y, x, None, tile, by_rows=by_rows, low_rank=low_rank, stored=stored, segments=segments,
         enable_fp_fusion=stored.nested_absmax is None, **options,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memkernels.ops.product_tiles import QUANTIZED_TILES, SMALL_TILES, TF32_TILE, ProductTile
+from memkernels.ops.product_tiles import EXACT_QUANTIZED_TILE, QUANTIZED_TILES, SMALL_TILES, TF32_TILE, ProductTile
 from memkernels.ops.quantized.triton import quantized_input_grad, quantized_input_grad_add_, quantized_linear
 from memkernels.quant.int8 import Int8Encoding
 from memkernels.quant.nf4 import NF4Encoding
@@ -76,8 +76,12 @@ KERNEL_CASES = [
     *(
         case
         for vendor, targets in (("nvidia", NVIDIA), ("amd", AMD))
-        for name, options in (("unaligned", {"shape": UNALIGNED}), ("exact", {"dtype": torch.float32}))
-        for case in _cases(f"{name} {vendor}", ("nested nf4", "int8"), SMALL_TILES[vendor], targets, **options)
+        for tile in (SMALL_TILES[vendor],)
+        for name, of_name, options in (
+            ("unaligned", tile, {"shape": UNALIGNED}),
+            ("exact", EXACT_QUANTIZED_TILE if vendor == "nvidia" else tile, {"dtype": torch.float32}),
+        )
+        for case in _cases(f"{name} {vendor}", ("nested nf4", "int8"), of_name, targets, **options)
     ),
     *_cases("tf32", ("nested nf4", "int8"), TF32_TILE, NVIDIA, dtype=torch.float32),
 ]
