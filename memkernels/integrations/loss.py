@@ -12,9 +12,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from memkernels import ops
 from memkernels.integrations.family import Family
+from memkernels.integrations.linears import is_linear, weight_and_bias
 from memkernels.integrations.masks import has_cache, stack_of, tells, without_padding
 from memkernels.integrations.peft_lora import saved_module
-from memkernels.integrations.plain import is_plain_linear
 from memkernels.integrations.replacement import Replacement, argument_names, bind, by_name
 from memkernels.ops.linear_cross_entropy.reference import shifted
 
@@ -79,8 +79,8 @@ def _wants(model: Any, kwargs: dict, name: str) -> bool:
 
 def why_not(model: Any) -> str | None:
     """Why the loss cannot be computed without logits; None where it can."""
-    if not is_plain_linear(saved_module(model.lm_head)):
-        return "lm_head has an adapter, hooks, or a weight of another kind"
+    if not is_linear(saved_module(model.lm_head)):
+        return "lm_head has hooks, or a weight or an adapter of another kind"
     if not _has_default_loss(model):
         return "the model has a loss function of its own"
     return None
@@ -106,11 +106,13 @@ def _loss(
     ignore_index: int = -100,
     **_,
 ) -> Tensor:
-    """ForCausalLMLoss: the mean over labels, or their sum over num_items_in_batch."""
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(hidden_states.device)
-    head, softcap = saved_module(model.lm_head), getattr(model.config, "final_logit_softcapping", None)
-    return ops.linear_cross_entropy(
-        hidden_states.flatten(0, -2), head.weight, target.flatten().to(hidden_states.device), bias=head.bias,
-        ignore_index=ignore_index, num_items=num_items_in_batch, softcap=softcap,
+    """ForCausalLMLoss: the mean over labels, or their sum over num_items_in_batch, which may be zero."""
+    weight, bias = weight_and_bias(saved_module(model.lm_head))
+    loss = ops.linear_cross_entropy(
+        hidden_states.flatten(0, -2), weight, target.flatten().to(hidden_states.device), bias=bias,
+        ignore_index=ignore_index, softcap=getattr(model.config, "final_logit_softcapping", None),
+        reduction="mean" if num_items_in_batch is None else "sum",
     )  # fmt: skip
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch

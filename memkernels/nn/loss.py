@@ -11,12 +11,22 @@ from memkernels import ops
 class LinearCrossEntropy(torch.nn.Linear):
     """A language-model head with its loss, `ops.linear_cross_entropy`; its state_dict is that of `torch.nn.Linear`.
 
+    The cross-entropy of logits = x weight^T + bias, which exist a tile of the vocabulary at a time. The weight may be
+    replaced by a frozen one of `memkernels.quant`.
+
     Args:
         hidden_size: d, the size of the last dimension of x.
-        vocab_size: V, the number of labels.
-        bias: whether the logits have a bias.
+        vocab_size: V, the number of labels; weight is (V, d).
+        bias: whether the logits have a bias, (V,).
+        dtype: of weight and bias: x's, unless autocast casts both.
         options: keyword arguments of `ops.linear_cross_entropy`: ignore_index, reduction, softcap, label_smoothing,
             z_loss, shift.
+
+    Raises:
+        TypeError: an option other than those.
+
+    Saved for backward, beside the parameters: x itself, target (with `shift` a shifted copy, 8 bytes a token) and 4
+    bytes a token; nothing of size V.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, bias: bool = False, *, device=None, dtype=None, **options):
@@ -26,7 +36,21 @@ class LinearCrossEntropy(torch.nn.Linear):
         super().__init__(hidden_size, vocab_size, bias, device=device, dtype=dtype)
         self.options = options
 
-    def forward(self, x: Tensor, target: Tensor, num_items: int | Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, target: Tensor, num_items: int | Tensor | None = None
+    ) -> Tensor:
+        """The loss in float32 (float64 of float64): a scalar, or with reduction "none" target's shape.
+
+        Args:
+            x: (..., d); float32, bfloat16, float16 or float64.
+            target: (...), int64: the label of each token, in [0, V), or ignore_index.
+            num_items: what reduction "mean" divides by, a positive number or a tensor of one; None: the tokens of
+                target that are not ignored. In gradient accumulation those of all micro-batches.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `ops.linear_cross_entropy`: a dtype, shape, device or option that does
+                not fit; on CPU a label out of range.
+        """
         return ops.linear_cross_entropy(x, self.weight, target, bias=self.bias, num_items=num_items, **self.options)
 
     def extra_repr(self) -> str:

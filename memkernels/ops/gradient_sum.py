@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memkernels.ops.matmul import addmm, mm
+
 
 class GradientSum:
     """The gradient of one tensor, summed over tiles of tokens, in float32 or wider.
@@ -34,9 +36,9 @@ class GradientSum:
     def add_product(self, dy: Tensor, x: Tensor) -> None:
         """Adds dy^T x: the gradient of a weight (out, in) from dy (tokens, out) and x (tokens, in)."""
         if self.total is not None and self.wide_dtype == dy.dtype:
-            torch.addmm(self.total, dy.t(), x, out=self.total)
+            addmm(self.total, dy.t(), x, out=self.total)
         else:
-            self.add(torch.mm(dy.t(), x))
+            self.add(mm(dy.t(), x))
 
     def result(self) -> Tensor:
         """The gradient, in the tensor's dtype; zeros if nothing was added."""

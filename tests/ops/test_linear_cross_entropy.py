@@ -131,6 +131,14 @@ def test_micro_batches_with_num_items_sum_to_the_whole_batch(implementation, as_
             torch.testing.assert_close(accumulated, expected)
 
 
+@pytest.mark.parametrize("num_items", [11, torch.tensor(11), torch.tensor([11]), torch.tensor([[11.0]])], ids=str)
+def test_num_items_gives_a_scalar(num_items):
+    inputs = make_inputs((9, 24), 70, torch.float32)
+    loss = ops.linear_cross_entropy(**inputs, num_items=num_items)
+    assert loss.dim() == 0
+    torch.testing.assert_close(loss, ops.linear_cross_entropy(**inputs, reduction="sum") / 11)
+
+
 @on_every_implementation
 def test_non_contiguous_inputs(implementation):
     with implementation.active() as device, tiles_of(33):
@@ -251,10 +259,10 @@ def test_opcheck(implementation):
         scalars = (-100, 2.0, 0.1, 0.01)
         torch.library.opcheck(memkernels.cross_entropy_grad_.default, (logits, target, 3, 20, *state[:2], *scalars))
         for added in (None, bias):
-            arguments = (x, weight, added, target)
-            torch.library.opcheck(memkernels.linear_cross_entropy_fwd.default, (*arguments, *scalars))
-            for wanted in ((True, True, added is not None), (False, False, False)):
-                everything = (state[0], *arguments, state[1], *scalars, *wanted)
+            head = ([weight, None, None, added, None, None], [], "", [], 1.0, 0.0)
+            torch.library.opcheck(memkernels.linear_cross_entropy_fwd.default, (x, *head, target, *scalars))
+            for wanted in ((True, True, False, False, added is not None, False), (False,) * 6):
+                everything = (state[0], x, *head, target, state[1], *scalars, wanted)
                 torch.library.opcheck(memkernels.linear_cross_entropy_bwd.default, everything)
 
 
@@ -321,6 +329,18 @@ def test_saves_its_inputs_and_lse():
     assert saved(x) == 64 * 4 + 8  # the number of tokens
     assert saved(x, shift=True, reduction="sum") == 64 * (4 + 8)
     assert saved(x.detach().transpose(0, 1).contiguous().transpose(0, 1), reduction="sum") == 64 * 4
+
+
+def test_autocast_saves_no_copy_of_the_weight():
+    """x as autocast casts it, 2 bytes an element, and lse, 4 a token: torch keeps the cast weight."""
+    x, weight, target = make_inputs((64, 24), 500, torch.float32).values()
+
+    def saved(function):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return saved_bytes(function, exclude=(x, weight, target))
+
+    assert saved(lambda: ops.linear_cross_entropy(x, weight, target, reduction="sum")) == 64 * (24 * 2 + 4)
+    assert saved(lambda: F.linear(x, weight).sum()) == (64 + 500) * 24 * 2
 
 
 ROWS, SIZE, VOCAB = 512, 64, 60_000
@@ -391,14 +411,33 @@ def test_a_label_out_of_range_is_an_error_before_anything_is_computed():
         ({"bias": torch.zeros(10, dtype=torch.float16)}, TypeError, "bias: expected torch.float32, as x"),
         ({"reduction": "avg"}, ValueError, "reduction: expected one of mean, sum, none, got 'avg'"),
         ({"reduction": "sum", "num_items": 3}, ValueError, "num_items: .*got it with 'sum'"),
-        ({"softcap": 0.0}, ValueError, "softcap: expected a positive number"),
-        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a number in \[0, 1\]"),
+        ({"num_items": 0}, ValueError, "num_items: expected a positive number, got 0"),
+        ({"num_items": -2.5}, ValueError, "num_items: expected a positive number, got -2.5"),
+        ({"num_items": float("nan")}, ValueError, "num_items: expected a positive number, got nan"),
+        ({"num_items": "3"}, TypeError, "num_items: expected a positive number, got '3'"),
+        ({"num_items": True}, TypeError, "num_items: expected a positive number, got True"),
+        ({"num_items": torch.tensor([3, 4])}, ValueError, r"num_items: expected a tensor of one number, .* \(2,\)"),
+        ({"num_items": torch.tensor(True)}, ValueError, "num_items: expected a tensor of one number, got torch.bool"),
+        ({"num_items": torch.tensor(3, device="meta")}, ValueError, "num_items: expected device cpu"),
+        ({"num_items": torch.tensor(0)}, ValueError, "num_items: expected a positive number, got 0"),
+        ({"num_items": torch.tensor([float("nan")])}, ValueError, "num_items: expected a positive number, got nan"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a positive number or None, got 0.0"),
+        ({"softcap": float("inf")}, ValueError, "softcap: expected a positive number or None, got inf"),
+        ({"softcap": "30"}, TypeError, "softcap: expected a positive number or None, got '30'"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1.5"),
+        ({"label_smoothing": None}, TypeError, r"label_smoothing: expected a number in \[0, 1\], got None"),
+        ({"z_loss": -1e-4}, ValueError, "z_loss: expected a number from 0 up, got -0.0001"),
+        ({"z_loss": float("nan")}, ValueError, "z_loss: expected a number from 0 up, got nan"),
+        ({"z_loss": torch.tensor(0.1)}, TypeError, "z_loss: expected a number from 0 up, got tensor"),
+        ({"ignore_index": -100.0}, TypeError, "ignore_index: expected an integer, got -100.0"),
+        ({"ignore_index": None}, TypeError, "ignore_index: expected an integer, got None"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index: expected an integer of 64 bits, got 9223372036854775808"),
         ({"x": torch.zeros(8), "target": torch.tensor(1), "shift": True}, ValueError, "shift: expected a target"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, message):
     arguments = {"x": torch.zeros(4, 8), "weight": torch.zeros(10, 8), "target": torch.zeros(4, dtype=torch.int64)}
-    with pytest.raises(error, match=message):
+    with mock.patch.object(tiles, "Head", side_effect=AssertionError), pytest.raises(error, match=message):
         ops.linear_cross_entropy(**(arguments | change))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memkernels.ops.weights import Weight, base_of, linear
+
 
 def linear_cross_entropy(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     target: Tensor,
     *,
     bias: Tensor | None = None,
@@ -21,7 +23,7 @@ def linear_cross_entropy(
     shift: bool = False,
 ) -> Tensor:
     """The loss of `ops.linear_cross_entropy`, from the (..., V) logits in one piece."""
-    logits = torch.nn.functional.linear(x, weight, bias)
+    logits = linear(x, weight, bias)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -32,7 +34,7 @@ def linear_cross_entropy(
     at_target = z.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
     losses = lse - (1 - label_smoothing) * at_target + z_loss * lse.square()
     if label_smoothing:
-        losses = losses - label_smoothing / weight.shape[0] * z.sum(-1)
+        losses = losses - label_smoothing / base_of(weight).shape[0] * z.sum(-1)
     return reduce(losses.masked_fill(ignored, 0.0), target, ignore_index, reduction, num_items)
 
 
@@ -50,7 +52,7 @@ def reduce(losses: Tensor, target: Tensor, ignore_index: int, reduction: str, nu
         return total
     if num_items is None:
         num_items = (target != ignore_index).sum()
-    return total / num_items
+    return total / (num_items.reshape(()) if isinstance(num_items, Tensor) else num_items)
 
 
 def cross_entropy_stats(
