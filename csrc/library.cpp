@@ -5,6 +5,7 @@
 #define MEMKERNELS_IMPL(name) m.impl(#name, &memkernels::KernelTable<#name>::call)
 
 STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
+  MEMKERNELS_IMPL(adamw_);
   MEMKERNELS_IMPL(attention_bwd);
   MEMKERNELS_IMPL(attention_fwd);
   MEMKERNELS_IMPL(cross_entropy_grad_);
@@ -12,11 +13,14 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(expert_activation_bwd);
   MEMKERNELS_IMPL(expert_activation_bwd_);
   MEMKERNELS_IMPL(expert_activation_fwd);
+  MEMKERNELS_IMPL(fp8_decode_);
+  MEMKERNELS_IMPL(fp8_encode_);
   MEMKERNELS_IMPL(gated_activation_bwd);
   MEMKERNELS_IMPL(gated_activation_bwd_);
   MEMKERNELS_IMPL(gated_activation_fwd);
   MEMKERNELS_IMPL(layer_norm_bwd);
   MEMKERNELS_IMPL(layer_norm_fwd);
+  MEMKERNELS_IMPL(lion_);
   MEMKERNELS_IMPL(moe_combine);
   MEMKERNELS_IMPL(moe_combine_bwd);
   MEMKERNELS_IMPL(moe_dispatch);
@@ -30,4 +34,6 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(rotary_fwd);
   MEMKERNELS_IMPL(row_dropout);
   MEMKERNELS_IMPL(row_dropout_add_);
+  MEMKERNELS_IMPL(sgd_);
+  MEMKERNELS_IMPL(square_sum);
 }

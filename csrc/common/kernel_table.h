@@ -1,5 +1,6 @@
-// One operator, several builds of its kernel: each kernel file is compiled once per instruction set and enters its
-// boxed function here; csrc/library.cpp registers `call`, which runs the build that is active.
+// One operator, several builds of its kernel: each kernel file is compiled once per instruction set that it gains by
+// and enters its boxed function here; csrc/library.cpp registers `call`, which runs the build for what is active, or
+// the next lower one.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,12 +11,15 @@
 
 namespace memkernels {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
-constexpr int kIsaCount = 3;
-constexpr const char* kIsaNames[kIsaCount] = {"baseline", "avx2", "avx512"};
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
+constexpr int kIsaCount = 4;
+constexpr const char* kIsaNames[kIsaCount] = {"baseline", "avx2", "avx512", "amx"};
 
 // The instruction set in use: the best that both the processor and this library have, or what MEMKERNELS_CPU names.
 Isa active_isa();
+
+// That an operator has a build of its own for an instruction set.
+void note_build(const char* name, Isa isa);
 
 using BoxedKernel = void (*)(StableIValue*, uint64_t, uint64_t);
 
@@ -31,17 +35,24 @@ struct KernelTable {
   static inline BoxedKernel builds[kIsaCount] = {};
 
   static void call(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-    builds[static_cast<int>(active_isa())](stack, inputs, outputs);
+    int isa = static_cast<int>(active_isa());
+    while (builds[isa] == nullptr) --isa;
+    builds[isa](stack, inputs, outputs);
   }
 
   struct Entry {
-    Entry(Isa isa, BoxedKernel kernel) { builds[static_cast<int>(isa)] = kernel; }
+    Entry(Isa isa, BoxedKernel kernel) {
+      builds[static_cast<int>(isa)] = kernel;
+      note_build(name.text, isa);
+    }
   };
 };
 
 }  // namespace memkernels
 
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AMX)
+  #define MEMKERNELS_ISA ::memkernels::Isa::amx
+#elif defined(CPU_CAPABILITY_AVX512)
   #define MEMKERNELS_ISA ::memkernels::Isa::avx512
 #elif defined(CPU_CAPABILITY_AVX2)
   #define MEMKERNELS_ISA ::memkernels::Isa::avx2

@@ -1,8 +1,9 @@
 // Attention backward. With P = exp(S - lse), delta = rowsum(dO * O) - dlse and slope = d S / d (Q K^T):
 //   dV = P^T dO      dS = P * (dO V^T - delta) * slope      dQ = dS K      dK = dS^T Q
-// P and dO V^T are those of dropout where there is dropout. A tile of keys owns its dK and dV, and walks the queries
-// that see it. To dQ of a query the tiles add in the order of the keys, each after the one before it: no sums by
-// atomics, and the same result bit for bit for any number of threads.
+// P and dO V^T are those of dropout where there is dropout. A tile of keys owns its dK and dV. Neighbouring tiles, a
+// run, walk the queries that see them together, so that what is packed of a query comes from afar once a run. To dQ of
+// a query the tiles add in the order of the keys, each after the one before it: no sums by atomics, and the same result
+// bit for bit for any number of threads.
 #include <numeric>
 #include <thread>
 #include <tuple>
@@ -25,6 +26,9 @@ struct Gradients {
 
 // What the packed queries of all heads at work may take. One head at a time may take more.
 constexpr int64_t kHeadsBytes = 48 << 20;
+
+// Tiles of a run: at most so many, and what a thread holds of them stays in its cache.
+constexpr int64_t kRunTiles = 4, kRunBytes = 512 << 10;
 
 // What all queries of one head bring to the products, packed once: tile t starts at t * (its size).
 template <typename U>
@@ -49,44 +53,61 @@ struct PackedQueries {
   Buffer<float> lse, delta, dq;                          // dq: [tile][size.rows][kQueries]
 };
 
-// What a thread holds of the tile of keys that it is at.
+// What a thread holds of a tile of keys that it is at.
 template <typename U>
 struct KeyTile {
-  static constexpr int64_t kUnits = kKeys / kDepth<U>, kQueryUnits = kQueries / kDepth<U>;
+  static constexpr int64_t kUnits = kKeys / kDepth<U>;
 
   KeyTile(const Padded<U>& size, const Padded<U>& value)
       : k_rows(kKeys * size.depth),
         k_units(kUnits * size.rows),
         k_columns(size.rows * kUnits),
         v_rows(kKeys * value.depth),
-        p_rows(kKeys * kQueryUnits),
-        ds_rows(kKeys * kQueryUnits),
-        ds_units(kUnits * kQueries),
-        products(kKeys * kQueries),
-        dp(kKeys * kQueries),
         dk(kKeys * size.lanes),
         dv(kKeys * value.lanes) {}
 
+  static int64_t bytes(const Padded<U>& size, const Padded<U>& value) {
+    const int64_t units = kKeys * (size.depth + value.depth) + 2 * kUnits * size.rows;
+    return units * sizeof(U) + kKeys * (size.lanes + value.lanes) * sizeof(float);
+  }
+
   Buffer<U> k_rows, k_units, k_columns, v_rows;
-  Buffer<U> p_rows, ds_rows, ds_units;  // P^T and dS^T as rows, the A operands of dV and dK; dS^T as dQ's B
-  Buffer<float> products, dp, dk, dv;
+  Buffer<float> dk, dv;
 };
 
-// The order in which tiles of keys come to a tile of queries. Tiles are begun in order, so the first that is not
-// finished waits for none.
-class KeyOrder {
- public:
-  explicit KeyOrder(int64_t key_tiles) : passed_(key_tiles) {}
+// What a thread holds of a run: its tiles, and what is made of one of them and a tile of queries.
+template <typename U>
+struct KeyRun {
+  static constexpr int64_t kUnits = kKeys / kDepth<U>, kQueryUnits = kQueries / kDepth<U>;
 
-  // Until the tile of keys before this one, and so all before, have passed the tile of queries.
-  void wait(int64_t key_tile, int64_t query_tile) const {
-    if (key_tile == 0) return;
-    while (passed_[key_tile - 1].load(std::memory_order_acquire) <= query_tile) std::this_thread::yield();
+  KeyRun(int64_t count, const Padded<U>& size, const Padded<U>& value)
+      : p_rows(kKeys * kQueryUnits),
+        ds_rows(kKeys * kQueryUnits),
+        ds_units(kUnits * kQueries),
+        products(kKeys * kQueries),
+        dp(kKeys * kQueries) {
+    tiles.reserve(count);
+    for (int64_t t = 0; t < count; ++t) tiles.emplace_back(size, value);
   }
-  void pass(int64_t key_tile, int64_t query_tile) {
-    passed_[key_tile].store(query_tile + 1, std::memory_order_release);
+
+  std::vector<KeyTile<U>> tiles;
+  Buffer<U> p_rows, ds_rows, ds_units;  // P^T and dS^T as rows, the A operands of dV and dK; dS^T as dQ's B
+  Buffer<float> products, dp;
+};
+
+// The order in which runs come to a tile of queries. They are begun in order, so the first that is not finished waits
+// for none.
+class RunOrder {
+ public:
+  explicit RunOrder(int64_t runs) : passed_(runs) {}
+
+  // Until the run before this one, and so all before, have passed the tile of queries.
+  void wait(int64_t run, int64_t query_tile) const {
+    if (run == 0) return;
+    while (passed_[run - 1].load(std::memory_order_acquire) <= query_tile) std::this_thread::yield();
   }
-  void finish(int64_t key_tile) { pass(key_tile, kUnlimited); }
+  void pass(int64_t run, int64_t query_tile) { passed_[run].store(query_tile + 1, std::memory_order_release); }
+  void finish(int64_t run) { pass(run, kUnlimited); }
 
  private:
   std::vector<std::atomic<int64_t>> passed_;
@@ -104,22 +125,24 @@ class Backward {
 
   void run() const {
     const int64_t heads = call_.shape.kv_heads, tasks = static_cast<int64_t>(call_.sequences.size()) * heads;
-    const auto task = [&](int64_t i) { run(i / heads, i % heads); };
     int64_t longest = 0;
     for (const Sequence& s : call_.sequences) longest = std::max(longest, s.q_len);
     // A parallel region within another is serial: a head is one thread's or all threads'. The first is faster, for no
     // tile of dQ then goes from core to core, but needs a head for each thread, and memory for each such head.
     const int64_t threads = torch::stable::get_num_threads();
     if (tasks >= threads && threads * PackedQueries<U>::bytes(longest, size_, value_) <= kHeadsBytes) {
-      return parallel_tasks(tasks, task);
+      return parallel_tasks(tasks, [&](int64_t i) { run(i / heads, i % heads, 1); });
     }
-    for (int64_t i = 0; i < tasks; ++i) task(i);
+    for (int64_t i = 0; i < tasks; ++i) run(i / heads, i % heads, threads);
   }
 
  private:
-  void run(int64_t sequence, int64_t kv_head) const {
+  void run(int64_t sequence, int64_t kv_head, int64_t threads) const {
     const Sequence& s = call_.sequences[sequence];
     const int64_t key_tiles = (s.k_len + kKeys - 1) / kKeys, query_tiles = (s.q_len + kQueries - 1) / kQueries;
+    // As many tiles a run as the cache holds, but two runs for each of several threads.
+    const int64_t held = std::clamp<int64_t>(kRunBytes / KeyTile<U>::bytes(size_, value_), 1, kRunTiles);
+    const int64_t run_tiles = threads == 1 ? held : std::clamp<int64_t>(key_tiles / (2 * threads), 1, held);
     const int64_t group = call_.shape.group();
     // Sums over the heads that share these keys; those of one head alone stay in its KeyTile.
     const int64_t kept_tiles = group > 1 ? key_tiles : 0;
@@ -127,23 +150,28 @@ class Backward {
     PackedQueries<U> queries(query_tiles, size_, value_);
 
     for (int64_t g = 0; g < group; ++g) {
-      const int64_t head = kv_head * group + g;
+      const int64_t head = kv_head * group + g, runs = (key_tiles + run_tiles - 1) / run_tiles;
       pack_queries(s, sequence, head, query_tiles, queries);
-      KeyOrder order(key_tiles);
-      const auto make_tile = [&] { return KeyTile<U>(size_, value_); };
-      parallel_tasks(key_tiles, make_tile, [&](KeyTile<U>& tile, int64_t t) {
-        const int64_t key = t * kKeys, count = std::min(kKeys, s.k_len - key);
-        float* dk_tile = group > 1 ? &dk[t * kKeys * size_.lanes] : tile.dk.get();
-        float* dv_tile = group > 1 ? &dv[t * kKeys * value_.lanes] : tile.dv.get();
-        if (g == 0) {
-          std::fill_n(dk_tile, kKeys * size_.lanes, 0.0f);
-          std::fill_n(dv_tile, kKeys * value_.lanes, 0.0f);
+      RunOrder order(runs);
+      const auto make_run = [&] { return KeyRun<U>(run_tiles, size_, value_); };
+      parallel_tasks(runs, make_run, [&](KeyRun<U>& of, int64_t r) {
+        const int64_t first = r * run_tiles, count = std::min(run_tiles, key_tiles - first);
+        Sums sums[kRunTiles];
+        for (int64_t t = 0; t < count; ++t) {
+          const int64_t tile = first + t;
+          sums[t] = group > 1 ? Sums{&dk[tile * kKeys * size_.lanes], &dv[tile * kKeys * value_.lanes]}
+                              : Sums{of.tiles[t].dk.get(), of.tiles[t].dv.get()};
+          if (g == 0) {
+            std::fill_n(sums[t].dk, kKeys * size_.lanes, 0.0f);
+            std::fill_n(sums[t].dv, kKeys * value_.lanes, 0.0f);
+          }
+          pack_keys(s, kv_head, tile, of.tiles[t]);
         }
-        pack_keys(s, kv_head, key, count, tile);
-        add_gradients(s, sequence, head, t, count, queries, order, tile, dk_tile, dv_tile);
-        if (g == group - 1) {
-          write_rows(dk_tile, size_.lanes, count, call_.shape.size, grads_.dk, s.batch, s.k_start + key, kv_head);
-          write_rows(dv_tile, value_.lanes, count, call_.shape.value_size, grads_.dv, s.batch, s.k_start + key,
+        add_gradients(s, sequence, head, r, first, count, queries, order, of, sums);
+        for (int64_t t = 0; t < count && g == group - 1; ++t) {
+          const int64_t key = (first + t) * kKeys, rows = std::min(kKeys, s.k_len - key);
+          write_rows(sums[t].dk, size_.lanes, rows, call_.shape.size, grads_.dk, s.batch, s.k_start + key, kv_head);
+          write_rows(sums[t].dv, value_.lanes, rows, call_.shape.value_size, grads_.dv, s.batch, s.k_start + key,
                      kv_head);
         }
       });
@@ -151,7 +179,12 @@ class Backward {
     }
   }
 
-  void pack_keys(const Sequence& s, int64_t kv_head, int64_t key, int64_t count, KeyTile<U>& to) const {
+  struct Sums {
+    float *dk, *dv;
+  };
+
+  void pack_keys(const Sequence& s, int64_t kv_head, int64_t tile, KeyTile<U>& to) const {
+    const int64_t key = tile * kKeys, count = std::min(kKeys, s.k_len - key);
     const T* k = call_.k.at(s.batch, s.k_start + key, kv_head);
     const T* v = call_.v.at(s.batch, s.k_start + key, kv_head);
     pack_rows(k, call_.k.row_stride, count, call_.shape.size, to.k_rows.get(), kKeys, size_.depth);
@@ -160,35 +193,47 @@ class Backward {
     transpose(to.k_units.get(), kKeyUnits, size_.rows, to.k_columns.get(), kKeyUnits);
   }
 
-  // What a tile of keys and one head's queries give to dK, dV and dQ.
-  void add_gradients(const Sequence& s, int64_t sequence, int64_t head, int64_t key_tile, int64_t count,
-                     const PackedQueries<U>& queries, KeyOrder& order, KeyTile<U>& keys, float* dk, float* dv) const {
+  // What a run of `count` tiles from `first` on and one head's queries give to dK, dV and dQ.
+  void add_gradients(const Sequence& s, int64_t sequence, int64_t head, int64_t run, int64_t first, int64_t count,
+                     const PackedQueries<U>& queries, RunOrder& order, KeyRun<U>& of, const Sums* sums) const {
+    const TileRegisters registers;
     const Dropout dropout(call_.options, call_.stream(sequence, head));
-    const int64_t key = key_tile * kKeys;
-    const KeyRange seen_by = seeing_queries(s, key, key + count);
-    for (int64_t q = seen_by.begin / kQueries; q * kQueries < seen_by.end; ++q) {
-      tile_matmul(kKeys, size_.depth, keys.k_rows.get(), size_.depth, &queries.q_columns[q * size_.depth * kQueries],
-                  kQueries, keys.products.get(), kQueries, false);
-      tile_matmul(kKeys, value_.depth, keys.v_rows.get(), value_.depth,
-                  &queries.dout_columns[q * value_.depth * kQueries], kQueries, keys.dp.get(), kQueries, false);
-      const ScoreTile tile{call_.options, call_.alibi(sequence, head), s.k_len - s.q_len, q * kQueries, key, s.k_len};
-      score_gradients(tile, dropout, keys.products.get(), keys.dp.get(), &queries.lse[q * kQueries],
-                      &queries.delta[q * kQueries], keys.p_rows.get(), keys.ds_rows.get(), keys.ds_units.get());
-      wide_tile_matmul(kKeys, value_.lanes / kLanes, kQueryUnits, keys.p_rows.get(), kQueryUnits,
-                       &queries.dout_rows[q * kQueryUnits * value_.lanes], value_.lanes, dv, value_.lanes, true);
-      wide_tile_matmul(kKeys, size_.lanes / kLanes, kQueryUnits, keys.ds_rows.get(), kQueryUnits,
-                       &queries.q_rows[q * kQueryUnits * size_.lanes], size_.lanes, dk, size_.lanes, true);
-      order.wait(key_tile, q);
-      tile_matmul(size_.rows, kKeyUnits, keys.k_columns.get(), kKeyUnits, keys.ds_units.get(), kQueries,
-                  &queries.dq[q * size_.rows * kQueries], kQueries, true);
-      order.pass(key_tile, q);
+    KeyRange seen_by[kRunTiles];
+    for (int64_t t = 0; t < count; ++t) seen_by[t] = seeing_queries(s, (first + t) * kKeys);
+    const int64_t last = seen_by[count - 1].end;
+    for (int64_t q = seen_by[0].begin / kQueries; q * kQueries < last; ++q) {
+      for (int64_t t = 0; t < count; ++t) {
+        if (q < seen_by[t].begin / kQueries || q * kQueries >= seen_by[t].end) continue;
+        const ScoreTile tile{call_.options, call_.alibi(sequence, head), s.k_len - s.q_len,
+                             q * kQueries,  (first + t) * kKeys,         s.k_len};
+        add_to_keys(tile, dropout, q, queries, of, of.tiles[t], sums[t]);
+        order.wait(run, q);
+        tile_matmul(size_.rows, kKeyUnits, of.tiles[t].k_columns.get(), kKeyUnits, of.ds_units.get(), kQueries,
+                    &queries.dq[q * size_.rows * kQueries], kQueries, true);
+      }
+      order.pass(run, q);
     }
-    order.finish(key_tile);
+    order.finish(run);
   }
 
-  // The queries that see any of the keys [first, last).
-  KeyRange seeing_queries(const Sequence& s, int64_t first, int64_t last) const {
-    const int64_t shift = s.k_len - s.q_len;
+  // What a tile of queries gives to dK and dV of a tile of keys; leaves dS^T.
+  void add_to_keys(const ScoreTile& tile, const Dropout& dropout, int64_t q, const PackedQueries<U>& queries,
+                   KeyRun<U>& of, const KeyTile<U>& keys, const Sums& sums) const {
+    tile_matmul(kKeys, size_.depth, keys.k_rows.get(), size_.depth, &queries.q_columns[q * size_.depth * kQueries],
+                kQueries, of.products.get(), kQueries, false);
+    tile_matmul(kKeys, value_.depth, keys.v_rows.get(), value_.depth,
+                &queries.dout_columns[q * value_.depth * kQueries], kQueries, of.dp.get(), kQueries, false);
+    score_gradients(tile, dropout, of.products.get(), of.dp.get(), &queries.lse[q * kQueries],
+                    &queries.delta[q * kQueries], of.p_rows.get(), of.ds_rows.get(), of.ds_units.get());
+    wide_tile_matmul(kKeys, value_.lanes / kLanes, kQueryUnits, of.p_rows.get(), kQueryUnits,
+                     &queries.dout_rows[q * kQueryUnits * value_.lanes], value_.lanes, sums.dv, value_.lanes, true);
+    wide_tile_matmul(kKeys, size_.lanes / kLanes, kQueryUnits, of.ds_rows.get(), kQueryUnits,
+                     &queries.q_rows[q * kQueryUnits * size_.lanes], size_.lanes, sums.dk, size_.lanes, true);
+  }
+
+  // The queries that see any key of the tile from `first` on.
+  KeyRange seeing_queries(const Sequence& s, int64_t first) const {
+    const int64_t shift = s.k_len - s.q_len, last = std::min(first + kKeys, s.k_len);
     return {std::clamp<int64_t>(first - shift - call_.options.right, 0, s.q_len),
             std::clamp<int64_t>(last - shift + call_.options.left, 0, s.q_len)};
   }

@@ -39,6 +39,12 @@ inline Options make_options(double scale, int64_t left, int64_t right, double so
           .seed = seed.has_value() ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0};
 }
 
+// A row outside every sequence would be left unwritten.
+inline void check_starts(const char* name, const int32_t* starts, int64_t count, int64_t rows) {
+  STD_TORCH_CHECK(count > 0 && starts[0] == 0 && starts[count - 1] == rows && std::is_sorted(starts, starts + count),
+                  name, ": expected starts that rise from 0 to ", rows, ", the number of rows");
+}
+
 inline std::vector<Sequence> sequences_of(const Tensor& q, const Tensor& k, const std::optional<Tensor>& cu_seqlens_q,
                                           const std::optional<Tensor>& cu_seqlens_k) {
   std::vector<Sequence> sequences;
@@ -49,16 +55,10 @@ inline std::vector<Sequence> sequences_of(const Tensor& q, const Tensor& k, cons
   const Tensor tensor_q = as_contiguous(*cu_seqlens_q), tensor_k = as_contiguous(*cu_seqlens_k);
   const int32_t* starts_q = tensor_q.const_data_ptr<int32_t>();
   const int32_t* starts_k = tensor_k.const_data_ptr<int32_t>();
-  const auto inside = [](int64_t start, int64_t end, int64_t rows) {
-    return 0 <= start && start <= end && end <= rows;
-  };
-  for (int64_t b = 0; b + 1 < tensor_q.numel(); ++b) {
-    STD_TORCH_CHECK(inside(starts_q[b], starts_q[b + 1], q.size(0)),
-                    "cu_seqlens_q: expected starts that rise within q");
-    STD_TORCH_CHECK(inside(starts_k[b], starts_k[b + 1], k.size(0)),
-                    "cu_seqlens_k: expected starts that rise within k");
+  check_starts("cu_seqlens_q", starts_q, tensor_q.numel(), q.size(0));
+  check_starts("cu_seqlens_k", starts_k, tensor_k.numel(), k.size(0));
+  for (int64_t b = 0; b + 1 < tensor_q.numel(); ++b)
     sequences.push_back({0, starts_q[b], starts_q[b + 1] - starts_q[b], starts_k[b], starts_k[b + 1] - starts_k[b]});
-  }
   return sequences;
 }
 

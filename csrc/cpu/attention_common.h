@@ -61,7 +61,9 @@ template <typename U>
 struct Padded {
   int64_t depth, rows, lanes;  // along K, as rows of A, as lanes of B
   explicit Padded(int64_t size)
-      : depth((size + kDepth<U> - 1) / kDepth<U>), rows(round_up(size, kRows)), lanes(round_up(size, kLanes)) {}
+      : depth(round_up((size + kDepth<U> - 1) / kDepth<U>, kDepthStep<U>)),
+        rows(round_up(size, kRows<U>)),
+        lanes(round_up(size, kLanes)) {}
 };
 
 // Memory for a thread, aligned to a cache line.
@@ -91,8 +93,8 @@ inline KeyRange visible_keys(const Options& options, const Sequence& s, int64_t 
           std::clamp<int64_t>(last + shift + options.right, 0, s.k_len)};
 }
 
-// Turns a tile of products q.k into scores. Calls body(j, v, i_vec, score, slope) per row j and vector v of the tile,
-// where score is -inf for hidden keys and slope is d score / d product.
+// Turns a tile's products q.k into scores, a vector `vec` of queries of a key's `row` at a time: -inf for hidden keys,
+// where the tile is `masked`. slope is d score / d product, where a gradient wants it.
 struct ScoreTile {
   const Options& options;
   float alibi;    // bias -alibi * |distance|

@@ -48,6 +48,7 @@ class Forward {
   }
 
   void run(const Task& task) const {
+    const TileRegisters registers;
     const Sequence& s = call_.sequences[task.sequence];
     const Padded<U> size(call_.shape.size), value(call_.shape.value_size);
     const KeyRange keys = visible_keys(call_.options, s, task.first, task.last);
@@ -119,12 +120,13 @@ class Forward {
         }
         largest[v] = m;
       }
-      probabilities(tile, dropout, scores, p, v, shift[v], sum[v]);
+      sum[v] = probabilities(tile, dropout, scores, p, v, shift[v], sum[v]);
     }
   }
 
-  void probabilities(const ScoreTile& tile, const Dropout& dropout, const float* scores, U* p, int64_t v, Vec shift,
-                     Vec& sum) const {
+  // Writes them in units, and returns `sum` with them added.
+  Vec probabilities(const ScoreTile& tile, const Dropout& dropout, const float* scores, U* p, int64_t v, Vec shift,
+                    Vec sum) const {
     for (int64_t j = 0; j < kKeys; j += 4) {
       Vec probability[4];
       for (int64_t r = 0; r < 4; ++r) {
@@ -145,6 +147,7 @@ class Forward {
         }
       }
     }
+    return sum;
   }
 
   // out = o / sum, lse = largest + log(sum); rows that see nothing are 0 and -inf.

@@ -3,12 +3,14 @@
 // A and B are stored in units along K. A unit is one float, or, for BFloat16 where the processor multiplies pairs of
 // them (AVX-512-bf16), two neighbours along K in 32 bits, the first in the low half:
 //   A: [M][K / depth] units        B: [K / depth][N] units        C: [M][N] floats
-// so B has one unit per lane, and a unit of A is broadcast to all lanes. Rows of B and C start at any address.
+// so B has one unit per lane, and a unit of A is broadcast to all lanes. Rows of B and C start at any address. With AMX
+// the same layouts are multiplied 16 rows, 16 units and 16 columns at a time, in its tile registers.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/amx.h"
 #include "cpu/vec.h"
 
 namespace memkernels::cpu {
@@ -26,12 +28,31 @@ using Unit = float;
 template <typename U>
 constexpr int64_t kDepth = std::is_same_v<U, float> ? 1 : 2;
 
-// The register tile: kRows x (3 vectors), or kWideRows x (kWideVecs vectors) where N is not 3 vectors.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kRows = 8, kWideRows = 6, kWideVecs = 4;
+#if defined(CPU_CAPABILITY_AMX)
+template <typename U>
+constexpr bool kByAmx = !std::is_same_v<U, float>;
 #else
-constexpr int kRows = 4, kWideRows = 4, kWideVecs = 3;
+template <typename U>
+constexpr bool kByAmx = false;
 #endif
+
+// The register tile: kRows x (3 vectors), or kWideRows x (kWideVecs vectors) where N is not 3 vectors. Units along K
+// are a multiple of kDepthStep.
+#if defined(CPU_CAPABILITY_AVX512)
+template <typename U>
+constexpr int kRows = kByAmx<U> ? 16 : 8;
+template <typename U>
+constexpr int kWideRows = kByAmx<U> ? 16 : 6;
+constexpr int kWideVecs = 4;
+#else
+template <typename U>
+constexpr int kRows = 4;
+template <typename U>
+constexpr int kWideRows = 4;
+constexpr int kWideVecs = 3;
+#endif
+template <typename U>
+constexpr int kDepthStep = kByAmx<U> ? 8 : 1;
 
 inline void multiply_add(Vec& c, float a, const float* b) {
   c += a * load(b);
@@ -45,6 +66,9 @@ inline void multiply_add(Vec& c, uint32_t a, const uint32_t* b) {
 template <int rows, int vecs, typename U>
 inline void register_tile(int64_t depth, const U* a, int64_t a_stride, const U* b, int64_t b_stride, float* c,
                           int64_t c_stride, bool accumulate) {
+#if defined(CPU_CAPABILITY_AMX)
+  if constexpr (kByAmx<U>) return amx_rows<vecs>(depth, a, 4 * a_stride, b, 4 * b_stride, c, 4 * c_stride, accumulate);
+#endif
   Vec sums[rows][vecs];
   for (int m = 0; m < rows; ++m) {
     for (int n = 0; n < vecs; ++n) sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes) : Vec{};
@@ -59,25 +83,28 @@ inline void register_tile(int64_t depth, const U* a, int64_t a_stride, const U* 
   }
 }
 
+// Both are functions of their own, not inlined, so that all vector registers are theirs: among others' constants the
+// sums would be spilled.
+
 // N = 3 vectors; m a multiple of kRows. depth counts units.
 template <typename U>
-void tile_matmul(int64_t m, int64_t depth, const U* a, int64_t a_stride, const U* b, int64_t b_stride, float* c,
-                 int64_t c_stride, bool accumulate) {
-  for (int64_t i = 0; i < m; i += kRows) {
-    register_tile<kRows, 3>(depth, a + i * a_stride, a_stride, b, b_stride, c + i * c_stride, c_stride, accumulate);
+[[gnu::noinline]] void tile_matmul(int64_t m, int64_t depth, const U* a, int64_t a_stride, const U* b, int64_t b_stride,
+                                   float* c, int64_t c_stride, bool accumulate) {
+  for (int64_t i = 0; i < m; i += kRows<U>) {
+    register_tile<kRows<U>, 3>(depth, a + i * a_stride, a_stride, b, b_stride, c + i * c_stride, c_stride, accumulate);
   }
 }
 
 // N = `vecs` vectors, any number; m a multiple of kWideRows.
 template <typename U>
-void wide_tile_matmul(int64_t m, int64_t vecs, int64_t depth, const U* a, int64_t a_stride, const U* b,
-                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+[[gnu::noinline]] void wide_tile_matmul(int64_t m, int64_t vecs, int64_t depth, const U* a, int64_t a_stride,
+                                        const U* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
   for (int64_t n = 0; n < vecs; n += kWideVecs) {
-    for (int64_t i = 0; i < m; i += kWideRows) {
+    for (int64_t i = 0; i < m; i += kWideRows<U>) {
       const U* rows = a + i * a_stride;
       float* out = c + i * c_stride + n * kLanes;
       const auto run = [&]<int width>(std::integral_constant<int, width>) {
-        register_tile<kWideRows, width>(depth, rows, a_stride, b + n * kLanes, b_stride, out, c_stride, accumulate);
+        register_tile<kWideRows<U>, width>(depth, rows, a_stride, b + n * kLanes, b_stride, out, c_stride, accumulate);
       };
       switch (vecs - n) {
         case 1:

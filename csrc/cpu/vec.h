@@ -55,6 +55,17 @@ inline Vec min(Vec a, Vec b) {
 #endif
 }
 
+inline Vec sqrt(Vec v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_sqrt_ps(v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_sqrt_ps(v);
+#else
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
 // Folds the lanes of v by `fold` on vectors of four, then on floats: a short chain, since short rows wait for it.
 template <typename Fold>
 inline float fold_lanes(Vec v, Fold&& fold) {

@@ -12,6 +12,7 @@ from memkernels.ops.lora_linear.op import lora_linear
 from memkernels.ops.lora_linear.weight import LoRAWeight
 from memkernels.ops.moe.dispatch import moe_combine, moe_dispatch
 from memkernels.ops.moe.grouped_matmul import grouped_matmul
+from memkernels.ops.moe.lora import ExpertsLoRAWeight
 from memkernels.ops.moe.op import moe_mlp
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
 from memkernels.ops.rms_norm.op import rms_norm
@@ -19,6 +20,7 @@ from memkernels.ops.rotary.op import apply_rotary
 
 __all__ = [
     "DispatchPlan",
+    "ExpertsLoRAWeight",
     "LoRAWeight",
     "apply_rotary",
     "attention",

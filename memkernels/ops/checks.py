@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memkernels._library import FLOATING
+
+# Classes of tensors that are no more than their values; a FakeTensor stands for one of them in a trace.
+PLAIN_TENSORS = (torch.nn.Parameter, Tensor, FakeTensor)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -17,15 +17,10 @@ from memkernels.ops.gated_mlp.tiles import GemmTile, architecture
 class ProductTile(GemmTile):
     """LOW_RANK_PRECISION: how float32 factors of the low-rank term are multiplied.
 
-    maxnreg: a bound of registers that lets NVIDIA's compiler use them all, where it would spill to fit more programs.
     BLOCK_N holds whole groups of the 64 columns that a dropout mask comes in.
     """
 
     LOW_RANK_PRECISION: str = "ieee"
-    maxnreg: int | None = None
-
-    def options(self) -> dict[str, int | str | bool]:
-        return {name: value for name, value in super().options().items() if value is not None}
 
 
 # For bfloat16 and float16 matrices whose rows are aligned.
@@ -55,6 +50,9 @@ SMALL_TILES = {
     "nvidia": ProductTile(64, 64, 16, num_warps=8, num_stages=2, maxnreg=255),
     "amd": ProductTile(64, 64, 16, num_warps=8, num_stages=2),
 }
+# For exact float32 products with a quantised weight on NVIDIA. From 64 rows on Triton 3.7 gives a product to sm_100's
+# tensor cores as tf32, whatever precision it asks for, if an operand was loaded in fewer than 32 bits.
+EXACT_QUANTIZED_TILE = replace(SMALL_TILES["nvidia"], BLOCK_M=32)
 # Several tiles each way at the sizes that tests use.
 INTERPRETER_TILE = ProductTile(32, 64, 32, num_warps=1, num_stages=1, GROUP_M=2)
 
@@ -85,6 +83,8 @@ def select_tile(
     if dtype == torch.float32:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
         precision = "tf32" if tf32 else "ieee"
+        if tiles is QUANTIZED_TILES and not tf32 and not torch.version.hip:
+            small_tile = EXACT_QUANTIZED_TILE
         tile = TF32_TILE if tf32 and aligned else replace(small_tile, PRECISION=precision)
         return replace(tile, LOW_RANK_PRECISION=precision)
     tile = tiles[architecture(device)] if aligned else small_tile

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memkernels.ops.gradient_sum import GradientSum
+from memkernels.ops.matmul import addmm, linear, mm
 
 
 class Description(Protocol):
@@ -73,16 +72,6 @@ class Projection(Protocol):
         ...
 
 
-def as_right_operand(weight: Tensor) -> Tensor:
-    """A weight (out, in) by which dy is multiplied: copied into the other layout where torch has no fast product of it.
-
-    So it is in float16 on CPU, where `torch.mm(dy, weight)` takes far longer than the copy and the product by it.
-    """
-    if weight.dtype == torch.float16 and weight.device.type == "cpu" and weight.stride(-1) == 1:
-        return weight.t().contiguous().t()
-    return weight
-
-
 @dataclass(frozen=True)
 class Dense:
     """A dense weight (out, in), as that of `torch.nn.Linear`, with or without a bias (out,)."""
@@ -117,11 +106,10 @@ class DenseProjection:
         return self.weight.shape[0]
 
     def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
-        weight = as_right_operand(self.weight)
-        return torch.mm(dy, weight) if into is None else torch.addmm(into, dy, weight, out=into)
+        return mm(dy, self.weight) if into is None else addmm(into, dy, self.weight, out=into)
 
     def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:
         weight_sum, bias_sum = sums if self.bias is not None else (sums[0], None)

@@ -42,6 +42,10 @@ def make_slopes(*shape, device):
     return random_tensor(*shape, dtype=torch.float32, device=device).detach().abs()
 
 
+def starts(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
 def finite(result):
     """A row that sees nothing has lse = -inf, which has no difference to take."""
     out, lse = result
@@ -282,10 +286,12 @@ def test_transient_memory_is_linear_in_the_sequence(dtype):
         assert of_long <= of_short * lengths[1] / lengths[0] + (4 << 20)
 
 
-def test_saves_its_inputs_out_and_lse():
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_saves_its_inputs_out_and_lse(dropout_p):
+    """Of dropout the seed, and no mask."""
     inputs = make_inputs(torch.bfloat16, "cpu", batch=1, queries=64, keys=64, heads=2, kv_heads=2, size=32)
-    kept = saved_bytes(lambda: ops.attention(**inputs), exclude=tuple(inputs.values()))
-    assert kept == 64 * 2 * (32 * 2 + 4)
+    kept = saved_bytes(lambda: ops.attention(**inputs, dropout_p=dropout_p), exclude=tuple(inputs.values()))
+    assert kept == 64 * 2 * (32 * 2 + 4) + (8 if dropout_p else 0)
 
 
 def test_gradcheck_of_the_reference_path():
@@ -296,11 +302,16 @@ def test_gradcheck_of_the_reference_path():
 
 
 @on_every_implementation
-def test_opcheck(implementation):
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed, ALiBi"])
+def test_opcheck(implementation, packed):
     with implementation.active() as device:
-        q, k, v = (t.detach() for t in make_inputs(torch.bfloat16, device, queries=9, keys=11, size=16).values())
+        inputs = make_inputs(torch.bfloat16, device, queries=9, keys=11, size=16, packed=packed)
+        q, k, v = (tensor.detach() for tensor in inputs.values())
         sinks, seed = torch.zeros(4, device=device), torch.tensor(5, device=device)
-        masks = (None, None, None, sinks, seed, 9, 11, 0.25, -1, 0, 0.0, 0.1)
+        of_sequences = (None, None, None)
+        if packed:
+            of_sequences = (starts(0, 4, 9).to(device), starts(0, 6, 11).to(device), make_slopes(2, 4, device=device))
+        masks = (*of_sequences, sinks, seed, 9, 11, 0.25, -1, 0, 0.0, 0.1)
         torch.library.opcheck(torch.ops.memkernels.attention_fwd.default, (q, k, v, *masks))
         out, lse = torch.ops.memkernels.attention_fwd(q, k, v, *masks)
         arguments = (out, lse, q, k, v, out, lse, *masks, True)
@@ -345,8 +356,38 @@ def test_compiles_whole_and_equals_eager():
         torch.testing.assert_close(compiled, eager)
 
 
-def starts(*values, dtype=torch.int32):
-    return torch.tensor(values, dtype=dtype)
+def test_packed_sequences_compile_whole_and_bad_starts_are_named():
+    """A graph does not read starts, so it asserts what eager calls check."""
+
+    def step(q, k, v, cu_seqlens):
+        options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": 5, "max_seqlen_k": 5}
+        out, lse = ops.attention(q, k, v, causal=True, return_lse=True, **options)
+        return (out * 2).sum() + lse.sum()
+
+    compiled, results = torch.compile(step, fullgraph=True, backend="aot_eager"), []
+    for function in (step, compiled):
+        inputs = make_inputs(torch.float32, "cpu", queries=8, keys=8, size=16, packed=True)
+        loss = function(**inputs, cu_seqlens=starts(0, 3, 3, 8))
+        loss.backward()
+        results.append([loss, *(tensor.grad for tensor in inputs.values())])
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager)
+    for bad in ((1, 3, 5, 8), (0, 3, 5, 7), (0, 5, 3, 8), (0, 4, 5, 9), (0, 1, 2, 8)):
+        with pytest.raises(
+            RuntimeError, match="cu_seqlens_q: expected starts that rise from 0 to the number of rows by"
+        ):
+            compiled(**inputs, cu_seqlens=starts(*bad))
+
+
+@pytest.mark.parametrize("bad", [(1, 8), (0, 7), (0, 9), (0, 5, 3, 8)], ids=str)
+def test_the_cpu_kernels_refuse_starts_that_leave_rows_out(bad):
+    q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
+    good, rest = starts(*[0] * (len(bad) - 1), 8), (None, None, None, 8, 8, 0.25, -1, -1, 0.0, 0.0)
+    with pytest.raises(RuntimeError, match="cu_seqlens_q: expected starts that rise from 0 to 8"):
+        torch.ops.memkernels.attention_fwd(q, k, v, starts(*bad), good, *rest)
+    out, lse = torch.ops.memkernels.attention_fwd(q, k, v, good, good, *rest)
+    with pytest.raises(RuntimeError, match="cu_seqlens_k: expected starts that rise from 0 to 8"):
+        torch.ops.memkernels.attention_bwd(out, lse, q, k, v, out, lse, good, starts(*bad), *rest, False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

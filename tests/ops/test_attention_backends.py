@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memkernels import ops
-from memkernels.ops.attention import aten, reference
+from memkernels.ops.attention import aten, backends, reference
 from memkernels.ops.attention.backends import Call, select_implementation
 from memkernels.testing import check_op, random_tensor
 
@@ -136,6 +136,37 @@ def test_torchs_cpu_operator_matches_reference(dtype, options, keys):
         inputs_of(dtype, keys=keys),
         strided_grads=True,
         atol=2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 4,
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU, which torch's operators run on")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, options) for name in ("flash", "cudnn") for options in ({"causal": True}, {"scale": 0.4})]
+    + [("flash", options) for options in ({"causal": True, "window": (16, -1)}, {"window": (16, 9)}, {"packed": True})],
+    ids=str,
+)
+def test_torchs_gpu_operators_match_reference(name, options, dtype, monkeypatch):
+    """Without lse, which they return without a gradient; heads are grouped."""
+    limit = aten.head_limits(torch.device("cuda")).get(name)
+    if limit is None:
+        pytest.skip(f"torch's {name} operator does not run on this GPU")
+    monkeypatch.setattr(backends, "_head_limits", lambda device: ((name, limit),))
+    lead, options = (2, 97), dict(options)
+    if options.pop("packed", False):
+        cu_seqlens = torch.tensor([0, 1, 60, 97], dtype=torch.int32, device="cuda")
+        options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "causal": True}
+        lead = (97,)
+    shapes = {"q": (*lead, 4, 64), "k": (*lead, 2, 64), "v": (*lead, 2, 64)}
+    check_op(
+        lambda **tensors: ops.attention(**tensors, **options, backend="aten"),
+        lambda **tensors: reference.attention(
+            **tensors, **options, inner_dtype=dtype if tensors["q"].dtype == dtype else None
+        )[0],
+        {n: random_tensor(*of, dtype=dtype, device="cuda", seed=i) for i, (n, of) in enumerate(shapes.items())},
+        strided_grads=True,
+        atol=torch.finfo(dtype).eps / 4,
     )
 
 

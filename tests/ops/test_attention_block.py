@@ -151,19 +151,17 @@ def test_a_frozen_weight_costs_no_product(trained, products):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("packed", [False, True])
-def test_saves_x_out_and_lse(dtype, packed):
+@pytest.mark.parametrize(("packed", "dropout_p"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+def test_saves_x_out_and_lse(dtype, packed, dropout_p):
+    """Of dropout the seed, and no mask."""
     tokens, d, heads, v_size = 24, 20, 4, 10
     inputs = make_inputs((1, tokens), dtype, rotary=12, v_size=v_size, head_norms=True)
     starts = torch.tensor([0, 11, 24], dtype=torch.int32) if packed else None
     every = (*inputs.values(), *(() if starts is None else (starts,)))
-    saved = saved_bytes(
-        lambda: ops.attention_block(**inputs, num_heads=heads, causal=True, cu_seqlens=starts), exclude=every
-    )
-    assert saved == tokens * (heads * v_size * dtype.itemsize + heads * 4)
-    with_x = saved_bytes(
-        lambda: ops.attention_block(**inputs, num_heads=heads, causal=True, cu_seqlens=starts), exclude=every[1:]
-    )
+    options = {"num_heads": heads, "causal": True, "cu_seqlens": starts, "dropout_p": dropout_p}
+    saved = saved_bytes(lambda: ops.attention_block(**inputs, **options), exclude=every)
+    assert saved == tokens * (heads * v_size * dtype.itemsize + heads * 4) + (8 if dropout_p else 0)
+    with_x = saved_bytes(lambda: ops.attention_block(**inputs, **options), exclude=every[1:])
     assert with_x == saved + tokens * d * dtype.itemsize
 
 

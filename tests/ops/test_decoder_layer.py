@@ -88,6 +88,28 @@ def test_packed_sequences():
     check(inputs, causal=True, cu_seqlens=starts, max_seqlen=20)
 
 
+@pytest.mark.parametrize("implementation", implementations("attention_fwd"), ids=str)
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        ({}, {"causal": True, "window": (4, -1), "packed": True, "dropout_p": 0.3}),
+        ({"post_norms": True}, {"causal": True, "alibi": True}),
+    ],
+    ids=["packed, window, dropout", "post-norms, ALiBi"],
+)
+def test_every_part(implementation, parts, options):
+    with implementation.active() as device:
+        inputs = make_inputs((1, 19), torch.float32, device, **parts)
+        options = dict(options)
+        if options.pop("packed", False):
+            options["cu_seqlens"] = torch.tensor([0, 8, 8, 19], dtype=torch.int32, device=device)
+        if options.pop("alibi", False):
+            inputs["alibi_slopes"] = 2.0 ** -torch.arange(1.0, HEADS + 1, device=device)
+        if "dropout_p" in options:
+            options["seed"] = torch.tensor(7, device=device)
+        check(inputs, **options)
+
+
 EVERY = ("x", "w_q", "w_v", "w_o", "norm_weight", "b_o", "mlp_w_gate", "mlp_w_down", "mlp_norm_weight", "sinks")
 
 

@@ -114,6 +114,31 @@ def test_compiles_whole_and_equals_eager():
         torch.testing.assert_close(compiled, eager)
 
 
+@on_every_implementation
+def test_autocast_takes_what_products_leave_in_its_dtype(implementation):
+    """gate and up of bfloat16 between products; what is float32 stays float32."""
+
+    def block(activation):
+        def run(x, w_gate, w_up, w_down):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                gate, up = torch.nn.functional.linear(x, w_gate), torch.nn.functional.linear(x, w_up)
+                h = activation(gate, up)
+                assert h.dtype == gate.dtype
+                return torch.nn.functional.linear(h, w_down)
+
+        return run
+
+    with implementation.active() as device:
+        inputs = {"x": random_tensor(9, 24, dtype=torch.float32, device=device)}
+        for seed, (name, shape) in enumerate((("w_gate", (33, 24)), ("w_up", (33, 24)), ("w_down", (24, 33))), 1):
+            inputs[name] = random_tensor(*shape, dtype=torch.float32, device=device, seed=seed, scale=shape[1] ** -0.5)
+        check_op(block(ops.gated_activation), block(reference.gated_activation), inputs)
+        inputs = make_inputs((9, 33), torch.float32, device)
+        with torch.autocast(device, torch.bfloat16):
+            inside = ops.gated_activation(**inputs)
+        assert torch.equal(inside, ops.gated_activation(**inputs))
+
+
 def test_gradcheck_of_the_reference_path():
     inputs = make_inputs((3, 5), torch.float64, "cpu")
     for activation in ACTIVATIONS:

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from compilers import on_every_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +16,7 @@ from memkernels.ops.gated_activation.reference import ACTIVATIONS
 from memkernels.ops.gated_mlp import reference
 from memkernels.ops.gated_mlp.block import default_tile
 from memkernels.ops.gated_mlp.op import plan_gated_mlp
+from memkernels.ops.matmul import SLOW_DTYPES
 from memkernels.testing import check_op, implementations, peak_bytes, random_tensor, run_in_child, saved_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,6 +110,29 @@ def test_a_norm_of_the_output(implementation, backend, dtype, gated):
         check(inputs, tile_tokens=4, backend=backend, roundings=2.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tile_tokens", "gated"), [(None, True), (16, True), (16, False)])
+def test_dropout_of_the_hidden_layer(dtype, tile_tokens, gated):
+    dropout = {"dropout_p": 0.4, "seed": torch.tensor(1234567890123456789)}
+    inputs = make_inputs(63, 60, 130, dtype, gated=gated)
+    if gated:
+        inputs["post_norm_weight"] = random_tensor(60, dtype=dtype, seed=9)
+    constants = {name: tensor for name, tensor in inputs.items() if tensor is None}
+    check_op(
+        lambda **k: ops.gated_mlp(**k, **constants, **dropout, tile_tokens=tile_tokens),
+        lambda **k: reference.gated_mlp(**k, **constants, **dropout),
+        {name: tensor for name, tensor in inputs.items() if tensor is not None},
+    )
+
+
+def test_dropout_keeps_a_seed_and_draws_one_each_time():
+    inputs = make_inputs(63, 60, 130, torch.bfloat16)
+    exclude = tuple(inputs.values())
+    kept = [saved_bytes(lambda p=p: ops.gated_mlp(**inputs, dropout_p=p), exclude=exclude) for p in (0.0, 0.5)]
+    assert kept[1] == kept[0] + 8
+    assert not torch.equal(ops.gated_mlp(**inputs, dropout_p=0.5), ops.gated_mlp(**inputs, dropout_p=0.5))
+
+
 @pytest.mark.parametrize("trained", ["x", "w_down", "post_norm_weight", "norm_weight"])
 def test_one_gradient_through_a_norm_of_the_output(trained):
     inputs = make_inputs(9, 12, 20, torch.float32) | {
@@ -166,7 +191,9 @@ def test_a_frozen_weight_costs_no_product(trained, products):
 @given(tokens=st.integers(1, 40), d=st.integers(1, 33), f=st.integers(1, 50), tile=st.integers(1, 50),
        dtype=st.sampled_from(DTYPES))  # fmt: skip
 def test_any_shape_and_tile(tokens, d, f, tile, dtype):
-    check(make_inputs(tokens, d, f, dtype), tile_tokens=tile, roundings=2)
+    # Of one channel the norm's gradient is one sum of tokens * f terms of order one, off by a walk of their roundings.
+    walk = torch.finfo(torch.float32).eps * (tokens * f) ** 0.5
+    check(make_inputs(tokens, d, f, dtype), tile_tokens=tile, roundings=2, atol=max(1e-6, walk))
 
 
 @on_every_path
@@ -224,6 +251,13 @@ def test_saves_x_only(norm, dtype):
     assert saved_bytes(lambda: ops.gated_mlp(**inputs), exclude=every[1:]) == 64 * 32 * dtype.itemsize
 
 
+def test_autocast_saves_copies_of_weights_in_its_dtype():
+    inputs = make_inputs(64, 32, 96, torch.float32, norm=False, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        saved = saved_bytes(lambda: ops.gated_mlp(**inputs), exclude=tuple(inputs.values()))
+    assert saved == (64 * 32 + 3 * 96 * 32) * 2
+
+
 def forward_and_backward_peak(tokens, tile_tokens, d, f):
     torch.set_num_threads(2)
     inputs = make_inputs(tokens, d, f, torch.bfloat16, bias=False)
@@ -244,7 +278,8 @@ def test_transient_memory_is_that_of_a_tile():
     forward, backward = run_in_child(forward_and_backward_peak, tokens, tile, d, f)
     buffers, output = 3 * tile * f * 2, tokens * d * 2
     sums = 3 * d * f * (4 + 2) + d * f * 2  # float32, the results, one tile's product
-    slack = 6 << 20  # oneDNN's copies of operands
+    # Blocks of both operands and their float32 product, (tile, 1024) and (1024, 1024), or oneDNN's copies of operands.
+    slack = 4 * (2 * tile * 1024 + 1024 * 1024) if torch.bfloat16 in SLOW_DTYPES else 6 << 20
     assert forward <= output + buffers + slack
     assert backward <= output + buffers + sums + slack
     assert tokens * f * 2 > output + buffers + sums + slack  # one full-length buffer alone would break the bound
@@ -271,7 +306,7 @@ def test_a_scaled_loss_gives_scaled_gradients_and_accumulates():
 def test_second_derivatives_are_refused():
     inputs = make_inputs(4, 8, 16, torch.float32)
     (dx,) = torch.autograd.grad(ops.gated_mlp(**inputs).square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no derivative of their own"):
         dx.sum().backward()
 
 
@@ -308,21 +343,23 @@ def test_autocast_norms_in_the_inputs_own_range():
 
 
 @pytest.mark.parametrize(("gated", "tile_tokens"), [(True, None), (True, 16), (False, 16)])
-def test_compiles_whole_and_equals_eager(gated, tile_tokens):
+@on_every_compiler
+def test_compiles_whole_and_equals_eager(gated, tile_tokens, backend):
     def step(**tensors):
         return ops.gated_mlp(**tensors, tile_tokens=tile_tokens, activation="gelu_tanh")
 
     inputs = make_inputs((3, 11), 24, 40, torch.float32, gated=gated)
     wanted = tuple(tensor for tensor in inputs.values() if tensor is not None)
     results = []
-    for function in (step, torch.compile(step, fullgraph=True)):
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
         y = function(**inputs)
         results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
 
 
-def test_compiles_under_autocast():
+@on_every_compiler
+def test_compiles_under_autocast(backend):
     inputs = make_inputs(33, 24, 40, torch.float32)
 
     def step(**tensors):
@@ -330,7 +367,7 @@ def test_compiles_under_autocast():
             return ops.gated_mlp(**tensors)
 
     results = []
-    for function in (step, torch.compile(step, fullgraph=True)):
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
         y = function(**inputs)
         results.append([y, *torch.autograd.grad(y.float().sum(), tuple(inputs.values()))])
     for eager, compiled in zip(*results, strict=True):
@@ -374,6 +411,7 @@ def test_gradcheck_of_the_reference_path(gated):
         ({"norm": "layer", "norm_offset": 1.0}, ValueError, "norm_offset: expected 0 with norm='layer'"),
         ({"post_norm_weight": torch.zeros(7)}, ValueError, r"post_norm_weight: expected shape \(8,\)"),
         ({"activation": "swish"}, ValueError, "activation: expected one of silu, .*got 'swish'"),
+        ({"dropout_p": -0.1}, ValueError, r"dropout_p: expected a number in \[0, 1\), got -0.1"),
         ({"tile_tokens": 0}, ValueError, "tile_tokens: expected a positive number or None, got 0"),
         ({"backend": "cublas"}, ValueError, "backend: expected one of auto, triton, matmul, got 'cublas'"),
         ({"backend": "triton"}, ValueError, "backend: 'triton' cannot run here: .*cpu"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from norms import check_under_autocast
 
 from memkernels import nn, ops
 from memkernels.ops.layer_norm import reference
@@ -112,6 +113,13 @@ def test_parameter_gradients_do_not_depend_on_threads(implementation):
             ops.layer_norm(x, weight, bias).square().sum().backward()
             results.append((weight.grad, bias.grad))
         assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@on_every_implementation
+def test_autocast_norms_what_products_leave_in_its_dtype(implementation):
+    with implementation.active() as device:
+        residual = make_inputs((9, 33), torch.float32, device, residual=True)
+        check_under_autocast(ops.layer_norm, reference.layer_norm, residual, device, ("weight", "bias"))
 
 
 def test_gradcheck_of_the_reference_path():

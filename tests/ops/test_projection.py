@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from memkernels.ops.gradient_sum import GradientSum
 from memkernels.ops.projection import Dense, DenseProjection
@@ -31,7 +32,7 @@ def test_agrees_with_autograd_of_linear(bias):
 def test_a_frozen_tensor_gets_no_product():
     projection = make_projection(torch.float32)
     x, dy = torch.ones(7, 10), torch.ones(7, 24)
-    with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         bias_sum = GradientSum(projection.bias, 1)
         projection.add_gradients(dy, x, [None, bias_sum])
     assert counter.get_total_flops() == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from norms import check_under_autocast
 
 from memkernels import nn, ops
 from memkernels.ops.rms_norm import reference
@@ -104,6 +105,13 @@ def test_the_weight_gradient_does_not_depend_on_threads(implementation):
             ops.rms_norm(x, weight).square().sum().backward()
             results.append(weight.grad)
         assert torch.equal(*results)
+
+
+@on_every_implementation
+def test_autocast_norms_what_products_leave_in_its_dtype(implementation):
+    with implementation.active() as device:
+        residual = make_inputs((9, 33), torch.float32, device, residual=True)
+        check_under_autocast(ops.rms_norm, reference.rms_norm, residual, device, ("weight",))
 
 
 def test_gradcheck_of_the_reference_path():

@@ -114,6 +114,22 @@ def test_a_transposed_input_gives_a_transposed_output_and_no_copy(implementation
 
 
 @on_every_implementation
+@both_pairings
+@pytest.mark.parametrize("dimension", [0, 1, 2], ids=["batch", "token", "head"])
+def test_offsets_beyond_32_bits(implementation, interleaved, dimension):
+    with implementation.active() as device:
+        inputs = {name: t.detach() for name, t in make_inputs(3, 3, 3, 3, 12, torch.float16, device, width=8).items()}
+        expected = ops.apply_rotary(**inputs, interleaved=interleaved)
+        strides = [36 * 3, 36, 12, 1]
+        strides[dimension] = 2**30
+        for name in "qk":
+            # Four gigabytes of addresses, of which a few rows are ever touched.
+            sparse = torch.empty_strided(inputs[name].shape, strides, dtype=torch.float16, device=device)
+            inputs[name] = sparse.copy_(inputs[name])
+        assert all(map(torch.equal, ops.apply_rotary(**inputs, interleaved=interleaved), expected))
+
+
+@on_every_implementation
 def test_no_tokens_and_no_heads(implementation):
     with implementation.active() as device:
         for tokens, heads in ((0, 2), (3, 0)):
@@ -177,6 +193,32 @@ def test_interleaved_equals_transformers_glm(width):
     theirs = glm.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     for actual, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@on_every_implementation
+def test_autocast_rotates_what_products_leave_in_its_dtype(implementation):
+    """The tables stay float32; q and k are bfloat16, and so are the results."""
+
+    def scores(rotate):
+        def run(x, w_q, w_k, cos, sin):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                q, k = (torch.nn.functional.linear(x, w).unflatten(-1, (3, 16)) for w in (w_q, w_k))
+                q_out, k_out = rotate(q, k, cos, sin)
+                assert q_out.dtype == q.dtype and k_out.dtype == k.dtype
+                return q_out.transpose(1, 2) @ k_out.transpose(1, 2).mT
+
+        return run
+
+    with implementation.active() as device:
+        inputs = {"x": random_tensor(2, 9, 24, dtype=torch.float32, device=device)}
+        for seed, name in enumerate(("w_q", "w_k"), 1):
+            inputs[name] = random_tensor(48, 24, dtype=torch.float32, device=device, seed=seed, scale=24**-0.5)
+        tables = make_tables((9, 16), torch.float32, device)
+        check_op(scores(ops.apply_rotary), scores(reference.apply_rotary), inputs | tables)
+        q = random_tensor(2, 9, 3, 16, dtype=torch.float32, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            inside = ops.apply_rotary(q, q, **tables)
+        assert all(map(torch.equal, inside, ops.apply_rotary(q, q, **tables)))
 
 
 def test_gradcheck_of_the_reference_path():

@@ -11,6 +11,7 @@ from memkernels.ops.attention.backends import Call, operators, select_implementa
 from memkernels.ops.attention.checks import check_arguments
 from memkernels.ops.autocast import product_dtype
 from memkernels.ops.checks import check_floating
+from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.philox import seed_tensor
 
 _MASKS = (
@@ -39,27 +40,34 @@ implement_with_triton("memkernels.ops.attention.triton", "attention_fwd", "atten
 
 
 class _Attention(torch.autograd.Function):
+    """cu_seqlens_k is None where it is cu_seqlens_q: Dynamo traces no Function that is given one tensor twice."""
+
     @staticmethod
     def forward(
         ctx, q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options, deterministic, implementation
     ):
         masks = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed)
-        out, lse = operators(implementation)[0](q, k, v, *masks, *options)
+        out, lse = operators(implementation)[0](q, k, v, *_with_starts_of_keys(*masks), *options)
         ctx.options, ctx.deterministic, ctx.implementation = options, deterministic, implementation
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, *masks)
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, *masks = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 11
         dout = torch.zeros_like(out) if dout is None else dout
-        backward = operators(ctx.implementation)[1]
+        backward, masks = operators(ctx.implementation)[1], _with_starts_of_keys(*masks)
         gradients = backward(dout, dlse, q, k, v, out, lse, *masks, *ctx.options, ctx.deterministic)
         needed = ctx.needs_input_grad[:4]
         return *(grad if need else None for grad, need in zip(gradients, needed, strict=True)), *(None,) * 7
+
+
+def _with_starts_of_keys(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *masks: Tensor | None):
+    return cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, *masks
 
 
 def seen_window(window: tuple[int, int], causal: bool) -> tuple[int, int]:
@@ -109,10 +117,13 @@ def attention(
         sinks: (H,) float32: one more logit a head, whose probability goes nowhere.
         dropout_p: in [0, 1).
         seed: of dropout; drawn from torch's generator by default.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starts of the packed sequences and their end.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starts of the packed sequences and their end; one tensor for both
+            says, without a look at it, that they are the same, which torch's operators need.
         max_seqlen_q, max_seqlen_k: the longest of them; given, they save a synchronisation on a GPU.
-        deterministic: the same gradients bit for bit on every run. Those of this package's kernels always are; on a
-            GPU it keeps "auto" from torch's operators, which sum dq by atomics.
+        deterministic: the same gradients bit for bit on every run. Those of this package's kernels always are: on GPUs
+            dk and dv, and dq, come of passes of their own, with seven products a tile, two of them to make scores and
+            dP again, where one pass that sums dq by atomics, in any order, has five. On a GPU it keeps "auto" from
+            torch's operators, which have that one pass: it costs what these are faster by (not measured here).
         return_lse: returns (out, lse), lse = log sum exp of the scores, (B, H, Sq) or (H, Tq), float32, differentiable;
             -inf for a query that sees nothing.
         backend: "cpu" and "triton" are this package's kernels; "aten" are torch's own operators, flash attention and
@@ -149,7 +160,7 @@ def attention(
     if implementation != "reference":
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         options = (*lengths, float(scale), left, right, float(softcap), float(dropout_p))
-        masks = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed)
+        masks = (cu_seqlens_q, None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k, alibi_slopes, seed)
         out, lse = _Attention.apply(q, k, v, sinks, *masks, options, deterministic, implementation)
     else:
         with torch.autocast(q.device.type, enabled=False):

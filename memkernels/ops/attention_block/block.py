@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memkernels.ops.attention.backends import operators
 from memkernels.ops.block_norm import Norm, NormDescription
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
+from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.projection import Description, Projection, split_by
+from memkernels.ops.shared_input import add_gradients_all, forward_all, input_grad_all
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,13 @@ class Layer:
         dq = self._head_norm_backward(self.q_norm, dq, before_norm[0], head_statistics[0], gradients.q_norm)
         dk = self._head_norm_backward(self.k_norm, dk, before_norm[1], head_statistics[1], gradients.k_norm)
         del before_norm
-        dn = None
-        for projection, grad, sums in (
-            (self.q, dq, gradients.q), (self.k, dk, gradients.k), (self.v, dv, gradients.v)
-        ):  # fmt: skip
-            grad = self._rows(grad)
-            projection.add_gradients(grad, n, sums)
-            if gradients.through_norm:
-                dn = projection.input_grad(grad, into=dn)
-        if dn is None:
+        projections, dys = (self.q, self.k, self.v), tuple(map(self._rows, (dq, dk, dv)))
+        del dq, dk, dv
+        sums = (gradients.q, gradients.k, gradients.v)
+        p = add_gradients_all(projections, dys, n, sums, input_grad=gradients.through_norm)
+        if not gradients.through_norm:
             return None
+        dn = input_grad_all(projections, dys, p)
         return self.norm.backward(dn.view(x.shape), x, statistics, gradients.norm)
 
     def _heads(self, x: Tensor) -> Heads:
@@ -159,8 +157,10 @@ class Layer:
         num_heads = self.plan.num_heads
         num_kv_heads = self.k.out_features * num_heads // self.q.out_features
         q, k, v = (
-            projection.forward(n).view(*x.shape[:-1], heads, projection.out_features // heads)
-            for projection, heads in ((self.q, num_heads), (self.k, num_kv_heads), (self.v, num_kv_heads))
+            tensor.view(*x.shape[:-1], heads, tensor.shape[1] // heads)
+            for tensor, heads in zip(
+                forward_all((self.q, self.k, self.v), n), (num_heads, num_kv_heads, num_kv_heads), strict=True
+            )
         )
         before_norm = tuple(None if norm.weight is None else t for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         (q, q_statistics), (k, k_statistics) = self.q_norm.forward(q), self.k_norm.forward(k)

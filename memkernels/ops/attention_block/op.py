@@ -66,8 +66,7 @@ def attention_block(
     Args:
         x: (B, S, d), or packed (T, d) or (1, T, d) with cu_seqlens; float32, bfloat16 or float16 (float64 is computed
             by the reference).
-        w_q: (H D, d), x's dtype. It, w_k, w_v and w_o each a tensor, quantised or not,
-            or an `ops.LoRAWeight`.
+        w_q: (H D, d), x's dtype. It, w_k, w_v and w_o each a tensor, quantised or not, or an `ops.LoRAWeight`.
         w_k: (Hk D, d), x's dtype; Hk divides H.
         w_v: (Hk Dv, d), x's dtype.
         w_o: (d, H Dv), x's dtype.
@@ -94,17 +93,17 @@ def attention_block(
         ValueError: a shape, device or option that does not fit.
 
     Saved for backward: x, d elements a token, out, H Dv elements, and lse, 4 H bytes, beside the parameters, cos and
-    sin; dropout adds its seed. Backward recomputes the norms (with their statistics), q, k, v and the rotation: the
-    three products of q, k and v more than a backward that keeps them; with post_norm_weight the output product too.
-    Frozen weights cost no product.
+    sin; dropout adds its seed, 8 bytes. No norm's rstd is kept: backward recomputes the norms with their statistics, q,
+    k, v and the rotation: the three products of q, k and v more than a backward that keeps them; with post_norm_weight
+    the output product too. Frozen weights cost no product.
     """
     x_in, plan, context, tensors, has_kernels = plan_attention_block(
         x, w_q, w_k, w_v, w_o, num_heads=num_heads, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, norm=norm,
         norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, norm_offset=norm_offset,
-        q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, post_norm_weight=post_norm_weight,
-        cos=cos, sin=sin, interleaved=interleaved,
-        causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        dropout_p=dropout_p, seed=seed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, deterministic=deterministic,
+        q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, post_norm_weight=post_norm_weight, cos=cos, sin=sin,
+        interleaved=interleaved, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+        sinks=sinks, dropout_p=dropout_p, seed=seed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        deterministic=deterministic,
     )  # fmt: skip
     if has_kernels:
         return run(x_in, plan, context, tensors).view(*x.shape[:-1], base_of(w_o).shape[0])
@@ -113,10 +112,9 @@ def attention_block(
         return reference.attention_block(
             x if norm_weight is not None else x.to(plan.dtype), **weights, num_heads=num_heads, norm=norm,
             norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, norm_offset=norm_offset,
-            q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, post_norm_weight=post_norm_weight,
-        cos=cos, sin=sin, interleaved=interleaved,
-            scale=scale, window=seen_window(window, causal), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            dropout_p=dropout_p, seed=context.seed, cu_seqlens=cu_seqlens,
+            q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, post_norm_weight=post_norm_weight, cos=cos,
+            sin=sin, interleaved=interleaved, scale=scale, window=seen_window(window, causal), softcap=softcap,
+            alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=context.seed, cu_seqlens=cu_seqlens,
         )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memkernels.ops.attention_block import block as attention_block
 from memkernels.ops.attention_block.op import attention_block as attention_sublayer
@@ -17,6 +16,7 @@ from memkernels.ops.gated_mlp import block as gated_mlp
 from memkernels.ops.gated_mlp.op import gated_mlp as mlp_sublayer
 from memkernels.ops.gated_mlp.op import plan_gated_mlp
 from memkernels.ops.gradient_sum import results
+from memkernels.ops.once_differentiable import once_differentiable
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.checks import check_floating, check_like
 from memkernels.ops.gated_activation import reference
+from memkernels.ops.once_differentiable import once_differentiable
 
 
 def _fwd_fake(gate, up, activation):
@@ -18,19 +19,13 @@ def _bwd_fake(dh, gate, up, activation):
     return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
 
 
-def _bwd_in_place_fake(dh, gate, up, activation):
-    return None
-
-
 define("gated_activation_fwd(Tensor gate, Tensor? up, str activation) -> Tensor", _fwd_fake)
 define(
     "gated_activation_bwd(Tensor dh, Tensor gate, Tensor? up, str activation) -> (Tensor dgate, Tensor dup)", _bwd_fake
 )
 # In place, so that a backward pass that recomputes gate and up needs no memory beside them and dh: gate becomes dgate,
 # up becomes dup, and dh becomes h. All three are contiguous.
-define(
-    "gated_activation_bwd_(Tensor(a!) dh, Tensor(b!) gate, Tensor(c!)? up, str activation) -> ()", _bwd_in_place_fake
-)
+define("gated_activation_bwd_(Tensor(a!) dh, Tensor(b!) gate, Tensor(c!)? up, str activation) -> ()")
 implement_with_triton(
     "memkernels.ops.gated_activation.triton", "gated_activation_fwd", "gated_activation_bwd", "gated_activation_bwd_"
 )
@@ -44,6 +39,7 @@ class _GatedActivation(torch.autograd.Function):
         return torch.ops.memkernels.gated_activation_fwd(gate, up, activation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.ops.memkernels.gated_activation_bwd(dh, gate, up, ctx.activation)
@@ -58,7 +54,8 @@ def check_activation(activation: str) -> None:
 def gated_activation(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
     """The gated activation of a feed-forward layer, for those who fuse only that; `gated_mlp` spans the layer.
 
-    h = act(gate) * up, or act(gate) without up, computed in float32 and rounded once. Shazeer 2020, arXiv 2002.05202.
+    h = act(gate) * up, or act(gate) without up, computed in float32 and rounded once, under autocast too. Shazeer 2020,
+    arXiv 2002.05202.
 
     Args:
         gate: any shape; float32, bfloat16 or float16 (float64 is computed by the reference).

@@ -15,7 +15,10 @@ BLOCK = 2048
 @triton.jit
 def _gated_activation_fwd_kernel(gate_ptr, up_ptr, h_ptr, n, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
                                  BLOCK: tl.constexpr):  # fmt: skip
-    """h = act(gate) * up; n elements each. Moves each once."""
+    """h = act(gate) * up, or act(gate) where not GATED; n elements each.
+
+    Reads gate and up and writes h, each once: 3 n elements, 2 n without up.
+    """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     h = act(tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
@@ -27,9 +30,10 @@ def _gated_activation_fwd_kernel(gate_ptr, up_ptr, h_ptr, n, GATED: tl.constexpr
 @triton.jit
 def _gated_activation_bwd_kernel(dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr, n, GATED: tl.constexpr,
                                  STORE_H: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """dgate = dh * up * act'(gate), dup = dh * act(gate), h = act(gate) * up; outputs may be the inputs.
+    """dgate = dh * up * act'(gate), dup = dh * act(gate), with STORE_H h = act(gate) * up; outputs may be the inputs.
 
-    n elements each. Moves each once.
+    n elements each. Reads dh, gate and up and writes dgate, dup and h, each once: 6 n elements, 5 n without h; where
+    not GATED neither up nor dup, 2 n less.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memkernels.ops.block_norm import Norm, NormDescription
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
+from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.projection import DenseProjection, Description, Projection, split_by
+from memkernels.ops.shared_input import add_gradients_all, forward_all, input_grad_all
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,15 @@ class Layer:
         dy, h, dgate, dup = self._hidden_backward(dy, n, first, gradients)
         self.down.add_gradients(dy, h, gradients.down, first)
         del h
-        self.up.add_gradients(dup, n, gradients.up, first)
+        projections, dys, sums = [self.up], [dup], [gradients.up]
         if self.gate is not None and dgate is not None:
-            self.gate.add_gradients(dgate, n, gradients.gate, first)
+            projections, dys, sums = [self.up, self.gate], [dup, dgate], [gradients.up, gradients.gate]
+        p = add_gradients_all(projections, dys, n, sums, first, input_grad=gradients.through_norm)
         del n
         if not gradients.through_norm:
             return None
-        dn = self.up.input_grad(dup, None, first)
-        if self.gate is not None and dgate is not None:
-            dn = self.gate.input_grad(dgate, dn, first)
-        del dgate, dup
+        dn = input_grad_all(projections, dys, p, first)
+        del dgate, dup, dys
         return self.norm.backward(dn, x, statistics, gradients.norm)
 
     def _dense_hidden(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
@@ -128,10 +128,14 @@ class Layer:
         """h = act(gate) * up."""
         if self.plan.fused:
             return torch.ops.memkernels.gated_hidden_fwd(n, *self._dense_hidden(), self.plan.activation)
-        up = self.up.forward(n, first)
+        return torch.ops.memkernels.gated_activation_fwd(*self._pair(n, first), self.plan.activation)
+
+    def _pair(self, n: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        """gate and up, or up and None if ungated."""
         if self.gate is None:
-            return torch.ops.memkernels.gated_activation_fwd(up, None, self.plan.activation)
-        return torch.ops.memkernels.gated_activation_fwd(self.gate.forward(n, first), up, self.plan.activation)
+            return self.up.forward(n, first), None
+        gate, up = forward_all((self.gate, self.up), n, first)
+        return gate, up
 
     def _through_post_norm(self, dy: Tensor, h: Tensor, first: int, gradients: Gradients) -> Tensor:
         """The gradient of the down product, which is recomputed where a norm follows it."""
@@ -152,16 +156,15 @@ class Layer:
                 dy, self.down.weight, n, *self._dense_hidden(), self.plan.activation
             )
             return dy, h, None if self.gate is None else dgate, dup
-        up = self.up.forward(n, first)
-        gate = None if self.gate is None else self.gate.forward(n, first)
-        pair = (up, None) if gate is None else (gate, up)
+        pair = self._pair(n, first)
         if self.post_norm.weight is not None:
             h = torch.ops.memkernels.gated_activation_fwd(*pair, self.plan.activation)
             dy = self._through_post_norm(dy, h, first, gradients)
             del h
         dh = self.down.input_grad(dy, None, first)
         torch.ops.memkernels.gated_activation_bwd_(dh, *pair, self.plan.activation)
-        return dy, dh, gate, up
+        gate, up = pair
+        return (dy, dh, None, gate) if up is None else (dy, dh, gate, up)
 
 
 class Gradients:

@@ -9,9 +9,11 @@ from memkernels._library import has_kernel, missing
 from memkernels.ops.autocast import product_dtype
 from memkernels.ops.block_norm import make_norm, make_rms_norm
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
+from memkernels.ops.dropped_projection import DroppedProjection
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.gated_mlp import hidden, reference  # noqa: F401  hidden defines the fused operators
 from memkernels.ops.gated_mlp.block import Plan, gated_mlp_block, gated_mlp_plan
+from memkernels.ops.philox import seed_tensor
 from memkernels.ops.projection import DenseProjection, Projection
 from memkernels.ops.weights import Weight, as_product_weights, base_of, projection_of
 
@@ -31,6 +33,8 @@ def gated_mlp(
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
     post_norm_weight: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     tile_tokens: int | None = None,
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
@@ -41,8 +45,9 @@ def gated_mlp(
 
     y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down with n = `ops.rms_norm` or `ops.layer_norm` of
     x, or x itself without norm_weight. With w_gate None, y = act(n w_up^T + b_up) w_down^T + b_down. Shazeer 2020,
-    arXiv 2002.05202. Under autocast x (after the norm), weights and biases are cast as `torch.nn.functional.linear`
-    casts them.
+    arXiv 2002.05202. With dropout_p, elements of what w_down multiplies are dropped and the others scaled by
+    1 / (1 - dropout_p), by the mask of Philox at an element's row and column, made anew in backward. Under autocast x
+    (after the norm), weights and biases are cast as `torch.nn.functional.linear` casts them.
 
     Args:
         x: (..., d); float32, bfloat16 or float16 (float64 is computed by the reference).
@@ -57,31 +62,36 @@ def gated_mlp(
         norm_eps: added to the mean of squares, or to the variance.
         norm_offset: added to an RMS norm's weight (1 is Gemma's form); to that of y too.
         post_norm_weight: (d,), of an RMS norm of y with norm_eps (Gemma 2 and 3); x's dtype or float32.
+        dropout_p: in [0, 1).
+        seed: of the dropout, 64 bits; a tensor of one stays on its device. None: drawn from torch's generator.
         tile_tokens: tokens that are computed at a time, in forward and backward. None: T tokens go in
             max(1, T // max(2048, 2 d)) equal tiles: with fewer tokens the float32 sums of the weights' gradients, which
             only several tiles need, take more memory than tiles save.
         b_gate, b_up: (f,), x's dtype.
         b_down: (d,), x's dtype.
         backend: "matmul": `torch.matmul` and the gated activation. "triton": products with the activation in their
-            epilogue, on GPUs, of plain weights. "auto": triton on GPUs in bfloat16 and float16, else matmul.
+            epilogue, on GPUs, of plain weights without dropout. "auto": triton on GPUs in bfloat16 and float16, else
+            matmul.
 
     Returns:
         y, like x (under autocast, of autocast's dtype).
 
     Raises:
         TypeError: a dtype other than those above.
-        ValueError: a shape, device, activation, tile or backend that does not fit.
+        ValueError: a shape, device, activation, dropout_p, seed, tile or backend that does not fit.
 
     Saved for backward: x itself, d elements per token, with the norm or without, and the parameters. Under autocast
-    without the norm, x as autocast casts it. Backward recomputes the norm and, tile by tile, the gate and up products,
-    two GEMMs more than the nine that keep them (ungated: one more than six), and the down product only where a norm
-    follows it. A tile holds
-    three buffers of (tile_tokens, f). Weight gradients are summed over tiles in float32; frozen ones cost nothing.
+    without the norm, x as autocast casts it; of weights of another dtype than autocast's a cast copy too, which each
+    call makes: autocast's own cache of cast weights does not share it. Backward recomputes the norm and, tile by tile,
+    the gate and up products, two GEMMs more than the nine that keep them (ungated: one more than six), and the down
+    product only where a norm follows it. A tile holds three buffers of (tile_tokens, f). Weight gradients are summed
+    over tiles in float32; frozen ones cost nothing.
     """
+    mask_seed = seed_tensor(seed, x.device) if 0.0 < dropout_p < 1.0 else None
     plan, tensors, has_kernels = plan_gated_mlp(
         x, w_gate, w_up, w_down, activation=activation, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
-        norm_eps=norm_eps, norm_offset=norm_offset, post_norm_weight=post_norm_weight,
-        tile_tokens=tile_tokens, b_gate=b_gate, b_up=b_up, b_down=b_down, backend=backend,
+        norm_eps=norm_eps, norm_offset=norm_offset, post_norm_weight=post_norm_weight, dropout_p=dropout_p,
+        seed=mask_seed, tile_tokens=tile_tokens, b_gate=b_gate, b_up=b_up, b_down=b_down, backend=backend,
     )  # fmt: skip
     if norm_weight is None:
         x = x.to(plan.dtype)
@@ -93,7 +103,8 @@ def gated_mlp(
     with torch.autocast(x.device.type, enabled=False):
         return reference.gated_mlp(
             x, **weights, activation=activation, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
-            norm_eps=norm_eps, norm_offset=norm_offset, post_norm_weight=post_norm_weight,
+            norm_eps=norm_eps, norm_offset=norm_offset, post_norm_weight=post_norm_weight, dropout_p=dropout_p,
+            seed=mask_seed,
         )  # fmt: skip
 
 
@@ -110,6 +121,8 @@ def plan_gated_mlp(
     norm_eps: float = 1e-6,
     norm_offset: float = 0.0,
     post_norm_weight: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     tile_tokens: int | None = None,
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
@@ -130,6 +143,10 @@ def plan_gated_mlp(
     )
     gate = None if w_gate is None else projection_of(weights["w_gate"], weights["b_gate"])
     up, down = (projection_of(weights[f"w_{name}"], weights[f"b_{name}"]) for name in ("up", "down"))
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}.")
+    if dropout_p > 0.0:
+        down = DroppedProjection(down, seed_tensor(seed, x.device), dropout_p)
     post_norm = make_rms_norm(
         "post_norm_weight", x, base_of(w_down).shape[0], post_norm_weight, norm_eps, norm_offset, dtype
     )
@@ -145,7 +162,7 @@ def _is_fused(backend: str, device_type: str, dtype: torch.dtype, projections: t
     """Whether the hidden layer goes through `gated_hidden_fwd` and `gated_hidden_bwd`."""
     reason = missing("gated_hidden_fwd", device_type)
     if not all(projection is None or isinstance(projection, DenseProjection) for projection in projections):
-        reason = reason or "its kernels take plain weights only."
+        reason = reason or "its kernels take plain weights without dropout only."
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend: 'triton' cannot run here: {reason}")
     return backend == "triton" or (backend == "auto" and reason is None and dtype != torch.float32)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from memkernels.ops.gated_activation.reference import gated_activation
 from memkernels.ops.layer_norm.reference import layer_norm
+from memkernels.ops.lora_linear.reference import row_dropout
 from memkernels.ops.rms_norm.reference import rms_norm
 from memkernels.ops.weights import Weight, base_of, linear
 
@@ -28,6 +29,8 @@ def gated_mlp(
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down, or its norm, with n = x or its norm."""
     n = x
@@ -40,6 +43,8 @@ def gated_mlp(
         hidden = gated_activation(up, None, activation)
     else:
         hidden = gated_activation(linear(n, w_gate, b_gate), up, activation)
+    if seed is not None and dropout_p > 0.0:
+        hidden = row_dropout(hidden.flatten(0, -2), seed, dropout_p, 0, hidden.dtype).view(hidden.shape)
     y = linear(hidden, w_down, b_down)
     if post_norm_weight is None:
         return y

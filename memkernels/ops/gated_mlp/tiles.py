@@ -16,7 +16,8 @@ class GemmTile:
     """A program's output tile, BLOCK_M tokens by BLOCK_N hidden columns, and how it walks d in steps of BLOCK_K.
 
     GROUP_M tiles of tokens take turns at one tile of weights, which then comes from L2. PRECISION is how float32
-    operands are multiplied. TMA: matrices are moved through tensor-map descriptors, else through pointers.
+    operands are multiplied. TMA: matrices are moved through tensor-map descriptors, else through pointers. maxnreg: a
+    bound of registers that lets NVIDIA's compiler use them all, where it would spill to fit more programs.
     """
 
     BLOCK_M: int
@@ -27,10 +28,11 @@ class GemmTile:
     GROUP_M: int = 8
     PRECISION: str = "ieee"
     TMA: bool = False
+    maxnreg: int | None = None
 
     def options(self) -> dict[str, int | str | bool]:
         """The kernel's compile-time arguments."""
-        return dataclasses.asdict(self)
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def programs(self, rows: int, columns: int) -> int:
         return -(-rows // self.BLOCK_M) * -(-columns // self.BLOCK_N)

@@ -36,7 +36,7 @@ def _products(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of gate = x w_gate^T + b_gate and of up = x w_up^T + b_up; gate is zero without w_gate."""
+    """A tile (BLOCK_M, BLOCK_N) of gate = x w_gate^T + b_gate and of up = x w_up^T + b_up; without w_gate gate is 0."""
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, size, BLOCK_K):
@@ -76,7 +76,11 @@ def _gated_hidden_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """h = act(gate) * up, or act(up) without w_gate. x: (rows, size); weights: (hidden, size); h: (rows, hidden)."""
+    """h = act(gate) * up, or act(up) without w_gate. x: (rows, size); weights: (hidden, size); h: (rows, hidden).
+
+    Reads x once for each BLOCK_N columns of h and the weights once for each BLOCK_M rows, mostly out of L2, as tiles
+    are grouped; writes h once. Without the fusion gate and up, 2 rows * hidden elements, are written and read beside.
+    """
     first_row, first_column = grouped_tile(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     gate, up = _products(
         x, w_gate, w_up, b_gate_ptr, b_up_ptr, rows, size, hidden, x_row_stride, gate_row_stride, up_row_stride,
@@ -117,7 +121,9 @@ def _gated_hidden_bwd_kernel(
     """h, dgate = dh * up * act'(gate), dup = dh * act(gate) with dh = dy w_down; without w_gate dup = dh * act'(up).
 
     dy: (rows, size); w_down: (size, hidden); the outputs: (rows, hidden). The products by x and by dy are two loops,
-    not one, so that shared memory holds the tiles of one at a time.
+    not one, so that shared memory holds the tiles of one at a time. Reads x and dy once for each BLOCK_N columns, the
+    three weights once for each BLOCK_M rows, mostly out of L2; writes h, dgate and dup once. Without the fusion gate,
+    up and dh, 3 rows * hidden elements, are written and read beside.
     """
     first_row, first_column = grouped_tile(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     gate, up = _products(

@@ -8,6 +8,7 @@ from torch import Tensor
 from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.checks import check_floating, check_like, check_parameter
 from memkernels.ops.layer_norm import reference
+from memkernels.ops.once_differentiable import once_differentiable
 
 
 def _fwd_fake(x, residual, weight, bias, eps):
@@ -44,6 +45,7 @@ class _LayerNorm(torch.autograd.Function):
         return (y, None) if residual is None else (y, residual_out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dresidual_out):
         h, weight, mean, rstd = ctx.saved_tensors
         x_grad, residual_grad, weight_grad, bias_grad = ctx.needs_input_grad[:4]
@@ -67,8 +69,8 @@ def layer_norm(
     """Layer norm over the last dimension, with an optional residual added in the same pass.
 
     h = x + residual (x without one), y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias, computed in float32 and
-    rounded once; var is the biased variance, of which a large mean costs no digits. Ba, Kiros and Hinton 2016,
-    arXiv 1607.06450.
+    rounded once, under autocast too; var is the biased variance, of which a large mean costs no digits. Ba, Kiros and
+    Hinton 2016, arXiv 1607.06450.
 
     Args:
         x: (..., d); float32, bfloat16 or float16 (float64 is computed by the reference).

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.checks import check_floating, check_like, check_parameter
+from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.rms_norm import reference
 
 
@@ -43,6 +44,7 @@ class _RMSNorm(torch.autograd.Function):
         return (y, None) if residual is None else (y, residual_out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dresidual_out):
         h, weight, rstd = ctx.saved_tensors
         x_grad, residual_grad, weight_grad = ctx.needs_input_grad[:3]
@@ -60,7 +62,7 @@ def rms_norm(
     """Root-mean-square norm over the last dimension, with an optional residual added in the same pass.
 
     h = x + residual (x without one), y = h / sqrt(mean(h^2) + eps) * (weight + weight_offset), computed in float32 and
-    rounded once. Zhang and Sennrich 2019, arXiv 1910.07467; weight_offset = 1 is Gemma's form.
+    rounded once, under autocast too. Zhang and Sennrich 2019, arXiv 1910.07467; weight_offset = 1 is Gemma's form.
 
     Args:
         x: (..., d); float32, bfloat16 or float16 (float64 is computed by the reference).

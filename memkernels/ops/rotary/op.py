@@ -26,17 +26,24 @@ implement_with_triton("memkernels.ops.rotary.triton", "rotary_fwd", "rotary_bwd"
 
 
 class _Rotary(torch.autograd.Function):
+    """The rotation, or its transpose; each is the other's backward."""
+
     @staticmethod
-    def forward(ctx, q, k, cos, sin, interleaved):
-        ctx.interleaved = interleaved
+    def forward(ctx, q, k, cos, sin, interleaved, transposed):
+        ctx.interleaved, ctx.transposed = interleaved, transposed
         ctx.save_for_backward(cos, sin)
-        return torch.ops.memkernels.rotary_fwd(q, k, cos, sin, interleaved)
+        rotate = torch.ops.memkernels.rotary_bwd if transposed else torch.ops.memkernels.rotary_fwd
+        return rotate(q, k, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        dq, dk = torch.ops.memkernels.rotary_bwd(dq, dk, cos, sin, ctx.interleaved)
-        return dq, dk, None, None, None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dq, dk = _Rotary.apply(dq, dk, cos, sin, ctx.interleaved, not ctx.transposed)
+        else:
+            rotate = torch.ops.memkernels.rotary_fwd if ctx.transposed else torch.ops.memkernels.rotary_bwd
+            dq, dk = rotate(dq, dk, cos, sin, ctx.interleaved)
+        return dq, dk, None, None, None, None
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -81,17 +88,18 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved:
 
         a' = a * cos[s, i] - b * sin[s, i]        b' = b * cos[s, i + R/2] + a * sin[s, i + R/2]
 
-    computed in float32 and rounded once; the other D - R elements pass through. The two halves of cos and sin are read
-    as they are, equal or not. Su et al. 2021, arXiv 2104.09864; with R = D it is q * cos + rotate_half(q) * sin.
+    computed in float32 and rounded once, under autocast too; the other D - R elements pass through. The two halves of
+    cos and sin are read as they are, equal or not. Su et al. 2021, arXiv 2104.09864; with R = D it is
+    q * cos + rotate_half(q) * sin.
 
     Args:
         q: (B, S, Hq, D); float32, bfloat16 or float16 (float64 is computed by the reference). Any strides; a view
             such as `(B, H, S, D).transpose(1, 2)` is read, and its result laid out, as it is.
         k: (B, S, Hk, D); q's dtype.
         cos: (S, R), (1, S, R) or (B, S, R), R even and at most D; q's dtype or float32. The layout is that of Hugging
-            Face's Llama and GLM, `cat((angles, angles), -1).cos()`, also where pairs are interleaved. Open point: a
-            table that holds each angle twice in a row, `repeat_interleave(angles, 2, -1)` (Cohere, CodeGen), is not
-            told apart and rotates wrongly; give `cat((table[..., ::2],) * 2, -1)` of it.
+            Face's Llama and GLM, `cat((angles, angles), -1).cos()`, also where pairs are interleaved. Of a table that
+            holds each angle twice in a row, `repeat_interleave(angles, 2, -1)` (Cohere, CodeGen), give
+            `cat((table[..., ::2],) * 2, -1)`: its shape is the same, so that it is not told apart.
         sin: like cos.
         interleaved: pair i is the elements 2i and 2i + 1 (GPT-J, GLM) instead of i and i + R/2 (GPT-NeoX, Llama).
 
@@ -102,9 +110,9 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved:
         TypeError: a dtype other than those above.
         ValueError: a shape or device that does not fit q; cos or sin that requires grad.
 
-    Saved for backward: cos and sin.
+    Saved for backward: cos and sin. The gradients may be differentiated again.
     """
     _check(q, k, cos, sin)
     if not has_kernel("rotary_fwd", q):
         return reference.apply_rotary(q, k, cos, sin, interleaved=interleaved)
-    return _Rotary.apply(q, k, cos, sin, bool(interleaved))
+    return _Rotary.apply(q, k, cos, sin, bool(interleaved), False)
