@@ -32,6 +32,7 @@ FAMILIES = {
     "qwen3_moe": (5, 24),
     "olmoe": (5, 24),
     "deepseek_v3": (5, 24),
+    "switch_transformers": (5, 24),
 }
 
 
@@ -75,6 +76,7 @@ class Family:
         mlp: down(act(gate(x)) * up(x)), or down(act(up(x))); None: another kind, which is called as it is, and so is
             what a layer has in the place of one.
         experts: the weights of a mixture of experts, within what a layer has in the place of an MLP.
+        experts_left: why experts are transformers' own.
         router_loss: router_loss(router_logits, num_experts, k, attention_mask): the loss that
             `output_router_logits` asks for, times the model's `router_aux_loss_coef`.
         attention_left: why attention is transformers' own. `decoder_layer` and `model` are None then.
@@ -118,6 +120,7 @@ class Family:
     attention_left: str | None = None
     outputs: type | None = None
     experts: type[nn.Module] | None = None
+    experts_left: str | None = None
     router_loss: Callable[..., Tensor | int] | None = None
     norm_offset: float = 0.0
     norm_eps: str = "variance_epsilon"

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from memkernels.integrations import peft_lora
 from memkernels.integrations.plain import has_foreign_forward, has_hooks, is_plain_linear, replaced_slot
+from memkernels.nn import linears
 from memkernels.nn.lora_linear import LoRALinear
 from memkernels.ops.lora_linear.weight import LoRAWeight
 from memkernels.ops.quantized.tensor import QuantizedTensor
@@ -36,7 +37,7 @@ def why_not(layer: Any) -> str | None:
 def weight_and_bias(module: Any) -> tuple[Weight, Tensor | None]:
     """What an op takes of a module that `is_linear`: its weight, (out, in), with its adapter if it has one."""
     if type(module) is LoRALinear:
-        return module.weight if module.merged else module.adapted(), module.bias
+        return linears.weight_and_bias(module)
     base = module.base_layer if peft_lora.is_lora(module) else module
     weight, bias = base.weight.t() if type(base) is Conv1D else base.weight, base.bias
     return peft_lora.adapted(module, weight, bias) if peft_lora.is_lora(module) else (weight, bias)

@@ -53,36 +53,47 @@ class PatchReport:
 def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -> PatchReport:
     """Puts memkernels into a model of transformers, this instance only: families as in `family.FAMILIES`.
 
-    Replaced are RMS norms, attention, gated MLPs, head and loss, and with `recompute` the sublayers of a decoder layer,
-    each with the norm in front as one op. Parameters, state_dict keys and classes stay as they are; cached generation,
-    save_pretrained, copy.deepcopy, pickle and torch.compile work. The model may be anywhere inside `model`. Where a
-    weight is not a plain one (a quantised or distributed weight, hooks), now or later, its module is called and only
-    what surrounds it is replaced. `ops.attention` stands in for "sdpa" and "eager" where it has a
-    kernel and attention is causal, within windows and packed sequences too, and no (S, S) mask is built; where a mask
-    hides other tokens, or attention weights are asked for, the model's own attention implementation computes.
+    Replaced are norms (RMS norms, GPT-2's layer norms), attention, MLPs, gated or not, head and loss, and with
+    `recompute` the sublayers of a decoder layer, each with the norm in front as one op. Parameters, state_dict keys and
+    classes stay as they are; cached generation, save_pretrained, copy.deepcopy, pickle and torch.compile work. The
+    model may be anywhere inside `model`. Where a weight is not a plain one (a quantised or distributed weight, hooks),
+    now or later, its module is called and only what surrounds it is replaced. `ops.attention` stands in for "sdpa" and
+    "eager" where it has a kernel and attention is causal, within windows and packed sequences too, and no (S, S) mask
+    is built; where a mask hides other tokens, or attention weights are asked for, the model's own attention
+    implementation computes. So it does under torch.compile in a call with attention_mask or position_ids, for which
+    transformers builds its mask: what they say is not known when a graph is made. Padding is computed there too.
 
     LoRA adapters of PEFT (rsLoRA, DoRA, dropout, any of which is active, merged or disabled) are computed with their
     base by `ops.lora_linear`, in any model, and within the ops above at every recompute level, whether PEFT wrapped the
-    model before or after `patch`. Left to PEFT are calls with adapter_names, several active adapters at once, and its
-    other kinds of adapter.
+    model before or after `patch`; in a batch with adapter_names, all adapters in one product. Left to PEFT are several
+    active adapters at once, and its other kinds of adapter.
 
     Training with labels yields loss without logits (`outputs.logits` is None). Logits are there after `model.eval()`,
     with labels or without, and in training without labels. Labels are shifted, ignore_index, num_items_in_batch,
     shift_labels and an integer logits_to_keep are honoured as transformers does; with a logits_to_keep tensor or a loss
     function of the user's, transformers computes logits and loss. Training fills no cache unless the call asks for one.
-    In training with labels, tokens padded on the right are not computed at all, if none of them has a label.
+    In training with labels, tokens padded on the right are not computed at all, if none of them has a label, but under
+    torch.compile.
 
     Qwen2-VL, Qwen2.5-VL and Qwen3-VL train so with images and videos. In their vision towers attention within images
     and windows, MLPs and, with `recompute`, blocks are replaced; embeddings of patches and mergers are not.
 
     BERT's encoder computes the visible tokens of a padded batch alone, for "sdpa" and "eager"; hidden positions of
     last_hidden_state are zero, in evaluation too, unless a label, the pooler, spans of answers, a hook or an output of
-    each layer reads them, or torch.compile runs. Dropout of attention has masks of its own, other than torch's for one
-    seed. Its layers keep 4 d with "sublayer" and 3 d with "layer"; heads and losses stay transformers'.
+    each layer reads them, or torch.compile runs. A row is one sequence, as in transformers: position_ids tell BERT of
+    no packed sequences, and a mask of four dimensions, which may, is left to transformers' attention. Dropout of
+    attention has masks of its own, other than torch's for one seed. Its layers keep 4 d with "sublayer" and 3 d with
+    "layer"; heads and losses stay transformers'.
 
     The experts of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V3 are computed by `ops.moe_mlp`, which keeps their
-    input and the routing, with "none" the pre-activation too. Routers are transformers', and so is attention in OLMoE
-    and DeepSeek-V3. The routers' loss (output_router_logits) is added to a loss without logits.
+    input and the routing, with "none" the pre-activation too, and never multiplies out the adapters that PEFT's
+    target_parameters puts on their weights. Routers are transformers', and so are attention in OLMoE and DeepSeek-V3,
+    whose layers are called as they are at every level, and gpt-oss's experts, with "layer" computed again in backward.
+    The routers' loss (output_router_logits) is added to a loss without logits.
+
+    SwitchTransformers' experts are computed so too, from the weights of each, and its dense feed-forward layers by
+    `ops.gated_mlp`; dropout within either keeps a seed instead of a mask, another than torch's for one seed. Its
+    attention, whose scores have a learned bias, is transformers', with "layer" computed again in backward.
 
     Patch before `fully_shard`, `torch.compile` and DistributedDataParallel; torch.nn.DataParallel is not supported.
 
@@ -90,9 +101,10 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
         model: holds at least one module that can be replaced.
         recompute: what is computed again in backward, and with it what is kept, per token, layer and d = hidden size.
             "none": nothing is. "sublayer": `ops.attention_block` keeps its input and attention's output,
-            `ops.gated_mlp` its input: 3 d. "layer": `ops.decoder_layer` keeps its input and attention's output: 2 d.
-            Where attention is not the op's, "sublayer" recomputes the MLP alone, and "layer" keeps the inputs of both
-            sublayers. Gradient checkpointing enabled on the model takes the place of "layer".
+            `ops.gated_mlp` its input: 3 d. "layer": `ops.decoder_layer` keeps its input and attention's output: 2 d;
+            with experts in the place of the MLP 4 d, with the norm's output, and 3 d. Where attention is not the op's,
+            "sublayer" recomputes the MLP alone, and "layer" keeps the inputs of both sublayers. Gradient checkpointing
+            enabled on the model takes the place of "layer".
         loss: whether head and loss are replaced.
 
     Returns:
@@ -169,14 +181,15 @@ def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss
     if kind is family.norm:
         return plan_norm(module, family)
     if kind is family.attention:
-        return _left_attention(family) or plan_attention(module, family)
+        return _left("attention", family.attention_left) or plan_attention(module, family)
     if kind is family.mlp:
         return plan_mlp(module, family, recompute != "none")
     if kind is family.experts:
         from memkernels.integrations.experts import plan_experts
 
         # With "layer" the sublayer is checkpointed: it runs again right before its backward.
-        return plan_experts(module, recompute != "none" and not (recompute == "layer" and family.decoder_layer))
+        recomputed = recompute != "none" and not (recompute == "layer" and family.decoder_layer)
+        return _left("experts", family.experts_left) or plan_experts(module, recomputed)
     if kind is family.decoder_layer and recompute != "none":
         return plan_layer(module, family, recompute)
     if kind is family.model:
@@ -186,5 +199,5 @@ def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss
     return None
 
 
-def _left_attention(family: Family) -> Replacement | None:
-    return None if family.attention_left is None else Replacement("attention", left=family.attention_left)
+def _left(what: str, why: str | None) -> Replacement | None:
+    return None if why is None else Replacement(what, left=why)

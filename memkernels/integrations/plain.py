@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memkernels.ops.checks import PLAIN_TENSORS
 from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
@@ -42,10 +43,7 @@ def is_plain_linear(module: Any, kind: type[nn.Module] = nn.Linear, *, quantized
     """
     return (
         type(module) is kind
-        and (
-            type(module.weight) in (nn.Parameter, torch.Tensor)
-            or (quantized and isinstance(module.weight, QuantizedTensor))
-        )
+        and (type(module.weight) in PLAIN_TENSORS or (quantized and isinstance(module.weight, QuantizedTensor)))
         and not has_hooks(module)
         and not has_foreign_forward(module)
     )
@@ -69,6 +67,11 @@ def has_foreign_forward(module: nn.Module) -> bool:
     """Whether someone put another forward on this instance than its class's."""
     current = module.__dict__.get(slot(module))
     return current is not None and getattr(current, "__func__", None) is not type(module).forward
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward, or what `patch` put in its place, and no hooks."""
+    return not has_hooks(module) and (replaced_slot(module) is not None or not has_foreign_forward(module))
 
 
 def is_off(dropout: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from memkernels.nn.decoder_layer import DecoderLayer
 from memkernels.nn.lora_linear import LoRALinear
 from memkernels.nn.loss import LinearCrossEntropy
 from memkernels.nn.mlp import GatedMLP
-from memkernels.nn.moe import MoE, SwitchFFN
+from memkernels.nn.moe import ExpertsLoRA, MoE, SwitchFFN
 from memkernels.nn.norm import LayerNorm, RMSNorm
 from memkernels.nn.rotary import RotaryEmbedding
 from memkernels.nn.routers import ExpertChoiceRouter, SwitchRouter, TopKRouter
@@ -14,6 +14,7 @@ __all__ = [
     "Attention",
     "DecoderLayer",
     "ExpertChoiceRouter",
+    "ExpertsLoRA",
     "GatedMLP",
     "LayerNorm",
     "LinearCrossEntropy",

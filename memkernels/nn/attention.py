@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
+from memkernels.nn.linears import weights_of
 from memkernels.nn.norm import RMSNorm
 
 
 class Attention(torch.nn.Module):
     """`ops.attention_block` with learnable weights, under the state_dict keys of Hugging Face's attention layers.
+
+    y = o_proj(`ops.attention`(q, k, v)) of q, k and v = q_proj(x), k_proj(x) and v_proj(x) in heads, those of q and k
+    normed and rotated where that is asked for. Weights: q_proj (H D, d), k_proj (Hk D, d), v_proj (Hk Dv, d), o_proj
+    (d, H Dv), H and Hk the numbers of heads. A projection may be an `nn.LoRALinear`, or quantised.
 
     Args:
         hidden_size: d, of input and output.
@@ -26,9 +31,13 @@ class Attention(torch.nn.Module):
         sinks: one more learnable logit a head (gpt-oss).
         causal, window, softcap, scale, dropout_p: as in `ops.attention`; dropout in training mode only.
         interleaved: as in `ops.apply_rotary`.
+        dtype: of the parameters: x's, unless autocast casts both; sinks are float32.
 
     Raises:
         ValueError: numbers of heads that do not divide.
+
+    Saved for backward, beside the parameters, cos and sin: x itself, d elements a token, out, H Dv elements, and 4 H
+    bytes; with dropout its seed.
     """
 
     def __init__(
@@ -76,11 +85,7 @@ class Attention(torch.nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """What `ops.attention_block` and `ops.decoder_layer` take of this layer."""
-        weights = {}
-        for name in "qkvo":
-            projection = getattr(self, f"{name}_proj")
-            weights[f"w_{name}"], weights[f"b_{name}"] = projection.weight, projection.bias
-        return weights | self.options | {
+        return weights_of(self, "qkvo") | self.options | {
             "num_heads": self.num_heads,
             "q_norm_weight": None if self.q_norm is None else self.q_norm.weight,
             "k_norm_weight": None if self.k_norm is None else self.k_norm.weight,
@@ -89,7 +94,13 @@ class Attention(torch.nn.Module):
         }  # fmt: skip
 
     def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any) -> Tensor:
-        """y, like x (B, S, d); `options` are further ones of `ops.attention_block`: the norm in front, cu_seqlens."""
+        """y, like x (B, S, d); `options` are further ones of `ops.attention_block`: the norm in front, cu_seqlens.
+
+        cos and sin: (S, R), (1, S, R) or (B, S, R), as `nn.RotaryEmbedding` gives them; None: no rotation.
+
+        Raises:
+            TypeError, ValueError: as `ops.attention_block`: a dtype, shape, device or option that does not fit.
+        """
         return ops.attention_block(x, **self.arguments() | options, cos=cos, sin=sin)
 
     def extra_repr(self) -> str:

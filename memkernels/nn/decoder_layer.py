@@ -16,10 +16,16 @@ from memkernels.nn.norm import RMSNorm
 class DecoderLayer(torch.nn.Module):
     """`ops.decoder_layer` with learnable weights, under the state_dict keys of Hugging Face's LlamaDecoderLayer.
 
+    h = x + attention(input_layernorm(x)), y = h + mlp(post_attention_layernorm(h)), both norms RMS, of weights (d,) in
+    the device and dtype of attention's.
+
     Args:
         attention: of which the norm in front is `input_layernorm`.
         mlp: of which the norm in front is `post_attention_layernorm`.
         norm_eps: of both norms.
+
+    Saved for backward, beside the parameters, cos and sin: what attention saves, x, out and 4 bytes a head, and nothing
+    of the feed-forward layer.
     """
 
     def __init__(self, attention: Attention, mlp: GatedMLP, norm_eps: float = 1e-6):
@@ -32,7 +38,11 @@ class DecoderLayer(torch.nn.Module):
         self.post_attention_layernorm = RMSNorm(like.shape[1], **options)
 
     def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any) -> Tensor:
-        """y, like x (B, S, d); `options` are further ones of `ops.attention_block`, such as cu_seqlens."""
+        """y, like x (B, S, d); cos, sin and `options` as in `nn.Attention`, such as cu_seqlens.
+
+        Raises:
+            TypeError, ValueError: as `ops.decoder_layer`: a dtype, shape, device or option that does not fit.
+        """
         attention = self.self_attn.arguments() | options | {"cos": cos, "sin": sin} | _in_front(self.input_layernorm)
         mlp = self.mlp.arguments() | _in_front(self.post_attention_layernorm)
         return ops.decoder_layer(x, attention, mlp)

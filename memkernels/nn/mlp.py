@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
+from memkernels.nn.linears import weights_of
 from memkernels.ops.gated_activation.op import check_activation
 
 
 class GatedMLP(torch.nn.Module):
     """`ops.gated_mlp` with learnable weights, under the state_dict keys of Hugging Face's LlamaMLP.
+
+    y = (act(gate_proj(x)) * up_proj(x)) through down_proj: gate_proj and up_proj have weights (f, d), down_proj (d, f).
+    A projection may be an `nn.LoRALinear`, or quantised.
 
     Args:
         hidden_size: d, of input and output.
@@ -21,6 +25,12 @@ class GatedMLP(torch.nn.Module):
         bias: a bias in each projection.
         gated: False: y = act(up_proj(x)) through down_proj, without gate_proj.
         tile_tokens: tokens that are computed at a time; None: as `ops.gated_mlp` chooses.
+        dtype: of the parameters: x's, unless autocast casts both.
+
+    Raises:
+        ValueError: an unknown activation.
+
+    Saved for backward, beside the parameters: x itself, d elements a token, with a norm in front or without.
     """
 
     def __init__(
@@ -46,15 +56,15 @@ class GatedMLP(torch.nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """What `ops.gated_mlp` and `ops.decoder_layer` take of this layer."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return {
-            "w_gate": None if gate is None else gate.weight, "w_up": up.weight, "w_down": down.weight,
-            "b_gate": None if gate is None else gate.bias, "b_up": up.bias, "b_down": down.bias,
-            "activation": self.activation, "tile_tokens": self.tile_tokens,
-        }  # fmt: skip
+        weights = weights_of(self, ("gate", "up", "down"))
+        return weights | {"activation": self.activation, "tile_tokens": self.tile_tokens}
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        """y, like x (..., d); `options` are further ones of `ops.gated_mlp`: the norm in front."""
+        """y, like x (..., d); `options` are further ones of `ops.gated_mlp`: the norm in front.
+
+        Raises:
+            TypeError, ValueError: as `ops.gated_mlp`: a dtype, shape, device or option that does not fit.
+        """
         return ops.gated_mlp(x, **self.arguments() | options)
 
     def extra_repr(self) -> str:

@@ -11,10 +11,16 @@ from memkernels import ops
 class RMSNorm(torch.nn.Module):
     """`ops.rms_norm` with a learnable weight of shape (hidden_size,); its state_dict is that of `torch.nn.RMSNorm`.
 
+    y = h / sqrt(mean(h^2) + eps) * (weight + weight_offset) over the last dimension, h = x or x + residual.
+
     Args:
         hidden_size: d, the size of the last dimension.
         eps: added to the mean of squares.
         weight_offset: added to the weight, which then starts at 1 - weight_offset.
+        dtype: the weight's: x's, or float32.
+
+    Saved for backward, beside the weight: x itself, with a residual h in its place, which is returned; and 4 bytes a
+    row.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device=None, dtype=None):
@@ -24,6 +30,11 @@ class RMSNorm(torch.nn.Module):
         self.weight_offset = weight_offset
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """y, like x (..., d) of float32, bfloat16, float16 or float64; with a residual, like x, the pair (y, h).
+
+        Raises:
+            TypeError, ValueError: as `ops.rms_norm`: a dtype, shape or device that does not fit the weight or x.
+        """
         return ops.rms_norm(x, self.weight, self.eps, residual=residual, weight_offset=self.weight_offset)
 
     def extra_repr(self) -> str:
@@ -33,12 +44,17 @@ class RMSNorm(torch.nn.Module):
 class LayerNorm(torch.nn.Module):
     """`ops.layer_norm` with learnable weight and bias of shape (hidden_size,).
 
-    Its state_dict is that of `torch.nn.LayerNorm` over the last dimension.
+    y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias over the last dimension, h = x or x + residual. Its
+    state_dict is that of `torch.nn.LayerNorm` over the last dimension.
 
     Args:
         hidden_size: d, the size of the last dimension.
         eps: added to the variance.
         bias: whether there is a bias.
+        dtype: of weight and bias: x's, or float32.
+
+    Saved for backward, beside the weight: x itself, with a residual h in its place, which is returned; and 8 bytes a
+    row.
     """
 
     bias: torch.nn.Parameter | None
@@ -51,6 +67,11 @@ class LayerNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """y, like x (..., d) of float32, bfloat16, float16 or float64; with a residual, like x, the pair (y, h).
+
+        Raises:
+            TypeError, ValueError: as `ops.layer_norm`: a dtype, shape or device that does not fit the weight or x.
+        """
         return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
 
     def extra_repr(self) -> str:

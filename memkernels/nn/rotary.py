@@ -26,6 +26,8 @@ class RotaryEmbedding(torch.nn.Module):
 
     Raises:
         ValueError: a fraction outside (0, 1], an odd R, or sections that do not sum to R / 2.
+
+    It has no parameters and saves nothing.
     """
 
     def __init__(
@@ -58,7 +60,11 @@ class RotaryEmbedding(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """cos and sin, (..., S, R) in `dtype`, for positions (..., S), or with sections (3, ..., S)."""
+        """cos and sin, (..., S, R) in `dtype`, for positions (..., S), of any dtype, or with sections (3, ..., S).
+
+        Raises:
+            ValueError: with sections, positions whose first dimension is not 3.
+        """
         axis = self.axis
         if axis is not None and positions.shape[0] != 3:
             raise ValueError(f"positions: expected shape (3, ..., S) with sections, got {tuple(positions.shape)}.")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compilers import on_every_compiler
 from training_step import assert_same_step
 from training_step import train_step as step
 
@@ -112,12 +113,13 @@ def test_autocast(recompute, padding):
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("padding", [None, "right"])
-def test_torch_compile(recompute, padding):
+@on_every_compiler
+def test_torch_compile(recompute, padding, backend):
     batch, model = make_batch(padding), make()
     plain, exact = step(model, batch), step(make().double(), batch)
     memkernels.patch(model, recompute=recompute)
     torch.compiler.reset()
-    assert_same_step(step(model, batch, torch.compile(model)), exact, plain)
+    assert_same_step(step(model, batch, torch.compile(model, backend=backend)), exact, plain)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -250,7 +252,7 @@ def test_peft(packs, kind, task, targets, options):
     batch, model = make_batch("right", kind), adapted()
     plain, exact = step(model, batch), step(adapted().double(), batch)
     for recompute in RECOMPUTE:
-        assert list(memkernels.patch(model, recompute=recompute).left) == ["base_model"]
+        assert memkernels.patch(model, recompute=recompute).left == {}
         assert_same_step(step(model, batch), exact, plain)
         memkernels.unpatch(model)
     assert packs == [True] * 3

@@ -82,6 +82,21 @@ def test_saved_bytes(make_model, make_batch, recompute):
     assert saved(vocab_size=301) == saved()
 
 
+def test_experts_of_gpt_oss_are_left_and_recomputed(make_model, make_batch):
+    """By the difference between depths: the inputs of both sublayers, attention's output and lse, cos and sin."""
+    saved = {}
+    for depth in (2, 3):
+        model = make_model("GptOss", num_hidden_layers=depth)
+        report = memkernels.patch(model, recompute="layer")
+        assert report.left == {
+            f"model.layers.{i}.mlp.experts": "their gate is clamped, and they have biases" for i in range(depth)
+        }
+        saved[depth] = saved_bytes(lambda: model(**make_batch()).loss, exclude=tuple(model.parameters()))  # noqa: B023
+    d, heads, size, length = 48, 4, 20, 37
+    kept = 2 * length * (4 * (2 * d + heads * size) + 4 * heads) + 2 * 4 * length * size
+    assert saved[3] - saved[2] == kept + torch.get_rng_state().nbytes  # kept by torch.utils.checkpoint
+
+
 def test_logits_where_they_are_asked_for(make_model, make_batch):
     model, batch = make_model(), make_batch("right")
     ids, labels = batch["input_ids"], batch["labels"]
