@@ -1,4 +1,5 @@
 # `make demo` and `make test` work from a bare clone with Python 3.10+, g++ and make; everything else goes into .venv.
+# Offload needs Python's headers too, and is left out without them.
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo       environment, build, and the main job: a Llama trained with and without memkernels"
 	@echo "make test       environment, build, tests"
-	@echo "make test-slow  the long sweeps"
+	@echo "make test-slow  the long sweeps, and properties on new examples"
 	@echo "make lint       ruff, clang-format, mypy"
 	@echo "make bench      every benchmark, and the README's figures from them"
 	@echo "make kernels    compile every GPU kernel for every target; tables of registers, spills and traffic"
@@ -27,7 +28,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" "$(TRITON)"
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja pybind11
-	MEMKERNELS_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[hf,plot,examples,test,dev]"
+	MEMKERNELS_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[hf,plot,plan,examples,test,dev]"
 	touch $@
 
 env: $(VENV)/.ready
@@ -43,7 +44,7 @@ test: build
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 test-slow: build
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow or hypothesis" --hypothesis-profile=search
 
 lint: env
 	$(BIN)/ruff check

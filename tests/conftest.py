@@ -1,9 +1,27 @@
-"""Before any test: without a GPU Triton kernels run under the interpreter; torch uses two threads, one under xdist."""
+"""Before any test: without a GPU Triton kernels run under the interpreter; torch uses two threads, one under xdist.
+
+Hypothesis draws the same examples every time, so that one commit is green or red for everybody; `make test-slow` draws
+new ones (--hypothesis-profile=search).
+"""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(THREADS)
+settings.register_profile("gate", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile("gate")
+
+
+@pytest.fixture(autouse=True)
+def _give_threads_back() -> Iterator[None]:
+    """Whatever a test sets: two processes of two threads each on two cores wait for each other, ten times as long."""
+    yield
+    torch.set_num_threads(THREADS)

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from memkernels.testing.cases import KernelCase, Target
+from memkernels.testing.cases import KernelCase, Target, kernel_cases
 from memkernels.testing.triton_resources import Resources, amd_resources, nvidia_resources
 
 
@@ -41,6 +41,29 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
+def case_launches(case: KernelCase) -> list[Launch]:
+    """The launches of `case`, recorded.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set, or no kernel was launched.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "TRITON_INTERPRET is set, so there is nothing to compile; see kernel_table.triton_processes."
+        )
+    with recorded_launches() as launches:
+        case.launch("meta")
+    if not launches:
+        raise RuntimeError(f"{case.label}: no Triton kernel was launched; is the input empty?")
+    return launches
+
+
+def launched_kernels(op: str) -> set[tuple[str, str]]:
+    """The kernels that the cases of `op` launch, each as its module and name."""
+    launches = [launch for case in kernel_cases(op) for launch in case_launches(case)]
+    return {(launch.kernel.fn.__module__, launch.kernel.__name__) for launch in launches}
+
+
 def compile_launch(launch: Launch, target: Target) -> Resources:
     """Compiles one launch as Triton's just-in-time path would on `target`."""
     kernel, args, kwargs = launch
@@ -52,7 +75,8 @@ def compile_launch(launch: Launch, target: Target) -> Resources:
     source = ASTSource(kernel, signature, constexprs, attributes)
     compiled = triton.compile(source, target=gpu, options=options.__dict__)
     if target.backend == "cuda":
-        return nvidia_resources(compiled.asm["cubin"], compiled.asm["ttir"], compiled.metadata.shared)
+        asm = compiled.asm
+        return nvidia_resources(asm["cubin"], asm["ptx"], asm["ttir"], compiled.metadata.shared)
     return amd_resources(compiled.asm["amdgcn"], compiled.asm["ttir"], compiled.metadata.shared)
 
 
@@ -63,18 +87,10 @@ def compile_case(case: KernelCase, target: Target) -> dict[str, Resources]:
         Resources by the kernel's name.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET is set, no kernel was launched, or one kernel was launched in two configurations.
+        RuntimeError: as `case_launches`, or one kernel was launched in two configurations.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            "TRITON_INTERPRET is set, so there is nothing to compile; see kernel_table.triton_processes."
-        )
-    with recorded_launches() as launches:
-        case.launch("meta")
-    if not launches:
-        raise RuntimeError(f"{case.label}: no Triton kernel was launched; is the input empty?")
     compiled: dict[str, Resources] = {}
-    for launch in launches:
+    for launch in case_launches(case):
         name, resources = launch.kernel.__name__, compile_launch(launch, target)
         if compiled.setdefault(name, resources) != resources:
             raise RuntimeError(f"{case.label}: {name} is launched in two configurations; make each a case of its own.")

@@ -70,7 +70,8 @@ def implementations(operator: str) -> list[Implementation]:
                 _library.set_cpu_isa(isa)
             except RuntimeError:
                 continue
-            found.append(Implementation(f"cpu-{isa}", "cpu"))
+            if _library.has_cpu_build(operator):
+                found.append(Implementation(f"cpu-{isa}", "cpu"))
         _library.set_cpu_isa(before)
     if torch.cuda.is_available() and _library.missing(operator, "cuda") is None:
         found.append(Implementation("gpu", "cuda"))

@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 
 HEADING = """# Triton kernels
 
-Written by `python -m memkernels.testing.kernel_table --output docs/kernels.md`. These are facts of the compiler and
-counts of Triton's interpreter, taken on a machine without a GPU: none of it is a measurement on a GPU.
+Written by `python -m memkernels.testing.kernel_table --output docs/kernels.md`, or with `--op` for one op's rows. These
+are facts of the compiler and counts of Triton's interpreter, taken on a machine without a GPU: none of it is a
+measurement on a GPU.
 """
 
-RESOURCES_HEADING = """## Resources
+RESOURCES_HEADING = f"""## Resources
 
 Each cell: registers per thread / shared memory per block in bytes / spills / tensor-core instructions
 (their static number and kind).
-"""
+
+| op | case | kernel | {" | ".join(map(str, TARGETS))} |
+{"| --- " * (3 + len(TARGETS))}|"""
 
 TRAFFIC_HEADING = """## Traffic
 
@@ -50,7 +53,9 @@ rows, tiles of M queries in forward and dQ and of N keys in dK and dV, and sums 
 
 A ratio of 1 so means that hidden tiles are skipped and that a tile reads nothing twice. How often tiles read the same
 rows, from caches or not, is in the bytes, and the choice of M and N.
-"""
+
+| op | case | bytes read | bytes written | least | ratio | limit |
+| --- | --- | --- | --- | --- | --- | --- |"""
 
 
 @contextmanager
@@ -78,6 +83,17 @@ def submit_count(pool: ProcessPoolExecutor, op: str, label: str) -> Future[CaseT
     return pool.submit(_count, op, label)
 
 
+def submit_launched(pool: ProcessPoolExecutor, op: str) -> Future[set[tuple[str, str]]]:
+    """Records an op's launches in a pool that does not interpret; the result is `aot.launched_kernels`'."""
+    return pool.submit(_launched, op)
+
+
+def _launched(op: str) -> set[tuple[str, str]]:
+    from memkernels.testing.aot import launched_kernels
+
+    return launched_kernels(op)
+
+
 def _compile(op: str, label: str, target: Target) -> dict[str, Resources]:
     from memkernels.testing.aot import compile_case
 
@@ -91,7 +107,7 @@ def _count(op: str, label: str) -> CaseTraffic:
 
 
 def _resources_lines(cases: Sequence[tuple[str, KernelCase]]) -> list[str]:
-    lines = ["| op | case | kernel | " + " | ".join(map(str, TARGETS)) + " |", "| --- " * (3 + len(TARGETS)) + "|"]
+    lines = []
     with triton_processes(interpret=False) as pool:
         compiled = [
             (op, case, {target.name: submit_compile(pool, op, case.label, target) for target in case.targets})
@@ -114,7 +130,7 @@ def _cell(resources: Resources | None) -> str:
 
 
 def _traffic_lines(cases: Sequence[tuple[str, KernelCase]]) -> list[str]:
-    lines = ["| op | case | bytes read | bytes written | least | ratio | limit |", "| --- " * 7 + "|"]
+    lines = []
     with triton_processes(interpret=True) as pool:
         counted = [(op, case, submit_count(pool, op, case.label)) for op, case in cases]
         for op, case, future in counted:
@@ -125,10 +141,23 @@ def _traffic_lines(cases: Sequence[tuple[str, KernelCase]]) -> list[str]:
     return lines
 
 
-def kernel_table(ops: Sequence[str]) -> str:
-    """Both tables for `ops`, in Markdown; half a second per kernel and target when Triton's cache is cold."""
+def _merged(ops: Sequence[str], lines: Sequence[str], before: Sequence[str]) -> list[str]:
+    """The rows of every op: of `ops` those of `lines`, of others those they had before."""
+    return [
+        line for op in ops_with_triton() for line in (lines if op in ops else before) if line.startswith(f"| {op} |")
+    ]
+
+
+def kernel_table(ops: Sequence[str], before: str = "") -> str:
+    """Both tables, in Markdown: new rows of `ops`, and of other ops those that `before`, an earlier table, has.
+
+    It takes half a second per kernel and target when Triton's cache is cold.
+    """
     cases = [(op, case) for op in ops for case in kernel_cases(op)]
-    parts = [HEADING, RESOURCES_HEADING, *_resources_lines(cases), "", TRAFFIC_HEADING, *_traffic_lines(cases), ""]
+    resources_before, _, traffic_before = before.partition("## Traffic")
+    resources = _merged(ops, _resources_lines(cases), resources_before.splitlines())
+    traffic = _merged(ops, _traffic_lines(cases), traffic_before.splitlines())
+    parts = [HEADING, RESOURCES_HEADING, *resources, "", TRAFFIC_HEADING, *traffic, ""]
     return "\n".join(parts)
 
 
@@ -136,10 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     summary = "Tabulates what each Triton kernel needs on each target, and the bytes it moves."
     parser = argparse.ArgumentParser(prog="python -m memkernels.testing.kernel_table", description=summary)
-    parser.add_argument("--op", choices=ops_with_triton(), help="only this op; all of them without it")
-    parser.add_argument("--output", type=Path, help="write here instead of printing")
+    parser.add_argument("--op", choices=ops_with_triton(), help="only this op's rows; all of them without it")
+    parser.add_argument("--output", type=Path, help="write here instead of printing; with --op, into it")
     options = parser.parse_args(arguments)
-    table = kernel_table([options.op] if options.op else ops_with_triton())
+    before = options.output.read_text() if options.op and options.output and options.output.exists() else ""
+    table = kernel_table([options.op] if options.op else ops_with_triton(), before)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(table)

@@ -15,6 +15,8 @@ _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # An address, perhaps a predicate, and then the opcode up to its first dot.
 _SASS_OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 _DOT = re.compile(r"\btt\.dot(?:_scaled)?\b.*")
+# PTX of a product that rounds float32 operands: mma.sync and wgmma name their operands' types, tcgen05 a kind.
+_TF32_PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*tf32")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Resources:
         async_copies: instructions that copy from global to shared memory without registers between (not TMA).
         tma_copies: loads, stores and reductions by the tensor memory accelerator.
         multiplies: the kernel holds a tl.dot that the target's tensor cores can do (not IEEE float32 on NVIDIA).
+        rounded_products: instructions that multiply float32 as tf32, if no tl.dot of the kernel asks for it.
     """
 
     registers: int
@@ -41,9 +44,10 @@ class Resources:
     async_copies: int
     tma_copies: int
     multiplies: bool
+    rounded_products: int
 
 
-def nvidia_resources(cubin: bytes, ttir: str, dynamic_shared_bytes: int) -> Resources:
+def nvidia_resources(cubin: bytes, ptx: str, ttir: str, dynamic_shared_bytes: int) -> Resources:
     """Resources of a cubin with one kernel, by `cuobjdump --dump-resource-usage` and `nvdisasm`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -61,6 +65,7 @@ def nvidia_resources(cubin: bytes, ttir: str, dynamic_shared_bytes: int) -> Reso
         async_copies=opcodes["LDGSTS"],
         tma_copies=sum(opcodes[name] for name in ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP")),
         multiplies=any(not re.search(r": tensor<[\dx]+xf(32|64)>", dot) or "inputPrecision" in dot for dot in dots),
+        rounded_products=0 if any("inputPrecision" in dot for dot in dots) else len(_TF32_PRODUCT.findall(ptx)),
     )
 
 
@@ -77,6 +82,7 @@ def amd_resources(amdgcn: str, ttir: str, dynamic_shared_bytes: int) -> Resource
         async_copies=len(re.findall(r"^\s+(?:global_load_lds_|buffer_load_\w+ .*\blds$)", amdgcn, re.MULTILINE)),
         tma_copies=0,
         multiplies=bool(_DOT.search(ttir)),
+        rounded_products=len(re.findall(r"^\s+v_mfma_\w*xf32", amdgcn, re.MULTILINE)),
     )
 
 

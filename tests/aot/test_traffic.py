@@ -4,20 +4,22 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from gate_cases import SWEPT, in_gate
+
 from memkernels.testing.cases import kernel_cases, ops_with_triton
 from memkernels.testing.kernel_table import submit_count, triton_processes
 
-# Of ops of hundreds of configurations, those of these targets are counted here, the others by `make test-slow`.
-SWEPT, COUNTED = ("lora_linear", "quantized"), {"sm_80", "gfx942"}
+COUNTED = "sm_80"
 
 
-def marks(op, case):
-    counted = op not in SWEPT or any(target.name in COUNTED for target in case.targets)
-    return () if counted else pytest.mark.slow
+def is_counted(op, case):
+    return in_gate(op, case) and (op not in SWEPT or any(target.name == COUNTED for target in case.targets))
 
 
 CASES = [
-    pytest.param(op, case, marks=marks(op, case), id=f"{op}-{case.label}".replace(" ", "-"))
+    pytest.param(
+        op, case, marks=() if is_counted(op, case) else pytest.mark.slow, id=f"{op}-{case.label}".replace(" ", "-")
+    )
     for op in ops_with_triton()
     for case in kernel_cases(op)
 ]

@@ -27,7 +27,10 @@ MAX_SHARED_BYTES = 4096
 UNALIGNED = re.compile("nf4_dequantize_kernelI.*Lb0E|moe_.*Li1E|moe_(count|scan|place)_kernel")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=() if name in ("80", "90a", "120") else pytest.mark.slow) for name in ARCHITECTURES],
+)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_stay_within_budget(source: Path, architecture: str) -> None:
     resources = compile_resources(source, architecture)

@@ -32,6 +32,8 @@ def dot_kernel(x_ptr, y_ptr, out_ptr, inner, PRECISION: tl.constexpr, BLOCK: tl.
     for first in range(0, inner, BLOCK):
         x = tl.load(x_ptr + m[:, None] * inner + first + k[None, :])
         y = tl.load(y_ptr + m[:, None] * inner + first + k[None, :])
+        if x_ptr.dtype.element_ty == tl.int8:
+            x, y = x.to(tl.float32), y.to(tl.float32)
         total = tl.dot(x, y.T, total, input_precision=PRECISION)
     tl.store(out_ptr + m[:, None] * 64 + m[None, :], total)
 
@@ -70,6 +72,10 @@ def dot_ieee(device):
     dot(torch.float32, "ieee", device)
 
 
+def dot_widened_ieee(device):
+    dot(torch.int8, "ieee", device)
+
+
 def descriptor(device):
     x = torch.empty(64, 64, dtype=torch.bfloat16, device=device)
     descriptor_kernel[(1,)](x, x, 64, 64)
@@ -81,6 +87,7 @@ CASES = {
     dot_bfloat16: [target.name for target in TARGETS],
     dot_tf32: ["sm_80", "sm_90"],
     dot_ieee: ["sm_80", "sm_90"],
+    dot_widened_ieee: ["sm_90", "sm_100"],
     descriptor: ["sm_90", "sm_100"],
 }
 

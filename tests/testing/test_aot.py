@@ -61,6 +61,12 @@ def test_float32_runs_on_tensor_cores_in_tf32_alone(resources, target):
     assert not ieee.multiplies and not ieee.tensor_cores
 
 
+def test_products_that_the_compiler_rounds_unasked_are_reported(resources):
+    assert resources("dot_widened_ieee", "sm_90").rounded_products == 0
+    assert resources("dot_widened_ieee", "sm_100").rounded_products > 0
+    assert resources("dot_tf32", "sm_90").rounded_products == 0
+
+
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_descriptors_copy_by_tma(resources, target):
     assert resources("descriptor", target).tma_copies == 2
