@@ -11,7 +11,7 @@ import torch
 from memkernels.bench.machine import set_threads
 from memkernels.bench.registry import find, load
 
-LOADED = [loaded for path in find(Path(__file__).parent).values() if (loaded := load(path)).modes]
+LOADED = [loaded for path in find(Path(__file__).parent).values() if "full" in (loaded := load(path)).modes]
 CASES = [(loaded, case, provider) for loaded in LOADED for case in loaded.cases for provider in loaded.providers]
 IDS = [f"{loaded.op}-{case.label}-{provider}" for loaded, case, provider in CASES]
 

@@ -1,4 +1,4 @@
-"""The gated MLP with the norm in front: Hugging Face's layers in eager torch, torch.compile, memkernels."""
+"""The gated MLP, mostly with the norm in front: Hugging Face's layers in eager torch, torch.compile, memkernels."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ EPS = 1e-6
 GEMMS = {"forward": 3, "backward": 6, "full": 9}
 
 
-def eager(x, w_gate, w_up, w_down, norm_weight):
-    hidden = x.float()
-    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + EPS)
-    normed = norm_weight * hidden.to(x.dtype)
+def eager(x, w_gate, w_up, w_down, norm_weight=None):
+    normed = x
+    if norm_weight is not None:
+        hidden = x.float()
+        hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + EPS)
+        normed = norm_weight * hidden.to(x.dtype)
     linear = torch.nn.functional.linear
     return linear(torch.nn.functional.silu(linear(normed, w_gate)) * linear(normed, w_up), w_down)
 
 
 def setup(case: Case, provider: str) -> Step:
     tokens, d, f = (case.sizes[name] for name in ("tokens", "hidden", "intermediate"))
-    shapes = ((tokens, d), (f, d), (f, d), (d, f), (d,))
+    shapes = ((tokens, d), (f, d), (f, d), (d, f), *([(d,)] if case.sizes["norm"] else []))
     tensors = [
         (torch.randn(shape, dtype=case.dtype, device=case.device) * shape[-1] ** -0.5).requires_grad_()
         for shape in shapes
@@ -31,9 +33,9 @@ def setup(case: Case, provider: str) -> Step:
     if provider == "memkernels":
         from memkernels.ops import gated_mlp
 
-        tile = case.sizes["tile"] or None
+        tile, norm_weight = case.sizes["tile"] or None, weights[3] if case.sizes["norm"] else None
         return Step(
-            lambda: gated_mlp(x, *weights[:3], norm_weight=weights[3], norm_eps=EPS, tile_tokens=tile),
+            lambda: gated_mlp(x, *weights[:3], norm_weight=norm_weight, norm_eps=EPS, tile_tokens=tile),
             (x,),
             tuple(weights),
         )
@@ -48,18 +50,20 @@ def work(case: Case, mode: str) -> Work:
 
 
 def cases() -> Iterator[Case]:
-    """Sizes by the default tile, then one size by smaller tiles than the default: what tiling costs and saves."""
-    for tokens, tile, dtype in (
-        (512, 0, torch.bfloat16),
-        (2048, 0, torch.bfloat16),
-        (8192, 0, torch.bfloat16),
-        (2048, 0, torch.float32),
-        (2048, 512, torch.bfloat16),
-        (8192, 1024, torch.bfloat16),
-        (8192, 8192, torch.bfloat16),
+    """Sizes by the default tile, then sizes by other tiles, what tiling costs and saves, and one without the norm."""
+    for tokens, tile, norm, dtype in (
+        (512, 0, 1, torch.bfloat16),
+        (2048, 0, 1, torch.bfloat16),
+        (8192, 0, 1, torch.bfloat16),
+        (2048, 0, 1, torch.float32),
+        (2048, 512, 1, torch.bfloat16),
+        (8192, 1024, 1, torch.bfloat16),
+        (8192, 8192, 1, torch.bfloat16),
+        (2048, 0, 0, torch.bfloat16),
     ):
-        name = f"T{tokens}-d1024-f2816{f'-tile{tile}' if tile else ''}"
-        yield Case(name, dtype, {"tokens": tokens, "hidden": 1024, "intermediate": 2816, "tile": tile})
+        name = f"T{tokens}-d1024-f2816{f'-tile{tile}' if tile else ''}{'' if norm else '-no norm'}"
+        sizes = {"tokens": tokens, "hidden": 1024, "intermediate": 2816, "tile": tile, "norm": norm}
+        yield Case(name, dtype, sizes)
 
 
 benchmark = Benchmark(

@@ -13,23 +13,14 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from memkernels import patch
 from memkernels.bench import Benchmark, Case, Step, Work
+from memkernels.bench.llama import LLAMA, llama_config
 
 
 def setup(case: Case, provider: str) -> Step:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     sizes = case.sizes
-    config = LlamaConfig(
-        hidden_size=sizes["width"],
-        intermediate_size=sizes["feed_forward"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["q_heads"],
-        num_key_value_heads=sizes["k_heads"],
-        vocab_size=sizes["vocabulary"],
-        max_position_embeddings=sizes["tokens"],
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config).to(case.device, case.dtype).train()
+    model = LlamaForCausalLM(llama_config(sizes)).to(case.device, case.dtype).train()
     if provider == "checkpoint":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     elif provider == "selective":
@@ -76,20 +67,11 @@ ATTENTION_OPERATORS = [
     getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
     for name in ("flash_attention_for_cpu", "flash_attention", "cudnn_attention")
 ]
-LLAMA = {
-    "width": 1024,
-    "feed_forward": 2816,
-    "layers": 6,
-    "q_heads": 16,
-    "k_heads": 4,
-    "vocabulary": 32000,
-    "tokens": 2048,
-}
-
 benchmark = Benchmark(
     op="llama",
     cases=(
         Case("d1024-f2816-L6-V32000-T2048", torch.bfloat16, LLAMA | {"head": 1}),
+        Case("d1024-f2816-L6-V32000-T2048", torch.float32, LLAMA | {"head": 1}),
         Case("d1024-f2816-L6-T2048-layers", torch.bfloat16, LLAMA | {"head": 0}),
     ),
     providers=("eager", "compile", "checkpoint", "selective", "memkernels-sublayer", "memkernels-layer"),

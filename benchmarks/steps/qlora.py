@@ -10,26 +10,17 @@ from torch import Tensor
 
 import memkernels
 from memkernels.bench import Benchmark, Case, Step, Work
+from memkernels.bench.llama import LLAMA, llama_config
 from memkernels.quant import QuantizedTensor
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.05}
 
 
 def setup(case: Case, provider: str) -> Step:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     sizes = case.sizes
-    config = LlamaConfig(
-        hidden_size=sizes["width"],
-        intermediate_size=sizes["feed_forward"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["q_heads"],
-        num_key_value_heads=sizes["k_heads"],
-        vocab_size=sizes["vocabulary"],
-        max_position_embeddings=sizes["tokens"],
-        use_cache=False,
-    )
-    model: Any = LlamaForCausalLM(config).to(case.device, case.dtype).train()
+    model: Any = LlamaForCausalLM(llama_config(sizes)).to(case.device, case.dtype).train()
     tokens = torch.randint(sizes["vocabulary"], (1, sizes["tokens"]), device=case.device)
     if provider == "memkernels":
         memkernels.lora(model, **LORA, base="nf4")
@@ -93,16 +84,6 @@ def work(case: Case, mode: str) -> Work:
         }[mode]
     )
 
-
-LLAMA = {
-    "width": 1024,
-    "feed_forward": 2816,
-    "layers": 6,
-    "q_heads": 16,
-    "k_heads": 4,
-    "vocabulary": 32000,
-    "tokens": 2048,
-}
 
 benchmark = Benchmark(
     op="qlora",

@@ -41,10 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if machine.device().type == "cpu" and cpu_missing is not None:
         return _refuse(f"without native kernels memkernels computes by its reference: {cpu_missing}")
     machine.set_threads()
-    description = machine.describe()
-    print(description)
-    folder = args.benchmarks / "results" / machine.slug(description)
-    plan = _QUICK if args.quick else Plan()
+    print(machine.describe())
+    plan = _QUICK if args.quick else None
     measures = {"time": partial(time_rows, plan=plan, say=print), "memory": partial(memory_rows, say=print)}
     modes = [args.mode] if args.mode else list(measures)
     selected = [(op, load(path), case) for op, path in chosen.items() for case in load(path).cases]
@@ -54,15 +52,16 @@ def run(args: argparse.Namespace) -> int:
     missing = False
     for op, benchmark, case in selected:
         print(f"\n{op} {case.label}", flush=True)
+        machine.set_threads()  # the case before may have taken fewer
         for mode in modes:
-            if mode == "time" and not benchmark.modes:
+            if not (benchmark.modes if mode == "time" else benchmark.has_backward):
                 continue
             rows = measures[mode](benchmark, case)
             missing |= len({row.provider for row in rows}) < len(benchmark.providers)
             if rows:
                 print(_table(rows), flush=True)
             if rows and not args.quick:
-                merge(folder / f"{op}.csv", rows)
+                merge(args.benchmarks / "results" / machine.slug(rows[0].machine) / f"{op}.csv", rows)
     return int(missing)
 
 

@@ -23,8 +23,11 @@ Say = Callable[[str], None]
 _LARGEST_DIFFERENCE = 0.05
 
 
-def time_rows(benchmark: Benchmark, case: Case, plan: Plan, say: Say) -> list[Row]:
-    """Rows of every time mode, all providers in this process; empty where fewer than two are available."""
+def time_rows(benchmark: Benchmark, case: Case, plan: Plan | None, say: Say) -> list[Row]:
+    """Rows of every time mode, all providers in this process; empty where fewer than two are available.
+
+    `plan` overrides the benchmark's own.
+    """
     torch.compiler.reset()
     steps = _set_up(benchmark, case, say)
     if not _comparable(benchmark, list(steps), say):
@@ -35,7 +38,7 @@ def time_rows(benchmark: Benchmark, case: Case, plan: Plan, say: Say) -> list[Ro
     rows = []
     for mode in benchmark.modes:
         actions = {provider: step.action(mode, grad_outputs) for provider, step in steps.items()}
-        timings = time_interleaved(actions, benchmark.baseline, plan=plan, measure=measure)
+        timings = time_interleaved(actions, benchmark.baseline, plan=plan or benchmark.plan, measure=measure)
         work = benchmark.work(case, mode)
         for provider, timing in timings.items():
             rows.append(

@@ -17,19 +17,16 @@ def draw(rows: list[Row], path: Path) -> None:
 
     The error bars of a time are its 10th and 90th percentile over the baseline's median.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which has a state that is the user's
 
     panels = [mode for mode in PANELS if any(row.mode == mode for row in rows)]
-    figure, grid = pyplot.subplots(len(panels), 1, figsize=(10, 3 * len(panels)), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(10, 3 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False)
     for axes, mode in zip(grid[:, 0], panels, strict=True):
         _draw_panel(axes, mode, [row for row in rows if row.mode == mode])
     grid[0, 0].legend(ncols=5, loc="lower left", bbox_to_anchor=(0, 1.12), frameon=False)
     figure.suptitle(f"{rows[0].op}: {rows[0].machine}, torch {rows[0].torch}")
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:

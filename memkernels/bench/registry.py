@@ -15,6 +15,7 @@ import torch
 
 from memkernels.bench.machine import device
 from memkernels.bench.step import TIME_MODES, Step
+from memkernels.bench.timer import Plan
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Benchmark:
             numbers; an ImportError makes that provider unavailable, with its message.
         work: least bytes and FLOPs of a mode of `TIME_MODES`, for GB/s and GFLOP/s; zero where it says nothing.
         baseline: the provider that ratios are taken to.
-        modes: which of `TIME_MODES` are timed; none where the providers are compared by memory alone.
+        modes: which of `TIME_MODES` are timed; none where the providers are compared by memory alone, and "forward"
+            alone of what has no backward, of which no memory is measured.
+        plan: how many rounds are timed, where one takes so long that it should be fewer than usual.
         path: the file it was loaded from; filled in by `load`.
     """
 
@@ -73,6 +76,7 @@ class Benchmark:
     work: Callable[[Case, str], Work] = _no_work
     baseline: str = "eager"
     modes: tuple[str, ...] = TIME_MODES
+    plan: Plan | None = None
     path: Path | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +87,11 @@ class Benchmark:
         labels = [case.label for case in self.cases]
         if len(set(labels)) != len(labels):
             raise ValueError(f"cases must differ in name or dtype, got {labels}")
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether a step has one."""
+        return self.modes != ("forward",)
 
     def case(self, label: str) -> Case:
         """The case of that label; ValueError if there is none."""

@@ -33,16 +33,14 @@ def table(plain: Run, patched: Run) -> str:
 
 def draw(plain: Run, patched: Run, folder: Path) -> list[Path]:
     """memory.png: memory during one training step; loss.png: the two curves. Returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which has a state that is the user's
 
     folder.mkdir(parents=True, exist_ok=True)
     runs = {"transformers": plain, "memkernels": patched}
     paths = [folder / "memory.png", folder / "loss.png"]
 
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
     for name, run in runs.items():
         seconds, megabytes = zip(*run.memory.timeline, strict=True)
         axes.fill_between(seconds, megabytes, alpha=0.35)
@@ -51,9 +49,9 @@ def draw(plain: Run, patched: Run, folder: Path) -> list[Path]:
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(paths[0], dpi=120)
-    pyplot.close(figure)
 
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
     for (name, run), style in zip(runs.items(), ("o-", "x--"), strict=True):
         training = run.training
         label = f"{name}: {training.step_seconds:.3g} s a step"
@@ -61,5 +59,4 @@ def draw(plain: Run, patched: Run, folder: Path) -> list[Path]:
     axes.set(xlabel="training steps", ylabel="loss of held-out text, nats a byte")
     axes.legend()
     figure.savefig(paths[1], dpi=120)
-    pyplot.close(figure)
     return paths

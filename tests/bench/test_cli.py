@@ -19,6 +19,7 @@ BENCHMARK = """
     def setup(case, provider):
         if provider == "memkernels":
             from memkernels.no_such_op import no_such_function
+        torch.set_num_threads(THREADS or torch.get_num_threads())
         x, y = (torch.ones(case.sizes["n"], requires_grad=True) for _ in range(2))
         copied = {"eager": lambda: x * 1.0, "single": lambda: x, "wrong": lambda: x * 2.0}[provider]
         return Step(lambda: copied().sum() + y.sum(), (x, y))
@@ -37,9 +38,11 @@ BENCHMARK = """
 
 @pytest.fixture
 def run(tmp_path):
-    def run(providers, *arguments, modes=TIME_MODES):
+    def run(providers, *arguments, modes=TIME_MODES, threads=0):
         (tmp_path / "ops").mkdir(exist_ok=True)
-        source = textwrap.dedent(BENCHMARK).replace("PROVIDERS", repr(providers)).replace("MODES", repr(modes))
+        source = textwrap.dedent(BENCHMARK)
+        for name, value in (("PROVIDERS", providers), ("MODES", modes), ("THREADS", threads)):
+            source = source.replace(name, repr(value))
         (tmp_path / "ops" / "total.py").write_text(source)
         parser = argparse.ArgumentParser()
         cli.add_arguments(parser)
@@ -74,6 +77,20 @@ def test_a_run_writes_every_mode_of_every_provider(run, tmp_path, monkeypatch):
 def test_memory_alone_compares_providers_that_compute_different_things(run, tmp_path):
     assert run(("eager", "wrong"), modes=()) == 0
     assert {row.mode for row in results(tmp_path)} == {"memory", "memory_with_gradients"}
+
+
+def test_no_memory_is_measured_of_what_has_no_backward(run, tmp_path):
+    assert run(("eager", "single"), modes=("forward",)) == 0
+    assert {row.mode for row in results(tmp_path)} == {"forward"}
+
+
+def test_what_takes_fewer_threads_is_filed_under_their_number(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMKERNELS_BENCH_THREADS", "2")
+    monkeypatch.setattr(cli, "Plan", lambda: cli._QUICK)
+    assert run(("eager", "single"), "--mode", "time", modes=("forward",), threads=1) == 0
+    (path,) = (tmp_path / "results").glob("*/*.csv")
+    assert path.parent.name.endswith("-1-threads")
+    assert {machine.slug(row.machine) for row in read(path)} == {path.parent.name}
 
 
 def test_a_missing_provider_is_a_message_and_a_status(run, capsys):
