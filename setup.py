@@ -1,12 +1,14 @@
 """Builds the native libraries with ninja and puts them beside the Python sources.
 
-`memkernels/_C_cpu.so`: every csrc/cpu kernel once per instruction set; the choice falls at run time.
+`memkernels/_C_cpu.so`: every csrc/cpu kernel once per instruction set that it gains by; the choice falls at run time.
 `memkernels/_C_cuda.so`: every csrc/cuda kernel for each architecture of TORCH_CUDA_ARCH_LIST, wherever nvcc is found.
 Both use the LibTorch stable ABI, so one build serves every torch from 2.10 on and needs no GPU.
+`memkernels/_runtime.*.so`: csrc/runtime, what offload needs, for the Python that builds it.
 
-Environment: MEMKERNELS_BUILD (cpu | cuda | cpu,cuda | none), TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CUDA_HOME.
+Environment: MEMKERNELS_BUILD (none, or several of cpu, cuda, runtime), TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CUDA_HOME.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -14,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,16 +35,30 @@ CXX_FLAGS = [
     "-Wall",
     "-Wno-maybe-uninitialized",
 ]
+AVX512_FLAGS = [
+    "-DCPU_CAPABILITY_AVX512",
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"),
+    "-mprefer-vector-width=512",
+]
 ISA_FLAGS = {
     "baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
     "avx2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-DCPU_CAPABILITY=AVX512",
-        "-DCPU_CAPABILITY_AVX512",
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
+    "avx512": ["-DCPU_CAPABILITY=AVX512", *AVX512_FLAGS],
+    "amx": ["-DCPU_CAPABILITY=AMX", "-DCPU_CAPABILITY_AMX", *AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
 }
+NVCC_FLAGS = [
+    *COMMON_FLAGS,
+    "-DUSE_CUDA",
+    "--compress-mode=size",
+    "--expt-relaxed-constexpr",
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+]
+RUNTIME_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-pthread"]
+# The kernels with matrix products of their own: the others gain nothing by AMX.
+AMX_SOURCES = ("attention_bwd", "attention_fwd")
+
+
+RUNTIME = f"_runtime{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def require(condition, message):
@@ -56,15 +73,26 @@ def find_nvcc():
 
 
 def targets(nvcc):
-    """The libraries to build: what MEMKERNELS_BUILD names, or the CPU library, and the CUDA one where nvcc is."""
+    """The libraries to build: what MEMKERNELS_BUILD names, or all for which everything is here."""
     asked = os.environ.get("MEMKERNELS_BUILD")
     if asked is None:
-        return ["cpu", "cuda"] if nvcc else ["cpu"]
+        if lacking := missing_for_runtime():
+            print(f"memkernels: built without offload, for {lacking}", file=sys.stderr)
+        return ["cpu", *([] if lacking else ["runtime"]), *(["cuda"] if nvcc else [])]
     names = [name.strip() for name in asked.split(",") if name.strip()]
-    unknown = set(names) - {"cpu", "cuda", "none"}
-    require(names and not unknown, f"MEMKERNELS_BUILD={asked!r}: it takes cpu, cuda, cpu,cuda or none.")
+    unknown = set(names) - {"cpu", "cuda", "runtime", "none"}
+    require(names and not unknown, f"MEMKERNELS_BUILD={asked!r}: it takes none, or several of cpu, cuda and runtime.")
     require("none" not in names or len(names) == 1, f"MEMKERNELS_BUILD={asked!r}: none stands alone.")
     return [name for name in names if name != "none"]
+
+
+def missing_for_runtime():
+    """What csrc/runtime needs and is not here, in a sentence; None where all is."""
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is missing; `pip install pybind11`."
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h is missing; install Python's headers (Debian: apt-get install python3-dev)."
+    return None
 
 
 def gencode_flags(arch_list):
@@ -146,6 +174,10 @@ class build_native(build_ext):
             "cuda" not in libraries or nvcc,
             "no nvcc; install the CUDA toolkit, set CUDA_HOME, or MEMKERNELS_BUILD=cpu.",
         )
+        jobs = os.environ.get("MAX_JOBS")
+        require(not jobs or re.fullmatch(r"0*[1-9]\d*", jobs), f"MAX_JOBS={jobs!r}: it takes a positive number.")
+        lacking = missing_for_runtime()
+        require("runtime" not in libraries or lacking is None, f"{lacking} Or name others: MEMKERNELS_BUILD=cpu.")
 
         torch_lib = Path(torch.__file__).parent / "lib"
         # include_paths() is torch's own include folders; csrc is ours.
@@ -155,12 +187,16 @@ class build_native(build_ext):
         outputs, info = {}, {"torch": torch.__version__, "cxx": version_of(cxx), "libraries": libraries}
         if "cpu" in libraries:
             outputs["_C_cpu.so"] = self.cpu_library(script, cxx, includes, link)
-            info |= {"cpu_flags": COMMON_FLAGS + CXX_FLAGS, "instruction_sets": list(self.isas())}
+            info |= {"cpu_flags": COMMON_FLAGS + CXX_FLAGS, "instruction_sets": self.isas()}
         if "cuda" in libraries:
             arches = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES
-            outputs["_C_cuda.so"] = self.cuda_library(script, cxx, nvcc, includes, link, arches)
-            info |= {"nvcc": version_of(nvcc), "cuda_architectures": arches}
-        script.run(ninja, os.environ.get("MAX_JOBS"))
+            flags = NVCC_FLAGS + gencode_flags(arches)
+            outputs["_C_cuda.so"] = self.cuda_library(script, cxx, nvcc, includes, link, flags)
+            info |= {"nvcc": version_of(nvcc), "cuda_architectures": arches, "cuda_flags": flags}
+        if "runtime" in libraries:
+            outputs[RUNTIME] = self.runtime_library(script, cxx)
+            info |= {"python": platform.python_version(), "runtime_flags": RUNTIME_FLAGS}
+        script.run(ninja, jobs)
         for name, built in outputs.items():
             target = destination / name
             temporary = target.with_suffix(".new")
@@ -184,7 +220,7 @@ class build_native(build_ext):
         # Baseline objects first: of the inline functions that several builds share, the linker keeps the first.
         for isa in self.isas():
             for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-                if isa != "baseline" and source.stem == "isa":
+                if (isa != "baseline" and source.stem == "isa") or (isa == "amx" and source.stem not in AMX_SOURCES):
                     continue
                 objects.append(Path(isa) / f"{source.stem}.o")
                 script.build(objects[-1], f"cxx_{isa}", [source])
@@ -194,16 +230,8 @@ class build_native(build_ext):
         script.build("_C_cpu.so", "link_cpu", objects)
         return script.build_dir / "_C_cpu.so"
 
-    def cuda_library(self, script, cxx, nvcc, includes, link, arches):
-        host = ",".join(["-fPIC", "-fvisibility=hidden"])
-        flags = [
-            *COMMON_FLAGS,
-            "-DUSE_CUDA",
-            "--compress-mode=size",
-            "--expt-relaxed-constexpr",
-            *gencode_flags(arches),
-        ]
-        compile_ = f"{nvcc} -ccbin {cxx} -MD -MF $out.d {quoted(flags)} -Xcompiler {host} {' '.join(includes)}"
+    def cuda_library(self, script, cxx, nvcc, includes, link, flags):
+        compile_ = f"{nvcc} -ccbin {cxx} -MD -MF $out.d {quoted(flags)} {' '.join(includes)}"
         script.rule("nvcc", f"{compile_} -c $in -o $out", depfile=True)
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         objects = [Path("cuda") / f"{source.stem}.o" for source in sources]
@@ -217,11 +245,25 @@ class build_native(build_ext):
         script.build("_C_cuda.so", "link_cuda", objects)
         return script.build_dir / "_C_cuda.so"
 
+    def runtime_library(self, script, cxx):
+        import pybind11
+
+        headers = pybind11.get_include(), sysconfig.get_path("include")
+        includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem {path}" for path in headers)]
+        command = f"{cxx} -MMD -MF $out.d {quoted(RUNTIME_FLAGS)} {' '.join(includes)} -c $in -o $out"
+        script.rule("cxx_runtime", command, depfile=True)
+        sources = sorted((ROOT / "csrc" / "runtime").glob("*.cpp"))
+        objects = [Path("runtime") / f"{source.stem}.o" for source in sources]
+        for source, output in zip(sources, objects, strict=True):
+            script.build(output, "cxx_runtime", [source])
+        script.rule("link_runtime", f"{cxx} -shared -pthread $in -o $out", depfile=False)
+        script.build(RUNTIME, "link_runtime", objects)
+        return script.build_dir / RUNTIME
+
     def get_outputs(self):
         folder = Path(self.build_lib) / "memkernels"
-        return [
-            str(folder / name) for name in ("_C_cpu.so", "_C_cuda.so", "build_info.json") if (folder / name).exists()
-        ]
+        names = ("_C_cpu.so", "_C_cuda.so", RUNTIME, "build_info.json")
+        return [str(folder / name) for name in names if (folder / name).exists()]
 
     def get_output_mapping(self):
         return {}
@@ -229,7 +271,8 @@ class build_native(build_ext):
 
 class native_wheel(bdist_wheel):
     def get_tag(self):
-        # The libraries use torch's stable ABI and no Python API: one wheel serves every Python.
+        # The operators' libraries use torch's stable ABI and no Python API: one wheel serves every Python. Offload
+        # alone needs the Python that built it, and says so elsewhere.
         return "py3", "none", super().get_tag()[2]
 
 

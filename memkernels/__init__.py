@@ -5,7 +5,7 @@
 Importing memkernels loads neither Triton nor transformers.
 """
 
-from memkernels import nn, ops
+from memkernels import nn, offload, ops, optim
 from memkernels.adapters import (
     load_adapter,
     load_base,
@@ -16,9 +16,12 @@ from memkernels.adapters import (
     unmerge_adapter,
 )
 from memkernels.integrations import patch, unpatch
+from memkernels.microbatch import micro_batch
+from memkernels.planner import plan
+from memkernels.profiling import profile
 
 __all__ = [
-    "load_adapter", "load_base", "lora", "merge_adapter", "nn", "ops", "parameters_on_meta", "patch", "save_adapter",
-    "unmerge_adapter", "unpatch",
+    "load_adapter", "load_base", "lora", "merge_adapter", "micro_batch", "nn", "offload", "ops", "optim",
+    "parameters_on_meta", "patch", "plan", "profile", "save_adapter", "unmerge_adapter", "unpatch",
 ]  # fmt: skip
 __version__ = "0.1.0"

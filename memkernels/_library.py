@@ -14,11 +14,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-CPU_ISAS = ("baseline", "avx2", "avx512")
+CPU_ISAS = ("baseline", "avx2", "avx512", "amx")
 # Values of MEMKERNELS_PRODUCTS.
 PRODUCTS = ("auto", "triton", "matmul")
 
@@ -27,6 +28,7 @@ _library = torch.library.Library("memkernels", "DEF")
 # Operator name -> the devices that a native library implements it for, and the Triton module that does so on GPUs.
 _native_devices: dict[str, list[str]] = {}
 triton_modules: dict[str, str] = {}
+_python_implementations: dict[str, Callable] = {}
 _triton_missing = None if importlib.util.find_spec("triton") else "Triton is not installed: `pip install triton`."
 
 
@@ -62,8 +64,13 @@ def cpu_isa() -> str | None:
     return cpu_library.memkernels_cpu_isa().decode()
 
 
+def has_cpu_build(operator: str) -> bool:
+    """Whether a native CPU kernel has a build of its own for the instruction set in use, not that of a lower one."""
+    return cpu_library is not None and bool(cpu_library.memkernels_has_build(operator.encode()))
+
+
 def set_cpu_isa(name: str | None) -> None:
-    """Makes the native CPU kernels run with `name`: baseline, avx2 or avx512.
+    """Makes the native CPU kernels run with `name`: baseline, avx2, avx512 or amx.
 
     Raises:
         ValueError: an unknown name.
@@ -86,7 +93,11 @@ if _products not in PRODUCTS:
     raise ValueError(f"MEMKERNELS_PRODUCTS: got {_products!r}, it takes {', '.join(PRODUCTS)}.")
 
 
-def define(schema: str, fake: Callable) -> None:
+def _no_outputs(*args: Any) -> None:
+    """The fake of operators that only write into their arguments."""
+
+
+def define(schema: str, fake: Callable = _no_outputs) -> None:
     """Defines `memkernels::<schema>` and the fake that gives its outputs' shapes and dtypes."""
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -98,6 +109,15 @@ def define(schema: str, fake: Callable) -> None:
 def implement_with_python(operator: str, function: Callable) -> None:
     """Registers `function` for every device: an operator that calls other operators, opaque to the compiler."""
     _library.impl(operator, function, "CompositeExplicitAutograd")
+    _python_implementations[f"memkernels::{operator}"] = function
+
+
+def python_implementation(operator: torch._ops.OpOverload, device_type: str) -> Callable | None:
+    """What `implement_with_python` registered for an operator, where a device has nothing else; else None."""
+    name = operator._schema.name
+    if device_type == "cuda" and name.removeprefix("memkernels::") in triton_modules and _triton_missing is None:
+        return None
+    return _python_implementations.get(name)
 
 
 def implement_with_triton(module: str, *operators: str, otherwise: ModuleType | None = None) -> None:
@@ -121,12 +141,19 @@ def implement_with_triton(module: str, *operators: str, otherwise: ModuleType | 
 
     for name in operators:
         triton_modules[name] = module
-        _library.impl(name, lazy(name), "CUDA")
+        # Without Triton the operator is left with what else it has.
+        if otherwise is not None or _triton_missing is None:
+            _library.impl(name, lazy(name), "CUDA")
+
+
+def prefers_matmul() -> bool:
+    """Whether MEMKERNELS_PRODUCTS asks for torch's products where there is a choice."""
+    return _products == "matmul"
 
 
 def _takes_triton(args: tuple) -> bool:
     """Whether a product with a choice is by Triton: as `ops.gated_mlp`'s, if operands are bfloat16 or float16."""
-    if _triton_missing is not None or _products == "matmul":
+    if _triton_missing is not None or prefers_matmul():
         return False
     dtypes = {arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point()}
     return dtypes <= set(FLOATING) and (_products == "triton" or dtypes != {torch.float32})

@@ -1,4 +1,4 @@
-"""The command line: `python -m memkernels demo | info | bench`."""
+"""The command line: `python -m memkernels demo | info | bench | plan | profile`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from memkernels import __version__, info
 from memkernels.bench import cli as bench
 from memkernels.demo import cli as demo
+from memkernels.planner import cli as plan
+from memkernels.profiling import cli as profile
 
 _COMMANDS = {
     "demo": (demo, "train a small Llama as transformers has it and patched: memory, time and loss of both"),
     "info": (info, "what each op will run on here, and why not where something is missing"),
     "bench": (bench, "measure ops and training steps against eager PyTorch and others"),
+    "plan": (plan, "which techniques train a model within a memory limit, and what each costs"),
+    "profile": (profile, "run a script, and draw the memory of one of its training steps by what it is for"),
 }
 
 

@@ -54,7 +54,7 @@ def _build() -> dict[str, str]:
     if not _BUILD_INFO.exists():
         return {"nothing": "run `pip install --no-build-isolation -e .` where a compiler is"}
     built = json.loads(_BUILD_INFO.read_text())
-    return {name: " ".join(value) if isinstance(value, list) else str(value) for name, value in built.items()}
+    return {name: value if isinstance(value, str) else " ".join(value) for name, value in built.items()}
 
 
 def _compilers() -> dict[str, str]:

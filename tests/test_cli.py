@@ -37,4 +37,4 @@ def test_bench_is_a_command(capsys):
 def test_the_module_runs_and_needs_a_command():
     result = subprocess.run([sys.executable, "-m", "memkernels"], capture_output=True, text=True)
     assert result.returncode == 2
-    assert "python -m memkernels" in result.stderr and "{demo,info,bench}" in result.stderr
+    assert "python -m memkernels" in result.stderr and "{demo,info,bench,plan,profile}" in result.stderr

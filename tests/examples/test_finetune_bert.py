@@ -1,5 +1,6 @@
 """The fine-tuning example: its pairs, its loss, its two runs at a small size."""
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -14,13 +15,20 @@ from memkernels.testing import run_in_child
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@functools.cache
+def short_pairs(all_pairs):
+    """24 pairs of short texts, and 12 held out; reading the library's sources takes seconds."""
+    training, held_out = ([pair for pair in pairs if len(pair[1]) < 200] for pairs in all_pairs())
+    return training[:24], held_out[::20][:12]
+
+
 @pytest.fixture
 def example(monkeypatch):
-    """The example as a module, on 24 pairs of short texts with 12 held out."""
+    """The example as a module, on few pairs."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     module = importlib.import_module("finetune_bert")
-    training, held_out = ([pair for pair in pairs if len(pair[1]) < 200] for pairs in module.all_pairs())
-    monkeypatch.setattr(module, "all_pairs", lambda: (training[:24], held_out[::20][:12]))
+    found = short_pairs(module.all_pairs)
+    monkeypatch.setattr(module, "all_pairs", lambda: found)
     return module
 
 
@@ -88,6 +96,7 @@ def test_both_runs_learn_the_same(example, needs_model):
         assert patched.held_out[example.ACCURACY] == plain.held_out[example.ACCURACY]
 
 
+@pytest.mark.slow
 def test_patched_needs_less_memory(example, needs_model):
     settings = {"steps": 1, "pairs": 8}
     plain, patched = (

@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -52,7 +54,7 @@ def test_a_wrong_architecture_is_named(arches):
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"MEMKERNELS_BUILD": "gpu"}, "MEMKERNELS_BUILD='gpu': it takes cpu, cuda, cpu,cuda or none."),
+        ({"MEMKERNELS_BUILD": "gpu"}, "MEMKERNELS_BUILD='gpu': it takes none, or several of cpu, cuda and runtime."),
         ({"MEMKERNELS_BUILD": "none,cpu"}, "MEMKERNELS_BUILD='none,cpu': none stands alone."),
         ({"MEMKERNELS_BUILD": "cpu", "CXX": "no-such-compiler"}, "no C++ compiler; install g++ 11 or newer"),
         ({"MEMKERNELS_BUILD": "cuda", "PATH": "/usr/bin:/bin", "CUDA_HOME": ""}, "no nvcc; install the CUDA toolkit"),
@@ -68,9 +70,31 @@ def test_what_is_missing_is_one_sentence(environment, sentence, tmp_path):
     assert last.startswith("memkernels: ") and sentence in last
 
 
+@pytest.mark.parametrize(
+    ("hide", "sentence"),
+    [
+        (lambda monkeypatch, empty: monkeypatch.setitem(sys.modules, "pybind11", None), "pybind11 is missing; `pip"),
+        (
+            lambda monkeypatch, empty: monkeypatch.setattr("sysconfig.get_path", lambda name: empty),
+            "Python.h is missing",
+        ),
+    ],
+    ids=["no pybind11", "no Python.h"],
+)
+def test_without_what_the_runtime_needs_the_rest_is_built(hide, sentence, monkeypatch, tmp_path, capsys):
+    setup = load_setup()
+    hide(monkeypatch, str(tmp_path))
+    monkeypatch.delenv("MEMKERNELS_BUILD", raising=False)
+    assert setup.targets(None) == ["cpu"]
+    assert re.match(rf"memkernels: built without offload, for {sentence}", capsys.readouterr().err)
+    monkeypatch.setenv("MEMKERNELS_BUILD", "cpu,runtime")
+    assert setup.targets(None) == ["cpu", "runtime"]
+    assert re.match(sentence, setup.missing_for_runtime())
+
+
 def test_inline_code_that_instruction_sets_share_is_the_baseline_build():
     """A processor without AVX-512 runs it too, so none of it may hold wider registers than the baseline's."""
-    objects = {isa: sorted(ROOT.glob(f"build/temp*/native/{isa}/*.o")) for isa in ("baseline", "avx512")}
+    objects = {isa: sorted(ROOT.glob(f"build/temp*/native/{isa}/*.o")) for isa in ("baseline", "avx512", "amx")}
     library = ROOT / "memkernels" / "_C_cpu.so"
     if not library.exists() or not all(objects.values()) or not shutil.which("objdump"):
         pytest.skip("needs the x86 build folder and objdump")
@@ -79,7 +103,7 @@ def test_inline_code_that_instruction_sets_share_is_the_baseline_build():
         listing = subprocess.run(["nm", *paths], capture_output=True, text=True, check=True).stdout
         return {line.split()[2] for line in listing.splitlines() if len(line.split()) == 3 and line.split()[1] == "W"}
 
-    shared = weak_symbols(objects["baseline"]) & weak_symbols(objects["avx512"])
+    shared = weak_symbols(objects["baseline"]) & weak_symbols(objects["avx512"] + objects["amx"])
     assert shared
     wide, current = [], None
     disassembly = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
@@ -104,9 +128,10 @@ def test_the_source_distribution_holds_the_kernels(tmp_path):
 @pytest.mark.slow
 def test_the_wheel_serves_every_python_and_holds_the_libraries(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, ROOT]
-    subprocess.run(command, check=True, env=os.environ | {"MEMKERNELS_BUILD": "cpu"})
+    subprocess.run(command, check=True, env=os.environ | {"MEMKERNELS_BUILD": "cpu,runtime"})
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-linux" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"memkernels/_C_cpu.so", "memkernels/build_info.json", "memkernels/py.typed"} <= set(names)
+    runtime = f"memkernels/_runtime{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert {"memkernels/_C_cpu.so", runtime, "memkernels/build_info.json", "memkernels/py.typed"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks"))]

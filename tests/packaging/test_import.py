@@ -42,4 +42,4 @@ print(_library.missing("rms_norm_fwd", "cpu"))
 def test_an_unknown_instruction_set_is_named():
     result = run_python("import memkernels", PACKAGE.parent, MEMKERNELS_CPU="sse9")
     assert result.returncode != 0
-    assert "MEMKERNELS_CPU: got 'sse9', it takes baseline, avx2, avx512." in result.stderr
+    assert "MEMKERNELS_CPU: got 'sse9', it takes baseline, avx2, avx512, amx." in result.stderr
