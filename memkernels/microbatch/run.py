@@ -297,7 +297,7 @@ def _leaves(loss: Tensor, within_backward: bool) -> list[Tensor]:
 def _is_exchanged(leaf: Tensor) -> bool:
     """Whether a `ShardedOptimizer` sends the gradient to other ranks as soon as backward has it."""
     hooks = (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()
-    return any(hook.reducer.exchanging for hook in hooks if hasattr(hook, "reducer"))
+    return any(getattr(hook, "exchanging", False) for hook in hooks)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,9 +82,14 @@ class StepInBackward:
             self._on_gradient = before
 
     def _hook(self, group: int, index: int) -> Callable[[Tensor], None]:
+        stepper = weakref.ref(self)  # Python's collector does not see what autograd's hooks hold
+
         def on_gradient(param: Tensor) -> None:
-            if self._on_gradient is not None:
-                self._on_gradient(group, index, param)
+            alive = stepper()
+            if alive is None:
+                raise RuntimeError("step_in_backward: keep what it returned for as long as the model trains.")
+            if alive._on_gradient is not None:
+                alive._on_gradient(group, index, param)
 
         return on_gradient
 

@@ -1,6 +1,8 @@
 """optim.step_in_backward: the results of backward and then a step, with one gradient at a time."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -130,6 +132,24 @@ def test_removed_hooks_leave_gradients():
     optim.step_in_backward(model, optim.AdamW).remove()
     loss_of(model, 0).backward()
     assert model.shared.weight.grad is not None and torch.equal(model.shared.weight, before)
+
+
+def test_what_is_dropped_is_freed():
+    model, _ = models()
+    stepper = optim.step_in_backward(model, optim.AdamW)
+    loss_of(model, 0).backward()
+    alive = [weakref.ref(kept) for kept in (stepper, stepper.optimizer, model.shared.weight)]
+    del stepper, model
+    gc.collect()
+    assert [kept() for kept in alive] == [None] * 3
+
+
+def test_a_stepper_that_is_dropped_is_told():
+    model, _ = models()
+    optim.step_in_backward(model, optim.AdamW)
+    gc.collect()
+    with pytest.raises(RuntimeError, match="step_in_backward: keep what it returned"):
+        loss_of(model, 0).backward()
 
 
 def test_bad_input_is_named():

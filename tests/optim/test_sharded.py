@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -209,6 +211,13 @@ def edge_cases():
     assert all(sums[sums.isfinite()].eq(ranks).all() for _, sums in optimizer._parts.values())
     optimizer.step()
     assert optimizer.skipped
+    alive = [weakref.ref(kept) for kept in (optimizer, model.weight)]
+    del optimizer
+    gc.collect()
+    model(torch.ones(1, 3)).sum().backward()  # exchanges nothing
+    del model
+    gc.collect()
+    assert [kept() for kept in alive] == [None] * 2
     for stage in (1, 2):
         unusual_steps(stage, rank, ranks)
 

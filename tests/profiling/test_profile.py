@@ -166,9 +166,8 @@ def test_offload_is_a_line_of_its_own(tmp_path):
             loss = model(x).square().mean()
         loss.backward()
     (timeline,) = recorded.timelines
-    before = timeline.offloaded[0]  # what other tests left on tiers
-    assert max(timeline.offloaded) - before == offload.statistics["disk_bytes_written"] >= FLOAT * 4 * 512 * 128
-    assert timeline.offloaded[-1] == before
+    assert max(timeline.offloaded) == offload.statistics["disk_bytes_written"] >= FLOAT * 4 * 512 * 128
+    assert timeline.offloaded[-1] == 0
     assert max(timeline.series["activations"]) <= FLOAT * 512 * 128
 
 

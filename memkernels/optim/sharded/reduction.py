@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from memkernels.optim.buckets import EXCHANGES_AT_ONCE
 from memkernels.optim.sharded.agreement import device_of, start, wait_for
 from memkernels.optim.sharded.gather import Gatherer
 from memkernels.optim.sharded.gradients import Buffers, Gradients
-from memkernels.optim.sharded.layout import Bucket, Piece
+from memkernels.optim.sharded.layout import Bucket
 
 
 class _InFlight(NamedTuple):
@@ -33,16 +33,24 @@ class Kept(NamedTuple):
     sums: list[Tensor]
 
 
-@dataclass(frozen=True)
 class GradientHook:
-    """What autograd calls with a parameter whose gradient is complete; `micro_batch` knows such a parameter by it."""
+    """What autograd calls with a parameter whose gradient is complete; `micro_batch` knows such a parameter by it.
 
-    reducer: Reducer
-    bucket: int
-    piece: Piece
+    It keeps neither the reducer nor the parameter alive: Python's collector does not see what autograd's hooks hold.
+    """
+
+    def __init__(self, reducer: Reducer, bucket: int, piece: int) -> None:
+        self._reducer, self._bucket, self._piece = weakref.ref(reducer), bucket, piece
+
+    @property
+    def exchanging(self) -> bool:
+        reducer = self._reducer()
+        return reducer is not None and reducer.exchanging
 
     def __call__(self, parameter: Tensor) -> None:
-        self.reducer.on_gradient(self.bucket, self.piece)
+        reducer = self._reducer()
+        if reducer is not None:  # otherwise its optimizer is gone
+            reducer.on_gradient(self._bucket, self._piece)
 
 
 class Reducer:
@@ -69,8 +77,8 @@ class Reducer:
         self._unsent, self._new, self._summed = True, False, False
         self._begin()
         for i, bucket in enumerate(buckets):
-            for piece in bucket.pieces:
-                piece.parameter.register_post_accumulate_grad_hook(GradientHook(self, i, piece))
+            for j, piece in enumerate(bucket.pieces):
+                piece.parameter.register_post_accumulate_grad_hook(GradientHook(self, i, j))
 
     @contextmanager
     def no_exchange(self) -> Iterator[None]:
@@ -124,8 +132,9 @@ class Reducer:
         self._missing = [{piece.place for piece in bucket.pieces} for bucket in self._buckets]
 
     @torch.no_grad()
-    def on_gradient(self, i: int, piece: Piece) -> None:
-        """The gradient of a piece of bucket i is complete."""
+    def on_gradient(self, i: int, j: int) -> None:
+        """The gradient of piece j of bucket i is complete."""
+        piece = self._buckets[i].pieces[j]
         if self._gatherer.is_coming(i):
             raise RuntimeError(
                 f"{piece.name} was used before its new value had come, as no module was called that waits for it:"
