@@ -57,7 +57,10 @@ def _git(folder: Path, *args: str) -> str:
 
 
 def _cpu_model() -> str:
+    """As /proc/cpuinfo names it; where a virtual machine hides the number, family and model stand for it."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        return found.group(1).strip()
-    return platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^(\S[^:\t]*?)\s*: (.+)$", cpuinfo.read_text(), re.M)) if cpuinfo.exists() else {}
+    name = fields.get("model name", "").strip()
+    if name and not re.search(r"\d", name) and {"cpu family", "model"} <= fields.keys():
+        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
+    return name or platform.processor() or platform.machine()
