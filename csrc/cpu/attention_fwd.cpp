@@ -100,14 +100,23 @@ class Forward {
   void softmax_tile(const ScoreTile& tile, const Dropout& dropout, float* scores, U* p, float* o, int64_t value_rows,
                     Vec* largest, Vec* sum) const {
     const bool masked = tile.cut();
+    // Scores that are products times a factor above zero are made of them where they are used, in one instruction.
+    const bool plain = !masked && tile.alibi == 0.0f && call_.options.softcap <= 0.0f && call_.options.scale > 0.0f;
+    const float scale = plain ? call_.options.scale : 1.0f;
     Vec shift[kVecs];
     for (int64_t v = 0; v < kVecs; ++v) {
       Vec m = largest[v], unused;
-      for (int64_t j = 0; j < kKeys; ++j) {
-        float* at = scores + j * kQueries + v * kLanes;
-        const Vec s = tile.template score<false>(load(at), j, v, masked, unused);
-        store(at, s);
-        m = max(m, s);
+      if (plain) {
+        Vec top = broadcast(-kInfinity);
+        for (int64_t j = 0; j < kKeys; ++j) top = max(top, load(scores + j * kQueries + v * kLanes));
+        m = max(m, top * scale);
+      } else {
+        for (int64_t j = 0; j < kKeys; ++j) {
+          float* at = scores + j * kQueries + v * kLanes;
+          const Vec s = tile.template score<false>(load(at), j, v, masked, unused);
+          store(at, s);
+          m = max(m, s);
+        }
       }
       shift[v] = m == -kInfinity ? Vec{} : m;
       const IntVec moved = m != largest[v];
@@ -120,17 +129,17 @@ class Forward {
         }
         largest[v] = m;
       }
-      sum[v] = probabilities(tile, dropout, scores, p, v, shift[v], sum[v]);
+      sum[v] = probabilities(tile, dropout, scores, scale, p, v, shift[v], sum[v]);
     }
   }
 
-  // Writes them in units, and returns `sum` with them added.
-  Vec probabilities(const ScoreTile& tile, const Dropout& dropout, const float* scores, U* p, int64_t v, Vec shift,
-                    Vec sum) const {
+  // Of scores * scale; writes them in units, and returns `sum` with them added.
+  Vec probabilities(const ScoreTile& tile, const Dropout& dropout, const float* scores, float scale, U* p, int64_t v,
+                    Vec shift, Vec sum) const {
     for (int64_t j = 0; j < kKeys; j += 4) {
       Vec probability[4];
       for (int64_t r = 0; r < 4; ++r) {
-        probability[r] = exp(load(scores + (j + r) * kQueries + v * kLanes) - shift);
+        probability[r] = exp(load(scores + (j + r) * kQueries + v * kLanes) * scale - shift);
         sum += probability[r];
       }
       if (call_.options.dropout > 0.0f) {

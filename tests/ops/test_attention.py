@@ -118,6 +118,8 @@ def test_large_heads_in_parts(implementation, size, value_size, precision, monke
         {"window": (30, -1), "causal": True, "softcap": 3.0},
         {"softcap": 1.5},
         {"scale": 0.3},
+        {"scale": 5.0},
+        {"scale": -5.0},
         {"dropout_p": 0.3, "seed": 1234567890123},
         {"dropout_p": 0.9, "seed": -5, "causal": True},
     ],
