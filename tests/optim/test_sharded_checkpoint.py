@@ -159,6 +159,51 @@ def load_on_one(folder):
         model, optimizer = alone(name, 1, seed=1)
         optim.load_checkpoint(folder / saved, model, optimizer)
         assert_equal(model, optimizer, *alone(name, 5))
+    frozen_in_groups_or_not(folder)
+
+
+def frozen_in_groups_or_not(folder):
+    """ShardedOptimizer has the trained parameters by itself, what takes model.parameters() all of them."""
+    model = model_of("float32")
+    optimizer = optim.ShardedOptimizer(model, optim.AdamW, lr=0.02)
+    train(model, optimizer, 2)
+    optim.save_checkpoint(folder / "trained", model, optimizer)
+    train(model, optimizer, 2, first=2)
+    for cls in (optim.AdamW, torch.optim.AdamW):
+        other, again = model_of("float32", 1), model_of("float32", 2)
+        whole = cls(other.parameters())
+        optim.load_checkpoint(folder / "trained", other, whole)
+        train(other, whole, 1, first=2)
+        optim.save_checkpoint(folder / cls.__module__, other, whole)
+        optimizer = optim.ShardedOptimizer(again, optim.AdamW, stage=1)
+        optim.load_checkpoint(folder / cls.__module__, again, optimizer)
+        train(again, optimizer, 1, first=3)
+        assert {float(state["step"]) for state in optimizer.local.state.values()} == {4.0}
+        if cls is optim.AdamW:
+            assert_same_values(again, model)
+    frozen_since(folder)
+
+
+def assert_same_values(model, expected):
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def frozen_since(folder):
+    """States of a parameter that is frozen now are left out where it is listed, and an error where it is not."""
+    thawed = model_of("float32")
+    thawed.frozen.requires_grad_(True)
+    optimizer = optim.AdamW(thawed.parameters())
+    train(thawed, optimizer, 1)
+    optim.save_checkpoint(folder / "thawed", thawed, optimizer)
+    model = model_of("float32", 1)
+    optimizer = optim.ShardedOptimizer(model, optim.AdamW, params=list(model.parameters()))
+    optim.load_checkpoint(folder / "thawed", model, optimizer)
+    optim.save_checkpoint(folder / "since", model, optimizer)
+    assert optim.load_checkpoint(folder / "since", model, optimizer) is None
+    assert torch.equal(model.frozen.weight, thawed.frozen.weight)
+    with pytest.raises(ValueError, match=r"frozen\.bias: the optimizer trains nothing of that name"):
+        optim.load_checkpoint(folder / "thawed", model, optim.AdamW([p for p in model.parameters() if p.requires_grad]))
 
 
 def test_two_ranks_then_three_then_four_then_one(tmp_path):
@@ -167,8 +212,7 @@ def test_two_ranks_then_three_then_four_then_one(tmp_path):
 
 
 def assert_equal(model, optimizer, expected, whole):
-    for key, value in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
+    assert_same_values(model, expected)
     mine, theirs = optimizer.state_dict(), whole.state_dict()
     assert mine["param_groups"] == theirs["param_groups"] and mine["state"].keys() == theirs["state"].keys()
     for place, state in theirs["state"].items():

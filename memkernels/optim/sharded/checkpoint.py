@@ -154,9 +154,9 @@ def load_checkpoint(path: str | os.PathLike, model: torch.nn.Module, optimizer: 
 
     The optimizer may be another than the one that was saved: sharded over another number of ranks, of another stage, in
     one process, or torch's own; with states of another width, which are converted as its `load_state_dict` does, or
-    other groups, as long as those of one group were in one group. Every rank of its process group calls it. Of bfloat16
-    with a remainder, a float32 parameter gets the master weight, whatever optimizer it has; one in bfloat16 that has no
-    remainder gets the bfloat16.
+    other groups, as long as those of one group were in one group; frozen parameters may be in them or not. Every rank
+    of its process group calls it. Of bfloat16 with a remainder, a float32 parameter gets the master weight, whatever
+    optimizer it has; one in bfloat16 that has no remainder gets the bfloat16.
 
     Args:
         path: the folder.
@@ -175,7 +175,7 @@ def load_checkpoint(path: str | os.PathLike, model: torch.nn.Module, optimizer: 
     def check() -> tuple[list[list[Part]], torch.optim.Optimizer, dict[str, Any]]:
         parts, local = _parts_of(model, optimizer)
         index = read_index(path)
-        check_names(parts, index["groups"])
+        check_names(parts, index["groups"], [name for name, of in model.named_parameters() if not of.requires_grad])
         _check_files(path, index["files"], group)
         return parts, local, index
 

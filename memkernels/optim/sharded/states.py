@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,11 @@ class Part(NamedTuple):
     parameter: Tensor
     first: int
     shape: torch.Size
+
+    @property
+    def is_held(self) -> bool:
+        """Whether states have a place: a `ShardedOptimizer` at stage 1 or 2 has nothing of a frozen parameter."""
+        return self.parameter.requires_grad or self.parameter.shape == self.shape
 
 
 def groups_to_json(parts: Sequence[Sequence[Part]], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -72,7 +77,7 @@ def states_to_fill(parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str
     bits = {name: group["options"].get("state_bits", 32) for group in groups for name in group["parameters"]}
     saved = {name: member for group in groups for name, member in group["parameters"].items()}
     filled: dict[str, Tensor] = {}
-    for part in (part for of_group in parts for part in of_group):
+    for part in (part for of_group in parts for part in of_group if part.name in saved):
         for key, dtype in saved[part.name]["state"].items():
             if local_of(part.parameter).numel() and part.first % _elements_in_one(key, bits[part.name]):
                 raise ValueError(
@@ -98,10 +103,11 @@ def state_dict_of(
     param_groups: list[dict[str, Any]] = []
     place = 0
     for own, of_group in zip(optimizer.param_groups, parts, strict=True):
-        source = of_name[of_group[0].name] if of_group else {"options": {}, "parameters": {}}
-        for part in of_group:
-            if of_name[part.name] is not source:
-                raise ValueError(f"{part.name}: expected in one group with {of_group[0].name}, as in the optimizer.")
+        names = [part.name for part in of_group if part.name in of_name]
+        source = of_name[names[0]] if names else {"options": {}, "parameters": {}}
+        for name in names:
+            if of_name[name] is not source:
+                raise ValueError(f"{name}: expected in one group with {names[0]}, as in the optimizer.")
         options = (
             {key: tuple(v) if isinstance(v, list) else v for key, v in source["options"].items()} if source else {}
         )
@@ -110,8 +116,8 @@ def state_dict_of(
         options = {key: value for key, value in own.items() if key not in ("params", "param_names")} | options
         param_groups.append(options | {"params": list(range(place, place + len(of_group)))})
         for part in of_group:
-            member = source["parameters"][part.name]
-            if member["state"] or member["step"] is not None:
+            member = source["parameters"].get(part.name)
+            if member is not None and _has_state(member) and part.is_held:
                 state[place] = _state_of(part, member, source["options"].get("state_bits", 32), filled, optimizer)
             place += 1
     return {"state": state, "param_groups": param_groups}
@@ -128,7 +134,7 @@ def join_masters(
     """
     saved = {name: member for group in groups for name, member in group["parameters"].items()}
     joined = False
-    for part in (part for of_group in parts for part in of_group):
+    for part in (part for of_group in parts for part in of_group if part.name in saved):
         if part.parameter.dtype == torch.float32 and "remainder" in saved[part.name]["state"]:
             values = local_of(part.parameter.detach())
             remainder = _local(filled[f"state.{part.name}.remainder"]).view(values.shape)
@@ -137,16 +143,27 @@ def join_masters(
     return joined
 
 
-def check_names(parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where a checkpoint's parameters are not those of the optimizer."""
-    saved = {name: tuple(m["shape"]) for group in groups for name, m in group["parameters"].items()}
+def check_names(parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str, Any]], frozen: Container[str]) -> None:
+    """Raises ValueError where a checkpoint's parameters are not those of the optimizer.
+
+    Those of the model that are `frozen` may be in one alone: the optimizer has no state of them, and the checkpoint
+    none that it could not leave out.
+    """
+    saved = {name: member for group in groups for name, member in group["parameters"].items()}
     own = {part.name: tuple(part.shape) for of_group in parts for part in of_group}
     for name in sorted(own.keys() | saved.keys()):
-        if own.get(name) != saved.get(name):
+        if name in frozen and (name not in saved or (name not in own and not _has_state(saved[name]))):
+            continue
+        mine, theirs = own.get(name, "nothing"), tuple(saved[name]["shape"]) if name in saved else "nothing"
+        if mine != theirs:
             raise ValueError(
-                f"{name}: the optimizer trains {own.get(name, 'nothing')} of that name, the checkpoint has"
-                f" {saved.get(name, 'nothing')}; a checkpoint of another model?"
+                f"{name}: the optimizer trains {mine} of that name, the checkpoint has {theirs}; a checkpoint of"
+                " another model?"
             )
+
+
+def _has_state(member: Mapping[str, Any]) -> bool:
+    return bool(member["state"]) or member["step"] is not None
 
 
 def _state_of(
