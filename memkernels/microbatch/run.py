@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memkernels.microbatch import parts
+from memkernels.optim.agreement import device_of, start, wait_for
 from memkernels.testing.peak_memory import peak_bytes
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def micro_batch(
     With a `ShardedOptimizer`, which exchanges gradients within backward, pass it as `optimizer`, outside of its
     `no_sync`: every rank runs as many parts, with a loss of zero where its own are fewer, and what was exchanged before
     memory ran out is dropped from the optimizer's sums. At stages 1 and 2 a rank whose part fails still takes part in
-    its exchange. At stage 3 it cannot: where memory runs out on one rank alone, the others raise when the group's
-    timeout is over; `memory_limit` is judged after a part, and is safe there.
+    its exchange. At stage 3 it cannot, and so the ranks exchange one number before each of FSDP2's exchanges, by which
+    the others hear of it.
 
     Args:
         step: takes a part and the number of targets, returns a loss without dimensions.
@@ -89,7 +90,7 @@ def micro_batch(
             rows. Models that shift labels take none from a row's first: give
             `lambda batch: int((batch["labels"][:, 1:] != -100).sum())`.
         memory_limit: bytes that a part may take beyond what is in use before it, gradients included where they are new;
-            measured (`memkernels.testing.peak_bytes`) until a size is known to fit.
+            measured (`memkernels.testing.peak_bytes`) on the device of the batch until a size is known to fit.
         process_group: ranks that run this call together; by default those of `optimizer`, without one this process.
         optimizer: the `ShardedOptimizer` of the parameters, if they have one.
 
@@ -103,6 +104,7 @@ def micro_batch(
             reentrant, process_group is not the optimizer's, or the parameters have a `ShardedOptimizer` that was not
             given.
         RuntimeError: another rank failed, or an optimizer's `no_sync()` is around the call.
+        RankFailure: another rank has ended, or did not answer within the group's timeout (`memkernels.optim`).
         torch.OutOfMemoryError, MemoryError or RuntimeError, as it came: a single row or sequence does not fit.
             Gradients are then those from before the call, as after any other error.
     """
@@ -117,8 +119,8 @@ def micro_batch(
             _reduced(True, dist.ReduceOp.MAX, process_group)
         raise
     known = _known(step, (memory_limit, *parts.signature(batch)))
-    start = known.size if known.is_limit else cut.count
-    fits = start <= known.size
+    tried = max(known.size, 1) if known.is_limit else cut.count
+    fits = tried <= known.size
     if process_group is not None:
         if _reduced(False, dist.ReduceOp.MAX, process_group):
             raise RuntimeError("micro_batch: another rank failed.")
@@ -126,8 +128,8 @@ def micro_batch(
         if _reduced(rows, dist.ReduceOp.MAX, process_group) != _reduced(rows, dist.ReduceOp.MIN, process_group):
             raise ValueError(f"size: expected the same on every rank, which {size!r} is not.")
         total = _reduced(total, dist.ReduceOp.SUM, process_group) / dist.get_world_size(process_group)
-        start = int(_reduced(start, dist.ReduceOp.MAX, process_group))
-        fits = bool(_reduced(start <= known.size, dist.ReduceOp.MIN, process_group))
+        tried = int(_reduced(tried, dist.ReduceOp.MAX, process_group))
+        fits = bool(_reduced(tried <= known.size, dist.ReduceOp.MIN, process_group))
     if not total > 0:
         raise ValueError(f"batch: expected one target at least, got {total}.")
     run = _Run(step, cut, total, process_group, optimizer)
@@ -138,17 +140,17 @@ def micro_batch(
             raise too_large.error from None
     while True:
         try:
-            loss = run.at(start, None if fits else memory_limit)
+            loss = run.at(tried, None if fits else memory_limit)
         except _TooLarge as too_large:
-            if start == 1:
+            if tried == 1:
                 raise too_large.error from None
         else:
-            known.size = start if known.is_limit else max(start, known.size)
+            known.size = tried if known.is_limit else max(tried, known.size)
             return loss
         # Out of the handler, so that nothing keeps the failed part's tensors alive.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        start, fits, known.is_limit = math.ceil(start / 2), False, True
+        tried, fits, known.is_limit = math.ceil(tried / 2), False, True
 
 
 def _check(
@@ -188,6 +190,14 @@ class _TooLarge(Exception):
         self.error = error.with_traceback(None)
 
 
+class _Heard(Exception):
+    """Another rank will not come to an exchange, as all have agreed before it; `outcome` is what every rank raises."""
+
+    def __init__(self, outcome: Exception) -> None:
+        super().__init__(str(outcome))
+        self.outcome = outcome
+
+
 class _Run:
     """A batch's parts, run at one size or another."""
 
@@ -210,7 +220,7 @@ class _Run:
         if self.group is not None:
             rounds = int(_reduced(rounds, dist.ReduceOp.MAX, self.group))
         try:
-            with nullcontext() if self.optimizer is None else self.optimizer.unchanged_by_failure():
+            with nullcontext() if self.optimizer is None else self.optimizer.unchanged_by_failure(self._listen):
                 for index in range(rounds):
                     error = None
                     if index < len(pieces):
@@ -234,7 +244,7 @@ class _Run:
         losses: list[Tensor],
         memory_limit: int | None,
         weight: float | None = None,
-    ) -> BaseException | None:
+    ) -> Exception | None:
         """Forward and backward of a part, its loss added to `losses`; the error where it fails."""
         optimizer = self.optimizer
 
@@ -249,7 +259,7 @@ class _Run:
             losses.append(loss.detach())
 
         backwards = 0 if optimizer is None else optimizer.backwards
-        error: BaseException | None = None
+        error: Exception | None = None
         try:
             if memory_limit is None:
                 forward_backward()
@@ -263,14 +273,27 @@ class _Run:
             optimizer.end_backward()
         return error
 
-    def _agree(self, error: BaseException | None) -> None:
+    def _agree(self, error: Exception | None) -> None:
         """Raises what a part came to, on this rank or on another."""
+        outcome = error.outcome if isinstance(error, _Heard) else self._outcome(error)
+        if outcome is not None:
+            raise outcome
+
+    def _listen(self) -> None:
+        """Raises where another rank has failed within its part; every rank that has not comes to this as often."""
+        outcome = self._outcome(None)
+        if outcome is not None:
+            raise _Heard(outcome)
+
+    def _outcome(self, error: Exception | None) -> Exception | None:
+        """What all ranks come to where this one has met `error`, or nothing."""
         state = _RIGHT if error is None else _OUT_OF_MEMORY if _is_out_of_memory(error) else _FAILED
         worst = state if self.group is None else int(_reduced(state, dist.ReduceOp.MAX, self.group))
         if worst == _FAILED:
-            raise error if state == _FAILED and error is not None else RuntimeError("micro_batch: another rank failed.")
+            return error if state == _FAILED else RuntimeError("micro_batch: another rank failed.")
         if worst == _OUT_OF_MEMORY:
-            raise _TooLarge(error or MemoryError("micro_batch: another rank ran out of memory."))
+            return _TooLarge(error or MemoryError("micro_batch: another rank ran out of memory."))
+        return None
 
 
 def _leaves(loss: Tensor, within_backward: bool) -> list[Tensor]:
@@ -309,7 +332,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _reduced(value: float, operation: Any, group: dist.ProcessGroup) -> float:
     """A number over all ranks of a group."""
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=operation, group=group)
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=device_of(group))
+    wait_for(start(dist.all_reduce, tensor, op=operation, group=group))
     return tensor.item()

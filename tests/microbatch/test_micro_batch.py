@@ -1,5 +1,8 @@
 """micro_batch: the gradients of the whole batch, through running out of memory, and over ranks."""
 
+import os
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memkernels import micro_batch
 from memkernels.microbatch import run
+from memkernels.optim import RankFailure
 
 
 def batch_of(rows=7, seed=0):
@@ -245,7 +249,7 @@ def test_bad_input_is_named(arguments, error, message):
         micro_batch(arguments.pop("step"), arguments.pop("batch"), **arguments)
 
 
-def agree():
+def agree(folder):
     rank, group = dist.get_rank(), dist.group.WORLD
     model, sizes = model_of(), []
     batches = [batch_of(rows=4, seed=1), batch_of(rows=7, seed=2)]
@@ -268,11 +272,33 @@ def agree():
         error, message = (ValueError, own) if rank == 1 else (RuntimeError, "micro_batch: another rank failed")
         with pytest.raises(error, match=message):
             micro_batch(*attempt, process_group=group)
+    step, started = make_step(model), time.monotonic()
+    with pytest.raises(RankFailure, match="one of them has ended"):
+        micro_batch(lambda *part: os._exit(0) if rank else step(*part), batches[0], process_group=group)
+    assert time.monotonic() - started < 60
+    (folder / "all").touch()
+    os._exit(0)
 
 
 def test_ranks_agree(tmp_path):
-    """Of four and seven rows, memory for two on one rank alone; and one rank that fails, in its step or before it."""
-    run_ranks(agree, 2, tmp_path)
+    """Of four and seven rows, memory for two on one rank alone; one rank that fails, in its step or before it; and one
+    that dies."""
+    run_ranks(agree, 2, tmp_path, tmp_path)
+    assert (tmp_path / "all").exists()
+
+
+def test_a_row_that_did_not_fit_is_tried_again():
+    """As memory may be there by then."""
+    limits, model, other = [0, 100], model_of(), model_of()
+
+    def step(part, targets):
+        return failing_step(model, limits[0], MemoryError("full"))(part, targets)
+
+    with pytest.raises(MemoryError, match="full"):
+        micro_batch(step, batch_of(rows=3))
+    limits.pop(0)
+    torch.testing.assert_close(micro_batch(step, batch_of(rows=3)), whole(other, batch_of(rows=3)))
+    assert_same_gradients(model, other)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)

@@ -1,6 +1,8 @@
 """micro_batch with optim.ShardedOptimizer, at every stage: all ranks' gradients, through running out of memory."""
 
 import functools
+import os
+import time
 
 import pytest
 import torch
@@ -77,12 +79,12 @@ def expected_values(rows, ranks):
     return [parameter.detach() - parameter.grad for parameter in model.parameters()]
 
 
-def parts_of_a_batch(rows, stages=(1, 2, 3)):
+def parts_of_a_batch(folder, rows, stages=(1, 2, 3)):
     """Rank 1 has more rows than rank 0, and memory for as many."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     expected = expected_values(rows, ranks)
     for stage in stages:
-        own = LIMIT if rank == 0 or stage == 3 else 100  # at stage 3 all ranks fail alike
+        own = LIMIT if rank == 0 else 100
         for options, size, before in (
             ({}, LIMIT, True),
             ({"limit": own}, "auto", True),
@@ -100,6 +102,44 @@ def parts_of_a_batch(rows, stages=(1, 2, 3)):
             optimizer.step()
             assert_values(model, optimizer, expected)
         memory_limit(stage, rank, rows, expected)
+        alone(stage, rank)
+    dies(rank)
+    (folder / "all").touch()
+    os._exit(0)
+
+
+def alone(stage, rank):
+    """One rank has no memory for a single row, or another error, in forward or backward: every rank says so."""
+    model = Model()
+    optimizer = ShardedOptimizer(model, optim.SGD, stage=stage, lr=1.0, bucket_bytes=8000)
+    loss_before(model, rank).backward()
+    norm = optimizer.clip_grad_norm_(1e9)
+    started = time.monotonic()
+    for fails_before in (False, True):
+        step = make_step(model, [], limit=0 if rank else 100, fails_before=fails_before)
+        error, message = (torch.OutOfMemoryError, "full") if rank else (MemoryError, "another rank ran out of memory")
+        with pytest.raises(error, match=message):
+            micro_batch(step, batch_of(2, rank), optimizer=optimizer)
+    broken = make_step(model, [], limit="two" if rank else 100)
+    with pytest.raises(TypeError if rank else RuntimeError, match=r"'>' not supported|another rank failed"):
+        micro_batch(broken, batch_of(2, rank), optimizer=optimizer)
+    assert time.monotonic() - started < 60
+    assert optimizer.clip_grad_norm_(1e9) == norm
+
+
+def dies(rank):
+    """At stage 3, within a part."""
+    model = Model()
+    optimizer = ShardedOptimizer(model, optim.SGD, stage=3, lr=1.0)
+    step = make_step(model, [])
+    started = time.monotonic()
+    dist.barrier()
+    with pytest.raises(optim.RankFailure, match="one of them has ended"):
+        micro_batch(lambda *part: os._exit(0) if rank else step(*part), batch_of(2, rank), optimizer=optimizer)
+    # Without the optimizer's listening, in FSDP2's own exchange.
+    with pytest.raises(optim.RankFailure, match="one of them has ended"):
+        model(batch_of(2, rank)["ids"])
+    assert time.monotonic() - started < 60
 
 
 def assert_values(model, optimizer, expected):
@@ -144,4 +184,5 @@ def memory_limit(stage, rank, rows, expected):
 
 
 def test_parts_of_a_batch_at_every_stage(tmp_path):
-    run_ranks(parts_of_a_batch, 2, tmp_path, [3, 5], seconds=120)
+    run_ranks(parts_of_a_batch, 2, tmp_path, tmp_path, [3, 5], seconds=120)
+    assert (tmp_path / "all").exists()

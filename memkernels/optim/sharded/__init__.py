@@ -1,6 +1,6 @@
 """Optimizers whose states and gradients are divided among the ranks of a process group (ZeRO)."""
 
-from memkernels.optim.sharded.agreement import RankFailure
+from memkernels.optim.agreement import RankFailure
 from memkernels.optim.sharded.checkpoint import load_checkpoint, save_checkpoint
 from memkernels.optim.sharded.grad_scaler import ShardedGradScaler
 from memkernels.optim.sharded.optimizer import ShardedOptimizer

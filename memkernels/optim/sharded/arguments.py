@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from memkernels.optim.agreement import check_agreement, start, wait_for
 from memkernels.optim.local import is_distributed
 from memkernels.optim.optimizer import LowMemoryOptimizer
-from memkernels.optim.sharded.agreement import check_agreement, start, wait_for
 
 STAGES = (1, 2, 3)
 REDUCE_DTYPES = (None, torch.float32, torch.bfloat16)

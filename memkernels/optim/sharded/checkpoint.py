@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from memkernels.optim.agreement import exchange_texts, exchanging, on_all
 from memkernels.optim.local import is_distributed
 from memkernels.optim.optimizer import LowMemoryOptimizer
-from memkernels.optim.sharded.agreement import exchange_texts, exchanging, on_all
 from memkernels.optim.sharded.index import INDEX, VERSION, checksum_of, index_text, read_index
 from memkernels.optim.sharded.optimizer import ShardedOptimizer
 from memkernels.optim.sharded.states import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from memkernels.optim.agreement import device_of, exchanging
 from memkernels.optim.buckets import BUCKET_BYTES
 from memkernels.optim.clipping import total_norm
 from memkernels.optim.local import first_element, local_of
 from memkernels.optim.optimizer import LowMemoryOptimizer
-from memkernels.optim.sharded.agreement import device_of, exchanging
 from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, others, send_from_first
+from memkernels.optim.sharded.fsdp_exchanges import Exchanges
 from memkernels.optim.sharded.gather import layers_of
 from memkernels.optim.sharded.layout import ALIGNMENT
 from memkernels.optim.sharded.optimizer import ShardedOptimizer, _options
@@ -49,13 +50,14 @@ class FullyShardedOptimizer(ShardedOptimizer):
             group, error, model, optimizer_class, params, defaults, functools.partial(_check_blocks, ranks), stage,
             bucket_bytes, reduce_dtype, offload,
         )  # fmt: skip
-        trained = (p for of_group in whole.param_groups for p in of_group["params"] if p.requires_grad)
+        trained = [p for of_group in whole.param_groups for p in of_group["params"] if p.requires_grad]
         send_from_first([*trained, *(tensor for _, tensor in others(model, whole))], group)
-        mesh = mesh or DeviceMesh.from_group(group, device_of(group).type)
+        mesh = mesh or DeviceMesh.from_group(group, trained[0].device.type if trained else device_of(group).type)
         policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         self._model: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=policy)
+        self._exchanges = Exchanges(model)
         parameters = dict(model.named_parameters())
         groups = [
             _options(of_group) | {"params": [(name, parameters[name]) for name in of_group["param_names"]]}
@@ -83,7 +85,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
         """Nothing: FSDP2 gathers parameters when they are used."""
 
     @contextmanager
-    def unchanged_by_failure(self) -> Iterator[None]:
+    def unchanged_by_failure(self, listen: Callable[[], None]) -> Iterator[None]:
         self._check_exchanging(self._syncing)
         self._check_synced()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -91,7 +93,8 @@ class FullyShardedOptimizer(ShardedOptimizer):
         for parameter in parameters:
             parameter.grad = None
         try:
-            yield
+            with self._exchanges.after(listen):
+                yield
         except BaseException:
             self._model.reset_iter_state()
             self.zero_grad()
@@ -107,7 +110,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
         return 0
 
     def end_backward(self) -> None:
-        """Nothing: FSDP2's exchanges are those of its modules, and the others fail when the group's time is over."""
+        """Nothing: the others hear of it before the next of FSDP2's exchanges, which are those of its modules."""
 
     def send_values(self) -> None:
         """Nothing: no other rank has this one's parts."""

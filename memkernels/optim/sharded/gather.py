@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memkernels.optim.sharded.agreement import start, wait_for
+from memkernels.optim.agreement import backends_of, start, wait_for
 from memkernels.optim.sharded.layout import Bucket
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
@@ -26,7 +26,7 @@ class Gatherer:
     ) -> None:
         self._buckets, self._values, self._group = buckets, values, group
         self._rank = dist.get_rank(group)
-        self._broadcasts = "gloo" in dist.get_backend(group)
+        self._broadcasts = bool(values) and backends_of(group).get(values[0].device.type) == "gloo"
         self._works: dict[int, list[dist.Work]] = {}
         bucket_of = {piece.parameter: i for i, bucket in enumerate(buckets) for piece in bucket.pieces}
         layers = list(layers_of(model))

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
+from memkernels.optim.agreement import device_of, on_all, start, wait_for
 from memkernels.optim.buckets import BUCKET_BYTES
 from memkernels.optim.checks import check_number, check_step
 from memkernels.optim.clipping import clip_factor
 from memkernels.optim.operators import square_sum
 from memkernels.optim.optimizer import LowMemoryOptimizer
-from memkernels.optim.sharded.agreement import device_of, on_all, start, wait_for
 from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, others, send_from_first
 from memkernels.optim.sharded.gather import Gatherer
 from memkernels.optim.sharded.gradients import Buffers, PassingGradients, WholeGradients
@@ -198,9 +198,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._reducer.clear()
 
     @contextmanager
-    def unchanged_by_failure(self) -> Iterator[None]:
+    def unchanged_by_failure(self, listen: Callable[[], None]) -> Iterator[None]:
         """Within it backwards whose exchanges are complete, or an error on every rank, which leaves the gradients as
-        they were before: `micro_batch`'s."""
+        they were before: `micro_batch`'s. At stage 3 `listen` is called before each exchange, and raises where another
+        rank has failed; at stages 1 and 2 that rank calls `end_backward`."""
         self._check_exchanging(self._reducer.exchanging)
         kept = self._reducer.keep()
         try:

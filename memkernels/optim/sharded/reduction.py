@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memkernels.optim.agreement import device_of, start, wait_for
 from memkernels.optim.buckets import EXCHANGES_AT_ONCE
-from memkernels.optim.sharded.agreement import device_of, start, wait_for
 from memkernels.optim.sharded.gather import Gatherer
 from memkernels.optim.sharded.gradients import Buffers, Gradients
 from memkernels.optim.sharded.layout import Bucket

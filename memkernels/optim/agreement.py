@@ -50,9 +50,14 @@ def wait_for(work: dist.Work) -> None:
         work.wait()
 
 
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """A group's backends by type of device. That of a group that was made without naming any has no other name."""
+    return dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
+
+
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where a group takes tensors from."""
-    return torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.device("cuda")
+    """Where a group takes small tensors from."""
+    return torch.device("cpu" if "cpu" in backends_of(group) else "cuda")
 
 
 def check_agreement(group: dist.ProcessGroup, lines: Sequence[str], error: Exception | None) -> None:
