@@ -6,27 +6,37 @@ from collections.abc import Sequence
 
 BUCKET_BYTES = 32 << 20
 EXCHANGES_AT_ONCE = 2
-# By stage: stage 1 receives; stage 2 has what is sent and received, and a bucket that is filled meanwhile.
-BUCKETS = {1: EXCHANGES_AT_ONCE, 2: 2 * EXCHANGES_AT_ONCE + 1}
 
 
-def bytes_exchanged(sizes: Sequence[int]) -> dict[int, int]:
-    """The memory of what is on its way, by stage.
+def bytes_exchanged(
+    sizes: Sequence[int], stage: int, *, ranks: int, itemsize: int, sent_itemsize: int, parts: int = 1
+) -> int:
+    """The memory at stage 1 or 2 of what is on its way.
 
-    Buckets of at most BUCKET_BYTES have memory that stays; a larger one, of one parameter, has its own meanwhile.
+    Of a bucket that is exchanged there is what is received and what is sent, at stage 1 the gradients themselves where
+    they are sent in their own dtype; at stage 2 another bucket is filled meanwhile. This rank's sum is made in float32
+    beside its place where the dtypes differ, or, at stage 2, where it adds to that of parts before. Buckets of at most
+    BUCKET_BYTES have memory that stays; a larger one, of one parameter, has its own meanwhile.
 
     Args:
-        sizes: bytes of the buckets, in their order.
+        sizes: bytes of the buckets' parameters, in their order.
+        itemsize: bytes of an element of the parameters.
+        sent_itemsize: of what is sent.
+        parts: backwards between steps.
     """
+    converted = sent_itemsize != itemsize
+    if ranks > 1:
+        at_once, of_each, of_next = EXCHANGES_AT_ONCE, 1 + (stage == 2 or converted), stage == 2
+    else:  # which sends nothing
+        at_once, of_each, of_next = 0, 0, stage == 2 or converted
     usual = max((size for size in sizes if size <= BUCKET_BYTES), default=0)
-    found = {}
-    for stage in BUCKETS:
-        kept = large = 0
-        for first in range(len(sizes)):
-            window = sizes[first : first + EXCHANGES_AT_ONCE]
-            copies = [stage] * len(window) + [stage - 1]  # of those on their way, and of the one that is filled
-            window = [*window, *sizes[first + EXCHANGES_AT_ONCE :][:1]]
-            kept = max(kept, sum(n for n, size in zip(copies, window, strict=False) if size <= BUCKET_BYTES))
-            large = max(large, sum(n * size for n, size in zip(copies, window, strict=False) if size > BUCKET_BYTES))
-        found[stage] = kept * usual + large
-    return found
+    kept = large = 0
+    for first in range(len(sizes)):
+        window = sizes[first : first + at_once + 1]
+        copies = [of_each] * len(window[:at_once]) + [int(of_next)]
+        kept = max(kept, sum(n for n, size in zip(copies, window, strict=False) if size <= BUCKET_BYTES))
+        large = max(large, sum(n * size for n, size in zip(copies, window, strict=False) if size > BUCKET_BYTES))
+    summed = 0
+    if converted or (stage == 2 and parts > 1):
+        summed = -(-4 * max(sizes, default=0) // (itemsize * ranks))
+    return (kept * usual + large) * sent_itemsize // itemsize + summed

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the parameters")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--rounding", choices=ROUNDINGS, default="stochastic", help="of bfloat16 parameters")
+    parser.add_argument("--reduce-dtype", choices=DTYPES, help="of gradients between ranks; the parameters' by default")
     tried = parser.add_argument_group("techniques", "each is tried in every way unless it is given")
     tried.add_argument(
         "--recompute", choices=(*RECOMPUTE, PLAIN), help=f"as memkernels.patch takes it; {PLAIN}: no patch"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from memkernels.offload.store import STAGING_BYTES
+from memkernels.optim.buckets import bytes_exchanged
 from memkernels.planner.step import Sizes
 from memkernels.planner.timeline import Moment, Timeline
 
@@ -63,7 +64,15 @@ class Estimate:
 
 
 def estimate(
-    technique: Technique, sizes: Sizes, step: Timeline, plain: Timeline, *, batch: int, ranks: int, on_host: bool
+    technique: Technique,
+    sizes: Sizes,
+    step: Timeline,
+    plain: Timeline,
+    *,
+    batch: int,
+    ranks: int,
+    on_host: bool,
+    sent_itemsize: int | None = None,
 ) -> Estimate:
     """What a technique takes.
 
@@ -72,23 +81,32 @@ def estimate(
         plain: the same with recompute="none" and without offload.
         batch: rows of a step, on each rank.
         on_host: whether the memory that is planned is the host's, where offload's staging blocks are.
+        sent_itemsize: of an element of a gradient on its way between ranks; that of the parameters by default.
     """
     stage, parts = technique.stage, math.ceil(batch / technique.micro_batch)
-    kept = [
-        (of, _gradients(of, technique, sizes, parts, ranks), _exchange(stage, sizes, of.gradients))
-        for of in step.moments
-    ]
+    sent = sent_itemsize or sizes.itemsize
+    of_buckets = 0
+    if stage in (1, 2):
+        of_buckets = bytes_exchanged(
+            sizes.buckets, stage, ranks=ranks, itemsize=sizes.itemsize, sent_itemsize=sent, parts=parts
+        )
+
+    def exchanged(complete: int) -> int:
+        return _of_fsdp2(sizes, complete, ranks, sent) if stage == 3 else of_buckets
+
+    kept = [(of, _gradients(of, technique, sizes, parts, ranks), exchanged(of.gradients)) for of in step.moments]
     if stage == 3:  # when backward ends, gradients outside of layers are copied and sent
         outside, trained = sizes.outside
-        kept.append((Moment(0, 0, 0), math.ceil(sizes.trained / ranks) + trained, outside + trained))
-    moment, gradients, exchanged = max(kept, key=lambda of: of[0].activations + of[0].transients + of[1] + of[2])
+        copies = _copies(trained, sizes, ranks, sent)
+        kept.append((Moment(0, 0, 0), math.ceil(sizes.trained / ranks) + trained, outside + copies))
+    moment, gradients, on_its_way = max(kept, key=lambda of: of[0].activations + of[0].transients + of[1] + of[2])
     bytes_by_part = (
         math.ceil(sizes.parameters / ranks) if stage == 3 else sizes.parameters,
         gradients,
         math.ceil(sizes.states[technique.state_bits] / (ranks if stage else 1)),
         moment.activations,
         moment.transients,
-        exchanged + (min(step.moved, STAGING_BYTES) if on_host else 0),
+        on_its_way + (min(step.moved, STAGING_BYTES) if on_host else 0),
     )
     return Estimate(
         technique,
@@ -96,7 +114,7 @@ def estimate(
         flops=step.flops * parts,
         extra_flops=step.flops / plain.flops - 1,
         offload_bytes=2 * step.moved * parts,
-        sent_bytes=_sent(stage, sizes, parts, ranks),
+        sent_bytes=_sent(stage, sizes, parts, ranks, sent),
     )
 
 
@@ -115,23 +133,28 @@ def _gradients(moment: Moment, technique: Technique, sizes: Sizes, parts: int, r
     return 0 if technique.step_in_backward else moment.gradients
 
 
-def _exchange(stage: int, sizes: Sizes, complete: int) -> int:
-    """Buffers of what is on its way between ranks while gradients are `complete`.
-
-    Stage 3 has the parameters outside of layers together throughout a step, and those of two layers: one computes, the
-    next arrives. FSDP2 copies the gradients of a layer, which it sends.
+def _of_fsdp2(sizes: Sizes, complete: int, ranks: int, sent: int) -> int:
+    """Stage 3's buffers of what is on its way between ranks while gradients are `complete`: the parameters outside of
+    layers are together throughout a step, and those of two layers: one computes, the next arrives. FSDP2 copies the
+    gradients of a layer, which it sends.
     """
-    if stage == 3:
-        return sizes.outside[0] + 2 * sizes.largest_layer[0] + min(complete, sizes.largest_layer[1])
-    return sizes.exchanged.get(stage, 0)
+    copies = _copies(min(complete, sizes.largest_layer[1]), sizes, ranks, sent)
+    return sizes.outside[0] + 2 * sizes.largest_layer[0] + copies
 
 
-def _sent(stage: int, sizes: Sizes, parts: int, ranks: int) -> int:
+def _copies(gradients: int, sizes: Sizes, ranks: int, sent: int) -> int:
+    """FSDP2's of gradients, with elements of `sent` bytes, and this rank's part of their sum, where it has another
+    dtype than the gradient that it becomes."""
+    copies = gradients * sent // sizes.itemsize
+    return copies if sent == sizes.itemsize else copies + copies // ranks
+
+
+def _sent(stage: int, sizes: Sizes, parts: int, ranks: int, sent: int) -> int:
     """By Rajbhandari et al. 2019, arXiv 1910.02054, section 7, over rings.
 
     Gradients are summed once a step, from stage 2 on once a part; stages 1 and 2 gather new parameters once a step,
     stage 3 all of them in each forward and each backward.
     """
-    reduced = sizes.trained * (parts if stage >= 2 else 1)
+    reduced = sizes.trained * sent // sizes.itemsize * (parts if stage >= 2 else 1)
     gathered = 2 * sizes.parameters * parts if stage == 3 else sizes.trained
     return (reduced + gathered) * (ranks - 1) // ranks

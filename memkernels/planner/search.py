@@ -75,6 +75,7 @@ def plan(
     dtype: str = "bfloat16",
     optimizer: str = "adamw",
     rounding: str = "stochastic",
+    reduce_dtype: str | None = None,
     recompute: str | None = None,
     offload: str | None = None,
     stage: int | None = None,
@@ -117,6 +118,7 @@ def plan(
         dtype: of the parameters, bfloat16 or float32; adapters are float32.
         optimizer: adamw, lion or sgd, with momentum.
         rounding: of bfloat16 parameters, as the optimizers take it.
+        reduce_dtype: of gradients on their way between ranks, bfloat16 or float32; the parameters' by default.
         recompute: "none", "sublayer" or "layer", as `memkernels.patch` takes it, or "transformers": not patched.
         offload: "none" or "disk", of activations.
         stage: of ZeRO, 0 to 3.
@@ -144,6 +146,8 @@ def plan(
         raise ValueError(f"base: {base!r} is what adapters are put on; give lora.")
     _check_choice("dtype", dtype, DTYPES)
     _check_choice("optimizer", optimizer, OPTIMIZERS)
+    if reduce_dtype is not None:
+        _check_choice("reduce_dtype", reduce_dtype, DTYPES)
     widths = _choices("state_bits", state_bits, STATE_BITS, STATE_BITS)
     stages = _choices("stage", stage, STAGES, STAGES if ranks > 1 else STAGES[:1])
     if micro_batch is not None and not 1 <= micro_batch <= batch:
@@ -178,8 +182,11 @@ def plan(
                     continue
                 technique = Technique(again, to_disk, level, bits, size, within)
                 found.append(
-                    estimate(technique, sizes, step, plain, batch=batch, ranks=ranks, on_host=where.type == "cpu")
-                )
+                    estimate(
+                        technique, sizes, step, plain, batch=batch, ranks=ranks, on_host=where.type == "cpu",
+                        sent_itemsize=None if reduce_dtype is None else DTYPES[reduce_dtype].itemsize,
+                    )
+                )  # fmt: skip
     if not found:
         raise ValueError("step_in_backward: it steps once a backward, on one rank's gradients: expected stage 0 and"
                          " micro_batch=batch.")  # fmt: skip

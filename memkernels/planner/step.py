@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memkernels.adapters import lora
 from memkernels.integrations import patch
 from memkernels.offload.layers import plain_parts
-from memkernels.optim.buckets import BUCKET_BYTES, bytes_exchanged
+from memkernels.optim.buckets import BUCKET_BYTES
 from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.planner.offload import offloading
 from memkernels.planner.stack import ShortenedStack
@@ -48,7 +48,8 @@ class Sizes:
     Args:
         parameters: all of them, and buffers.
         trained: those of them that are trained; gradients take as much.
-        exchanged: what ZeRO's stages 1 and 2 have on its way between ranks, by stage.
+        buckets: of the parameters that are trained, as ZeRO's stages 1 and 2 exchange them.
+        itemsize: of an element of those.
         outside: parameters outside of the stack of layers; and those of them that are trained.
         largest_layer: parameters of the largest layer of the stack; and those of a layer that are trained, at most.
         states: of the optimizer, by state_bits.
@@ -57,7 +58,8 @@ class Sizes:
 
     parameters: int
     trained: int
-    exchanged: dict[int, int]
+    buckets: tuple[int, ...]
+    itemsize: int
     outside: tuple[int, int]
     largest_layer: tuple[int, int]
     states: dict[int, int]
@@ -81,9 +83,8 @@ def trace_model(
         return Sizes(
             parameters=_bytes([*parameters, *model.buffers()], times),
             trained=_bytes(trained, times),
-            exchanged=bytes_exchanged(
-                [bucket.nbytes for bucket in make_buckets([("", of, 0) for of in trained], 1, BUCKET_BYTES)]
-            ),
+            buckets=tuple(of.nbytes for of in make_buckets([("", of, 0) for of in trained], 1, BUCKET_BYTES)),
+            itemsize=trained[0].element_size(),
             outside=_all_and_trained(parameter for parameter in parameters if parameter not in times),
             largest_layer=max((_all_and_trained(layer.parameters()) for layer, _ in shortened.layers), default=(0, 0)),
             states={width: _state_bytes(optimizer(trained, state_bits=width, **options), times) for width in bits},

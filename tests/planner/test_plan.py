@@ -142,7 +142,7 @@ def test_recomputing_more_keeps_less_and_computes_more(config):
 
 def sizes_of(parameters):
     """Mixed precision as the paper has it: parameters and gradients of 2 bytes, states of 12."""
-    return Sizes(2 * parameters, 2 * parameters, {1: 2, 2: 5}, (0, 0), (0, 0), {32: 12 * parameters}, parameters)
+    return Sizes(2 * parameters, 2 * parameters, (6,) * 3, 2, (0, 0), (0, 0), {32: 12 * parameters}, parameters)
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
@@ -153,12 +153,12 @@ def test_stages_take_what_the_paper_says(stage, gigabytes):
     technique = Technique("none", "none", stage, 32, 1, False)
     found = estimate(technique, sizes, step, step, batch=1, ranks=64, on_host=False)
     assert (found.peak - found.parts["buffers"]) / 1e9 == pytest.approx(gigabytes, abs=0.05)
-    assert found.parts["buffers"] == {1: 2, 2: 5}.get(stage, 0)
+    assert found.parts["buffers"] == {1: 12, 2: 30}.get(stage, 0)
     assert found.sent_bytes == (3 if stage == 3 else 2) * 2 * count * 63 // 64
 
 
 def test_gradients_of_earlier_parts_are_there_throughout():
-    sizes = Sizes(1000, 1000, {1: 0}, (0, 0), (0, 0), {32: 0}, 500)
+    sizes = Sizes(1000, 1000, (1000,), 2, (0, 0), (0, 0), {32: 0}, 500)
     step = Timeline([Moment(1000, 0, 10), Moment(100, 300, 0)], 1000, 1, 0)
 
     def peak(micro_batch, within=False, stage=0):
@@ -181,16 +181,55 @@ def test_gradients_of_earlier_parts_are_there_throughout():
     ],
 )
 def test_buffers_are_as_large_as_the_buckets(buckets, first, second):
-    assert bytes_exchanged(buckets) == {1: first, 2: second}
+    for stage, expected in ((1, first), (2, second)):
+        assert bytes_exchanged(buckets, stage, ranks=2, itemsize=4, sent_itemsize=4) == expected
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("itemsize", "sent", "parts", "first", "second"),
+    [
+        # Bytes of buffers for each of an element of a bucket; of the sum in float32, on one of four ranks.
+        (2, 2, 1, 2 * 2, 5 * 2),
+        (2, 2, 2, 2 * 2, 5 * 2 + 1),
+        (2, 4, 1, 4 * 4 + 1, 5 * 4 + 1),
+        (4, 2, 1, 4 * 2 + 1, 5 * 2 + 1),
+    ],
+)
+def test_what_is_sent_in_another_dtype_has_buffers_of_its_own(stage, itemsize, sent, parts, first, second):
+    elements = 1 << 20
+    found = bytes_exchanged(
+        [itemsize * elements] * 4, stage, ranks=4, itemsize=itemsize, sent_itemsize=sent, parts=parts
+    )
+    assert found == elements * (first if stage == 1 else second)
+
+
+def test_one_rank_sends_nothing():
+    kinds = [(1, 2, 0), (2, 2, 2), (1, 4, 4 + 4), (2, 4, 4 + 4)]
+    for stage, sent, expected in kinds:
+        assert bytes_exchanged([20, 10], stage, ranks=1, itemsize=2, sent_itemsize=sent) == 10 * expected
+
+
+def test_gradients_sent_in_float32_take_twice_the_bytes(config):
+    options = {"memory": "1GB", "seq": 64, "ranks": 2, "recompute": "layer", "offload": "none", "state_bits": 32}
+    found = [
+        memkernels.plan(config, stage=stage, step_in_backward=False, reduce_dtype=sent, **options).estimates[0]
+        for stage in (1, 2, 3)
+        for sent in (None, "bfloat16", "float32")
+    ]
+    for plain, same, wide in zip(found[::3], found[1::3], found[2::3], strict=True):
+        assert plain == same and wide.parts["buffers"] > plain.parts["buffers"]
+        # Half of them goes to the other rank.
+        assert wide.sent_bytes - plain.sent_bytes == found[0].parts["gradients"] // 2
 
 
 def test_stage_three_has_whole_gradients_and_copies_that_are_sent():
-    sizes = Sizes(10_000, 9_000, {}, (1000, 900), (500, 400), {32: 0}, 5000)
+    sizes = Sizes(10_000, 9_000, (), 2, (1000, 900), (500, 400), {32: 0}, 5000)
     technique = Technique("none", "none", 3, 32, 1, False)
 
-    def parts(*moments):
+    def parts(*moments, **options):
         step = Timeline(list(moments), 9_000, 1, 0)
-        return estimate(technique, sizes, step, step, batch=1, ranks=10, on_host=False).parts
+        return estimate(technique, sizes, step, step, batch=1, ranks=10, on_host=False, **options).parts
 
     forward = parts(Moment(0, 5000, 0))
     assert (forward["gradients"], forward["buffers"]) == (0, 2000)
@@ -198,6 +237,8 @@ def test_stage_three_has_whole_gradients_and_copies_that_are_sent():
     assert (within["gradients"], within["buffers"]) == (900 + 400 + 7700 // 10, 2000 + 400)
     ends = parts(Moment(0, 0, 0))
     assert (ends["gradients"], ends["activations"], ends["buffers"]) == (900 + 900, 0, 1000 + 900)
+    # In float32, with this rank's part of the sum until it is rounded.
+    assert parts(Moment(9_000, 5000, 0), sent_itemsize=4)["buffers"] == 2000 + 2 * 400 + 2 * 400 // 10
 
 
 def test_the_cheapest_that_fits_comes_first_and_none_is_lost(config):
@@ -238,6 +279,7 @@ def test_nothing_of_a_plan_is_left_behind(config):
         ({"micro_batch": 3, "batch": 2}, "micro_batch: expected a number of rows from 1 to batch=2"),
         ({"optimizer": "sophia"}, "optimizer: expected one of adamw, lion, sgd"),
         ({"dtype": "float64"}, "dtype: expected one of bfloat16, float32"),
+        ({"reduce_dtype": "float16"}, "reduce_dtype: expected one of bfloat16, float32"),
         ({"device": "tpu"}, "device: expected cpu, or cuda"),
         ({"step_in_backward": True, "stage": 1, "ranks": 2}, "step_in_backward: it steps once a backward"),
     ],
