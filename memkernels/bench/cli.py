@@ -79,8 +79,8 @@ def _table(rows: list[Row]) -> str:
     return format_table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
 
-def _megabytes(name: str) -> Callable[[Row], float]:
-    return lambda row: getattr(row, name) / 1e6
+def _megabytes(name: str) -> Callable[[Row], float | None]:
+    return lambda row: None if getattr(row, name) is None else getattr(row, name) / 1e6
 
 
 def _refuse(message: str) -> int:

@@ -56,7 +56,10 @@ def time_rows(benchmark: Benchmark, case: Case, plan: Plan | None, say: Say) -> 
 
 
 def memory_rows(benchmark: Benchmark, case: Case, say: Say) -> list[Row]:
-    """Rows of both memory modes, a process per provider; empty where fewer than two are available."""
+    """Rows of both memory modes, a process per provider; empty where fewer than two are available. Rows of "memory"
+    alone where the benchmark's `held` says the bytes."""
+    if benchmark.held is not None:
+        return _held_rows(benchmark, case, benchmark.held)
     found = {}
     for provider in benchmark.providers:
         answer = run_in_child(measure_memory, str(benchmark.path), case.label, provider)
@@ -78,6 +81,18 @@ def memory_rows(benchmark: Benchmark, case: Case, say: Say) -> list[Row]:
                 )
             )
     return rows
+
+
+def _held_rows(benchmark: Benchmark, case: Case, held: Callable[[Case, str], int]) -> list[Row]:
+    found = {provider: held(case, provider) for provider in benchmark.providers}
+    return [
+        replace(
+            _row(benchmark, case, "memory", provider),
+            ratio_to_baseline=size / max(found[benchmark.baseline], 1),
+            peak_bytes=size,
+        )
+        for provider, size in found.items()
+    ]
 
 
 def _set_up(benchmark: Benchmark, case: Case, say: Say) -> dict[str, Step]:

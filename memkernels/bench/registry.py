@@ -51,6 +51,10 @@ def _no_work(case: Case, mode: str) -> Work:
     return Work()
 
 
+def _no_steps(case: Case, provider: str) -> Step:
+    raise ValueError("setup: expected a function, of a benchmark whose providers are not measured by `held`")
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """Providers of one computation, measured against each other.
@@ -66,17 +70,19 @@ class Benchmark:
         modes: which of `TIME_MODES` are timed; none where the providers are compared by memory alone, and "forward"
             alone of what has no backward, of which no memory is measured.
         plan: how many rounds are timed, where one takes so long that it should be fewer than usual.
+        held: bytes of a provider, which it measures in its own way, in place of a step's; then modes are none.
         path: the file it was loaded from; filled in by `load`.
     """
 
     op: str
     cases: tuple[Case, ...]
     providers: tuple[str, ...]
-    setup: Callable[[Case, str], Step]
+    setup: Callable[[Case, str], Step] = _no_steps
     work: Callable[[Case, str], Work] = _no_work
     baseline: str = "eager"
     modes: tuple[str, ...] = TIME_MODES
     plan: Plan | None = None
+    held: Callable[[Case, str], int] | None = None
     path: Path | None = None
 
     def __post_init__(self) -> None:

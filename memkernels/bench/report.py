@@ -104,7 +104,8 @@ def _cells(rows: list[Row]) -> tuple[str, str, str]:
     return (
         _ratios(time, lambda row: _scaled(row.median_ms or 0.0, "ms", "s")),
         _ratios(memory, lambda row: _megabytes(row.peak_bytes)),
-        ", ".join(f"{row.provider} {_megabytes(row.saved_bytes)}" for row in memory) or "not measured",
+        ", ".join(f"{row.provider} {_megabytes(row.saved_bytes)}" for row in memory if row.saved_bytes is not None)
+        or "not measured",
     )
 
 

@@ -19,7 +19,8 @@ class Row:
     time over the baseline's in the same round; GB/s and GFLOP/s count the least bytes and FLOPs.
     Memory modes fill `peak_bytes` above what was resident, `ratio_to_baseline` being its ratio: "memory" is one full
     step that accumulates into gradients already there, "memory_with_gradients" one that allocates them.
-    `saved_bytes` is what autograd holds between forward and backward, parameters not counted.
+    `saved_bytes` is what autograd holds between forward and backward, parameters not counted. Of a benchmark with
+    `held`, `peak_bytes` are the bytes that it measures.
     """
 
     op: str

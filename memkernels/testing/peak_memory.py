@@ -54,9 +54,8 @@ def peak_bytes(step: Callable[[], object], *, device: torch.device | str = "cpu"
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_bytes()
     if _reset_high_water_mark():
-        before = _status_bytes("VmRSS")
         step()
         return max(_status_bytes("VmHWM") - before, 0)
     return _peak_above_ballast(step)
@@ -79,6 +78,12 @@ def _reset_high_water_mark() -> bool:
     except OSError:
         return False
     return "VmHWM:" in Path("/proc/self/status").read_text()
+
+
+def resident_bytes() -> int:
+    """Memory of this process, less what its allocator can return; as `peak_bytes`, of use within `run_in_child`."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
 
 
 def _status_bytes(field: str) -> int:

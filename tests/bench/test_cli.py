@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import torch
 
-from memkernels.bench import cli, machine
+from memkernels.bench import cli, machine, report
 from memkernels.bench.results import read
 from memkernels.bench.step import TIME_MODES
 
@@ -77,6 +77,26 @@ def test_a_run_writes_every_mode_of_every_provider(run, tmp_path, monkeypatch):
 def test_memory_alone_compares_providers_that_compute_different_things(run, tmp_path):
     assert run(("eager", "wrong"), modes=()) == 0
     assert {row.mode for row in results(tmp_path)} == {"memory", "memory_with_gradients"}
+
+
+def test_what_a_benchmark_says_that_providers_hold(tmp_path):
+    (tmp_path / "steps").mkdir()
+    source = """
+        import torch
+        from memkernels.bench import Benchmark, Case
+
+        SIZES = {"formula": 10_000_000, "measured": 11_000_000}
+        benchmark = Benchmark(op="total", cases=(Case("one", torch.float32),), providers=tuple(SIZES),
+                              held=lambda case, provider: SIZES[provider], baseline="formula", modes=())
+    """
+    (tmp_path / "steps" / "total.py").write_text(textwrap.dedent(source))
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    assert cli.run(parser.parse_args(["--benchmarks", str(tmp_path)])) == 0
+    rows = {row.provider: row for row in results(tmp_path)}
+    assert [row.mode for row in rows.values()] == ["memory"] * 2
+    assert (rows["measured"].ratio_to_baseline, rows["measured"].peak_bytes) == (1.1, 11_000_000)
+    assert "formula 10 MB, measured 1.10x | not measured |" in report.render(rows.values())
 
 
 def test_no_memory_is_measured_of_what_has_no_backward(run, tmp_path):
