@@ -122,5 +122,7 @@ def _cut(value: Any, first: int, last: int) -> Any:
         return {key: _cut(inner, first, last) for key, inner in value.items()}
     if isinstance(value, (tuple, list)):
         cut = [_cut(inner, first, last) for inner in value]
+        if hasattr(value, "_fields"):  # a named tuple
+            return type(value)(*cut)
         return tuple(cut) if isinstance(value, tuple) else cut
     return value[first:last] if _is_cut(value) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memkernels.microbatch import parts
-from memkernels.optim.agreement import device_of, start, wait_for
+from memkernels.optim.agreement import check_member, device_of, is_out_of_memory, start, wait_for
 from memkernels.testing.peak_memory import peak_bytes
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ def micro_batch(
         TypeError: optimizer is no `ShardedOptimizer`.
         ValueError: the batch is empty, its tensors differ in their leading dimension, it has no targets, `size` or
             `memory_limit` is not positive, the ranks have different sizes, a loss has dimensions, a checkpoint is
-            reentrant, process_group is not the optimizer's, or the parameters have a `ShardedOptimizer` that was not
-            given.
+            reentrant, process_group is not the optimizer's or this rank not in it, the parameters have a
+            `ShardedOptimizer` that was not given, or `step_in_backward` outside of its `accumulate()`.
         RuntimeError: another rank failed, or an optimizer's `no_sync()` is around the call.
         RankFailure: another rank has ended, or did not answer within the group's timeout (`memkernels.optim`).
         torch.OutOfMemoryError, MemoryError or RuntimeError, as it came: a single row or sequence does not fit.
@@ -110,6 +110,8 @@ def micro_batch(
     """
     if process_group is None:
         process_group = getattr(optimizer, "process_group", None)
+    if process_group is not None:
+        check_member(process_group)
     try:
         _check(size, memory_limit, process_group, optimizer)
         cut = parts.split(batch)
@@ -287,7 +289,7 @@ class _Run:
 
     def _outcome(self, error: Exception | None) -> Exception | None:
         """What all ranks come to where this one has met `error`, or nothing."""
-        state = _RIGHT if error is None else _OUT_OF_MEMORY if _is_out_of_memory(error) else _FAILED
+        state = _RIGHT if error is None else _OUT_OF_MEMORY if is_out_of_memory(error) else _FAILED
         worst = state if self.group is None else int(_reduced(state, dist.ReduceOp.MAX, self.group))
         if worst == _FAILED:
             return error if state == _FAILED else RuntimeError("micro_batch: another rank failed.")
@@ -312,6 +314,11 @@ def _leaves(loss: Tensor, within_backward: bool) -> list[Tensor]:
                 "optimizer: expected the ShardedOptimizer of the model, which exchanges gradients within backward."
             )
         if hasattr(node, "variable"):
+            if any(getattr(hook, "steps", False) for hook in _hooks(node.variable)):
+                raise ValueError(
+                    "step: its parameters have optim.step_in_backward, which steps after each part: call micro_batch"
+                    " within accumulate() of what that returned."
+                )
             found.append(node.variable)
         stack += [following for following, _ in node.next_functions]
     return found
@@ -319,15 +326,12 @@ def _leaves(loss: Tensor, within_backward: bool) -> list[Tensor]:
 
 def _is_exchanged(leaf: Tensor) -> bool:
     """Whether a `ShardedOptimizer` sends the gradient to other ranks as soon as backward has it."""
-    hooks = (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()
-    return any(getattr(hook, "exchanging", False) for hook in hooks)
+    return any(getattr(hook, "exchanging", False) for hook in _hooks(leaf))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch's allocator on CPU raises a RuntimeError, which only its words tell from others.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
+def _hooks(leaf: Tensor) -> Iterable[Any]:
+    """What is called when its gradient is complete."""
+    return (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values()
 
 
 def _reduced(value: float, operation: Any, group: dist.ProcessGroup) -> float:

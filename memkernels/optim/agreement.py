@@ -21,13 +21,26 @@ def exchanging() -> Iterator[None]:
     """Has collectives that fail within it raise RankFailure, unless for memory."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise RankFailure(
             "an exchange with the other ranks failed: one of them has ended, or did not answer within the process"
             " group's timeout. What this rank holds may be half of a step: go on from the last checkpoint."
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch's allocator on CPU raises a RuntimeError, which only its words tell from others."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def check_member(group: dist.ProcessGroup) -> None:
+    """Raises ValueError where this rank is not in the group."""
+    if dist.get_rank(group) < 0:
+        raise ValueError("process_group: expected one that this rank is in.")
 
 
 def start(collective: Callable[..., dist.Work], *tensors: Any, **options: Any) -> dist.Work:

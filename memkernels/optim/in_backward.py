@@ -16,6 +16,27 @@ from memkernels.optim.operators import square_sum
 from memkernels.optim.optimizer import LowMemoryOptimizer
 
 
+class _Hook:
+    """What autograd calls with a parameter whose gradient is complete; `micro_batch` knows such a parameter by it.
+
+    It does not keep the stepper alive: Python's collector does not see what autograd's hooks hold.
+    """
+
+    def __init__(self, stepper: StepInBackward, group: int, index: int) -> None:
+        self._stepper, self._group, self._index = weakref.ref(stepper), group, index
+
+    @property
+    def steps(self) -> bool:
+        stepper = self._stepper()
+        return stepper is not None and stepper.steps
+
+    def __call__(self, param: Tensor) -> None:
+        stepper = self._stepper()
+        if stepper is None:
+            raise RuntimeError("step_in_backward: keep what it returned for as long as the model trains.")
+        stepper.on_gradient(self._group, self._index, param)
+
+
 class StepInBackward:
     """What `step_in_backward` returns.
 
@@ -35,10 +56,20 @@ class StepInBackward:
         for number, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
                 if param.requires_grad:
-                    self._handles.append(param.register_post_accumulate_grad_hook(self._hook(number, index)))
+                    self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self, number, index)))
                 index += 1
         if max_norm is not None:
             self._on_gradient = self._refuse
+
+    @property
+    def steps(self) -> bool:
+        """Whether the next backward does more than add to the gradients."""
+        return self._on_gradient is not None
+
+    def on_gradient(self, group: int, index: int, param: Tensor) -> None:
+        """The gradient of a parameter is complete."""
+        if self._on_gradient is not None:
+            self._on_gradient(group, index, param)
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()` with the steps; to be called in its place with `max_norm`, and after `accumulate`."""
@@ -80,18 +111,6 @@ class StepInBackward:
             yield
         finally:
             self._on_gradient = before
-
-    def _hook(self, group: int, index: int) -> Callable[[Tensor], None]:
-        stepper = weakref.ref(self)  # Python's collector does not see what autograd's hooks hold
-
-        def on_gradient(param: Tensor) -> None:
-            alive = stepper()
-            if alive is None:
-                raise RuntimeError("step_in_backward: keep what it returned for as long as the model trains.")
-            if alive._on_gradient is not None:
-                alive._on_gradient(group, index, param)
-
-        return on_gradient
 
     def _step(self, group: int, index: int, param: Tensor) -> None:
         try:

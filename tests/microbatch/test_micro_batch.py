@@ -2,6 +2,7 @@
 
 import os
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memkernels import micro_batch
 from memkernels.microbatch import run
-from memkernels.optim import RankFailure
+from memkernels.optim import SGD, RankFailure, step_in_backward
 
 
 def batch_of(rows=7, seed=0):
@@ -162,6 +163,37 @@ def test_a_stated_budget(monkeypatch):
     assert_same_gradients(model, other)
     with pytest.raises(MemoryError, match="memory_limit: a part took 1048576 bytes, of 1000"):
         micro_batch(step, batch_of(rows=8), memory_limit=1000)  # another limit is tried anew
+
+
+def test_steps_in_backward_are_refused_but_within_accumulate():
+    """They would step after each part."""
+    model, other = model_of(), model_of()
+    stepper = step_in_backward(model, SGD, lr=1.0)
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(ValueError, match=r"call micro_batch within accumulate\(\)"):
+        micro_batch(make_step(model), batch_of(), size=2)
+    assert all(torch.equal(param, value) for param, value in zip(model.parameters(), before, strict=True))
+    with stepper.accumulate():
+        micro_batch(make_step(model), batch_of(), size=2)
+    whole(other, batch_of())
+    assert_same_gradients(model, other)
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_a_named_tuple_is_cut_into_named_tuples():
+    model, other, batch = model_of(), model_of(), batch_of()
+
+    def step(part, targets):
+        return make_step(model)(batch | part._asdict(), targets)
+
+    pair = Pair(batch["x"], batch["labels"])
+    micro_batch(step, pair, size=2, targets=lambda pair: int((pair.labels != -100).sum()))
+    whole(other, batch)
+    assert_same_gradients(model, other)
 
 
 def test_a_small_batch_does_not_cap_a_larger_one():

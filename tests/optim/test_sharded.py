@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
+import memkernels
 from memkernels import optim
 from memkernels.optim.sharded import ShardedOptimizer
 from memkernels.optim.sharded.layout import make_buckets
@@ -220,6 +221,25 @@ def edge_cases():
     assert [kept() for kept in alive] == [None] * 2
     for stage in (1, 2):
         unusual_steps(stage, rank, ranks)
+    others_group(rank)
+
+
+def others_group(rank):
+    """A group of the first two ranks, whose backends are named by devices."""
+    group = dist.new_group([0, 1], backend="cpu:gloo")
+    model = torch.nn.Linear(3, 2)
+    if rank == 2:
+        with pytest.raises(ValueError, match="process_group: expected one that this rank is in"):
+            ShardedOptimizer(model, optim.SGD, process_group=group)
+        with pytest.raises(ValueError, match="process_group: expected one that this rank is in"):
+            memkernels.micro_batch(lambda part, targets: model(part).sum(), torch.ones(2, 3), process_group=group)
+        return
+    optimizer = ShardedOptimizer(model, optim.SGD, process_group=group, lr=1.0)
+    before = model.weight.detach().clone()
+    memkernels.micro_batch(lambda part, targets: model(part).sum() / targets, torch.ones(2, 3), optimizer=optimizer)
+    optimizer.step()
+    optimizer.wait()
+    torch.testing.assert_close(model.weight.detach(), before - 1.0)
 
 
 def unusual_steps(stage, rank, ranks):
@@ -284,10 +304,51 @@ def unusual_steps(stage, rank, ranks):
     optimizer.zero_grad()
     loss_of(alone, 4, 0, 0).backward()
     assert_as_one_process()
+    failed_backward(model, alone, optimizer)
+    assert_as_one_process()
+    not_reached(stage)
     with pytest.raises(RuntimeError, match="groups are added when"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
     with pytest.raises(ValueError, match="max_norm: expected"):
         optimizer.step(max_norm=0.0)
+
+
+def failed_backward(model, alone, optimizer):
+    """Of which some buckets were sent, or none: neither another backward nor a step takes what it left."""
+
+    def fail(_):
+        raise ValueError("a bug")
+
+    for parameter in (model.embed.weight, model.layers[2][2].bias):
+        handle = parameter.register_hook(fail)
+        for then in (lambda: loss_of(model, 6, 0, 0).backward(), optimizer.step):
+            with pytest.raises(ValueError, match="a bug"):
+                loss_of(model, 6, 0, 0).backward()
+            handle.remove()
+            with pytest.raises(RuntimeError, match=r"failed, and left a part .* zero_grad"):
+                then()
+            optimizer.zero_grad()
+            handle = parameter.register_hook(fail)
+        handle.remove()
+    loss_of(model, 7, 0, 0).backward()
+    loss_of(alone, 7, 0, 0).backward()
+    optimizer.step()
+
+
+def not_reached(stage):
+    """Parameters that the optimizer does not have, or no longer."""
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    layers[1].requires_grad_(False)
+    optimizer = ShardedOptimizer(layers, optim.SGD, stage=stage, params=list(layers.parameters()))
+    layers[1].weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"1\.weight: it was frozen when the optimizer was made"):
+        optimizer.step()
+    layers[1].requires_grad_(False)
+    layers.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"0\.bias: its memory is another|0\.weight: its memory is another"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="weight: expected a tensor with values, got one on the meta device"):
+        ShardedOptimizer(torch.nn.Linear(2, 2, device="meta"), optim.SGD, stage=stage)
 
 
 def test_unusual_steps(tmp_path):

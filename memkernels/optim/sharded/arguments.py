@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from memkernels.optim.agreement import check_agreement, start, wait_for
+from memkernels.optim.agreement import check_agreement, check_member, start, wait_for
 from memkernels.optim.local import is_distributed
 from memkernels.optim.optimizer import LowMemoryOptimizer
 
@@ -29,6 +29,7 @@ def group_of(
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed has no process group: call torch.distributed.init_process_group first.")
     group = process_group or dist.distributed_c10d._get_default_group()
+    check_member(group)
     if mesh is None:
         return group, None
     if process_group is not None:
@@ -114,7 +115,11 @@ def whole_optimizer(
             if is_distributed(member) and member.requires_grad:
                 raise TypeError(f"{names[member]}: expected a tensor that is not divided yet, got a DTensor.")
         named.append(group | {"params": [(names[member], member) for member in members]})
-    return optimizer_class(named, **defaults)
+    optimizer = optimizer_class(named, **defaults)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"{name}: expected a tensor with values, got one on the meta device.")
+    return optimizer
 
 
 def describe(model: torch.nn.Module, optimizer: LowMemoryOptimizer) -> list[str]:

@@ -154,6 +154,9 @@ class FullyShardedOptimizer(ShardedOptimizer):
                 "gradients of no_sync() were not exchanged: at stage 3 the last part of a batch runs outside of it."
             )
 
+    def _check_parameters(self) -> None:
+        """Nothing: FSDP2 has all of them, and checks them itself."""
+
     def _norm_of_sums(self) -> Tensor:
         self._check_synced()
         with exchanging():

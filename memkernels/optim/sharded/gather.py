@@ -58,6 +58,17 @@ class Gatherer:
             for work in self._works.pop(i, ()):
                 wait_for(work)
 
+    def check_places(self) -> None:
+        """Raises RuntimeError where a parameter has other memory than its bucket's, which new values come into."""
+        for bucket, values in zip(self._buckets, self._values, strict=True):
+            for piece in bucket.pieces:
+                place = values.data_ptr() + piece.start * values.element_size()
+                if piece.parameter.numel() and piece.parameter.data_ptr() != place:
+                    raise RuntimeError(
+                        f"{piece.name}: its memory is another than when the optimizer was made, so that no step reaches"
+                        " it: move, convert or assign parameters before, or make the optimizer anew."
+                    )
+
     def is_coming(self, bucket: int) -> bool:
         """Whether nobody has waited for a bucket yet."""
         return bucket in self._works

@@ -252,11 +252,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: torch's GradScaler called it, which would have each rank judge its own gradients.
             ValueError: max_norm or loss_scale is not positive.
+            RuntimeError: a parameter was frozen when the optimizer was made, or has other memory since.
             OSError: with offload, of this rank's disk; ValueError where it is another's. As `offload_states` has it,
                 parameters have made the step in part: go on from the last checkpoint.
             RankFailure: another rank has ended.
         """
         check_step(max_norm, loss_scale)
+        self._check_parameters()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -305,6 +307,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._multiply_gradients(factor)
         self._judged = True
         return finite
+
+    def _check_parameters(self) -> None:
+        for name, parameter, place in self._named():
+            if parameter.requires_grad and place not in self._parts:
+                raise RuntimeError(f"{name}: it was frozen when the optimizer was made, which has no part of it.")
+        self._gatherer.check_places()
 
     def _scale_of_scaler(self) -> float:
         """What a scaler says that the loss was multiplied by."""

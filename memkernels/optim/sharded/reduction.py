@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ from memkernels.optim.buckets import EXCHANGES_AT_ONCE
 from memkernels.optim.sharded.gather import Gatherer
 from memkernels.optim.sharded.gradients import Buffers, Gradients
 from memkernels.optim.sharded.layout import Bucket
+
+
+_FAILED = "a backward since the last step failed, and left a part of its gradients: call zero_grad() of the optimizer."
 
 
 class _InFlight(NamedTuple):
@@ -92,8 +96,11 @@ class Reducer:
     @torch.no_grad()
     def finish(self) -> bool:
         """Until every gradient is in the sums: exchanges what was not, and waits. Returns whether they are new."""
-        if self._unsent:
+        failed = self._has_failed()
+        if self._unsent or failed:
             self.end_backward()
+        if failed:
+            raise RuntimeError(_FAILED)
         new, self._new = self._new, False
         return new
 
@@ -111,7 +118,8 @@ class Reducer:
     @torch.no_grad()
     def keep(self) -> Kept | None:
         """What `restore` takes, once every gradient is in the sums; None for none, on every rank or on no one."""
-        unsent = torch.tensor(float(self._unsent and bool(self.present)), device=device_of(self._group))
+        left = self._in_backward or (self._unsent and bool(self.present))
+        unsent = torch.tensor(float(left), device=device_of(self._group))
         wait_for(start(dist.all_reduce, unsent, group=self._group))
         if unsent.item() > 0:
             self.end_backward()
@@ -129,6 +137,7 @@ class Reducer:
     def _begin(self) -> None:
         """Nothing of a backward's gradients was sent."""
         self._next, self._in_backward = 0, False
+        self._ending: Callable[[], object] = lambda: None
         self._missing = [{piece.place for piece in bucket.pieces} for bucket in self._buckets]
 
     @torch.no_grad()
@@ -143,17 +152,25 @@ class Reducer:
         self.present.add(piece.place)
         if not self.exchanging:
             return
+        if self._has_failed():
+            raise RuntimeError(_FAILED)
         if i < self._next:
             raise RuntimeError(
                 f"{piece.name} got a gradient twice in one backward: checkpoint activations with use_reentrant=False."
             )
         if not self._in_backward:
             self._in_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+            ending = functools.partial(self.end_backward)
+            self._ending = weakref.ref(ending)
+            torch.autograd.Variable._execution_engine.queue_callback(ending)
         self.gradients.take(i, piece)
         self._missing[i].discard(piece.place)
         while self._next < len(self._buckets) and not self._missing[self._next]:
             self._send()
+
+    def _has_failed(self) -> bool:
+        """Whether a backward ended without `end_backward`: autograd has dropped what it was to call then."""
+        return self._in_backward and self._ending() is None
 
     @torch.no_grad()
     def end_backward(self) -> None:
