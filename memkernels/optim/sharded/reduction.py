@@ -13,14 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memkernels.optim.agreement import device_of, start, wait_for
+from memkernels.optim.agreement import RankFailure, device_of, start, wait_for
 from memkernels.optim.buckets import EXCHANGES_AT_ONCE
 from memkernels.optim.sharded.gather import Gatherer
 from memkernels.optim.sharded.gradients import Buffers, Gradients
 from memkernels.optim.sharded.layout import Bucket
-
-
-_FAILED = "a backward since the last step failed, and left a part of its gradients: call zero_grad() of the optimizer."
 
 
 class _InFlight(NamedTuple):
@@ -77,6 +74,8 @@ class Reducer:
         # Whether backward exchanges, and how many did.
         self.exchanging, self.backwards = True, 0
         self._in_flight: deque[_InFlight] = deque()
+        # What is said once an exchange has failed: half of it may have been taken.
+        self._lost: str | None = None
         # Whether there may be gradients that were not sent, sums of a backward since `finish`, and sums at all.
         self._unsent, self._new, self._summed = True, False, False
         self._begin()
@@ -96,11 +95,9 @@ class Reducer:
     @torch.no_grad()
     def finish(self) -> bool:
         """Until every gradient is in the sums: exchanges what was not, and waits. Returns whether they are new."""
-        failed = self._has_failed()
-        if self._unsent or failed:
+        self._check()
+        if self._unsent:
             self.end_backward()
-        if failed:
-            raise RuntimeError(_FAILED)
         new, self._new = self._new, False
         return new
 
@@ -152,8 +149,7 @@ class Reducer:
         self.present.add(piece.place)
         if not self.exchanging:
             return
-        if self._has_failed():
-            raise RuntimeError(_FAILED)
+        self._check()
         if i < self._next:
             raise RuntimeError(
                 f"{piece.name} got a gradient twice in one backward: checkpoint activations with use_reentrant=False."
@@ -168,9 +164,15 @@ class Reducer:
         while self._next < len(self._buckets) and not self._missing[self._next]:
             self._send()
 
-    def _has_failed(self) -> bool:
-        """Whether a backward ended without `end_backward`: autograd has dropped what it was to call then."""
-        return self._in_backward and self._ending() is None
+    def _check(self) -> None:
+        """Raises where an exchange has failed, or a backward: autograd has dropped what it was to call at its end."""
+        if self._lost is not None:
+            raise RankFailure(self._lost)
+        if self._in_backward and self._ending() is None:
+            raise RuntimeError(
+                "a backward since the last step failed, and left a part of its gradients: call zero_grad() of the"
+                " optimizer."
+            )
 
     @torch.no_grad()
     def end_backward(self) -> None:
@@ -178,6 +180,8 @@ class Reducer:
 
         A rank whose backward failed, or did not begin, calls it too: the others wait for its part.
         """
+        if self._lost is not None:
+            raise RankFailure(self._lost)
         while self._next < len(self._buckets):
             for piece in self._buckets[self._next].pieces:
                 if piece.place in self._missing[self._next]:
@@ -201,15 +205,25 @@ class Reducer:
                 self._receive()
             received = self._buffers.borrow(self._buckets[i].size, self.gradients.wire[i])
             sent = self.gradients.to_send(i)
-            work = start(dist.all_to_all_single, received, sent, group=self._group)
+            with self._noting():
+                work = start(dist.all_to_all_single, received, sent, group=self._group)
             self._in_flight.append(_InFlight(i, sent, received, work))
         self._next += 1
         self._new = self._summed = True
 
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except RankFailure as failure:
+            self._lost = str(failure)
+            raise
+
     def _receive(self) -> None:
         """Adds up what the oldest exchange brings."""
         i, sent, received, work = self._in_flight.popleft()
-        wait_for(work)
+        with self._noting():
+            wait_for(work)
         self.gradients.store(i, received.view(self._ranks, -1))
         self.gradients.sent(i, sent)
         self._buffers.give_back(received)
