@@ -196,7 +196,7 @@ def test_every_storage_gives_the_bits_of_one_process(tmp_path):
     run_ranks(every_storage, 4, tmp_path, seconds=120)
 
 
-def edge_cases():
+def edge_cases(folder):
     rank, ranks = dist.get_rank(), dist.get_world_size()
     # Smaller than a block: all but the first rank have nothing, and still step.
     model = torch.nn.Linear(3, 2)
@@ -222,11 +222,31 @@ def edge_cases():
     for stage in (1, 2):
         unusual_steps(stage, rank, ranks)
     others_group(rank)
+    if not torch.cuda.is_available():
+        unnamed_backend(folder, rank, ranks)
+
+
+def unnamed_backend(folder, rank, ranks):
+    """torch takes what fits the machine."""
+    dist.destroy_process_group()
+    dist.init_process_group(init_method=f"file://{folder}/unnamed", rank=rank, world_size=ranks)
+    for stage in (1, 3):
+        model = torch.nn.Linear(3, 2)
+        optimizer = ShardedOptimizer(model, optim.SGD, stage=stage, lr=1.0)
+        before = full(model.weight)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.wait()
+        torch.testing.assert_close(full(model.weight), before - 1.0)
+
+
+def full(parameter):
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach().clone()
 
 
 def others_group(rank):
-    """A group of the first two ranks, whose backends are named by devices."""
-    group = dist.new_group([0, 1], backend="cpu:gloo")
+    """A group of the first two ranks."""
+    group = dist.new_group([0, 1])
     model = torch.nn.Linear(3, 2)
     if rank == 2:
         with pytest.raises(ValueError, match="process_group: expected one that this rank is in"):
@@ -352,7 +372,7 @@ def not_reached(stage):
 
 
 def test_unusual_steps(tmp_path):
-    run_ranks(edge_cases, 3, tmp_path, seconds=120)
+    run_ranks(edge_cases, 3, tmp_path, tmp_path, seconds=120)
 
 
 def every_error():

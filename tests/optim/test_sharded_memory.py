@@ -35,4 +35,5 @@ def test_a_rank_holds_what_the_formulas_say(label):
     ]
     summed = 4 * ELEMENTS // ranks  # in float32, and let go
     assert buckets == planned[0] - (summed if sent != of_one else 0)
-    assert abs(peak / (formula + planned[1]) - 1) < 0.03
+    # Autograd has a layer's gradient until what is called with it returns.
+    assert abs(peak / (formula + planned[1] + of_one * ELEMENTS) - 1) < 0.03
