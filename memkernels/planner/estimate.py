@@ -81,10 +81,11 @@ def estimate(
         plain: the same with recompute="none" and without offload.
         batch: rows of a step, on each rank.
         on_host: whether the memory that is planned is the host's, where offload's staging blocks are.
-        sent_itemsize: of an element of a gradient on its way between ranks; that of the parameters by default.
+        sent_itemsize: of an element of a gradient on its way between ranks, from stage 1 on; that of the parameters by
+            default.
     """
     stage, parts = technique.stage, math.ceil(batch / technique.micro_batch)
-    sent = sent_itemsize or sizes.itemsize
+    sent = sent_itemsize if stage and sent_itemsize else sizes.itemsize
     of_buckets = 0
     if stage in (1, 2):
         of_buckets = bytes_exchanged(

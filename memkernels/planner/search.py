@@ -118,7 +118,8 @@ def plan(
         dtype: of the parameters, bfloat16 or float32; adapters are float32.
         optimizer: adamw, lion or sgd, with momentum.
         rounding: of bfloat16 parameters, as the optimizers take it.
-        reduce_dtype: of gradients on their way between ranks, bfloat16 or float32; the parameters' by default.
+        reduce_dtype: of gradients on their way between ranks, as `ShardedOptimizer` takes it, bfloat16 or float32; the
+            parameters' by default.
         recompute: "none", "sublayer" or "layer", as `memkernels.patch` takes it, or "transformers": not patched.
         offload: "none" or "disk", of activations.
         stage: of ZeRO, 0 to 3.

@@ -212,15 +212,18 @@ def test_one_rank_sends_nothing():
 
 def test_gradients_sent_in_float32_take_twice_the_bytes(config):
     options = {"memory": "1GB", "seq": 64, "ranks": 2, "recompute": "layer", "offload": "none", "state_bits": 32}
-    found = [
-        memkernels.plan(config, stage=stage, step_in_backward=False, reduce_dtype=sent, **options).estimates[0]
-        for stage in (1, 2, 3)
+    plain, same, wide = (
+        {
+            of.technique.stage: of
+            for of in memkernels.plan(config, step_in_backward=False, reduce_dtype=sent, **options).estimates
+        }
         for sent in (None, "bfloat16", "float32")
-    ]
-    for plain, same, wide in zip(found[::3], found[1::3], found[2::3], strict=True):
-        assert plain == same and wide.parts["buffers"] > plain.parts["buffers"]
-        # Half of them goes to the other rank.
-        assert wide.sent_bytes - plain.sent_bytes == found[0].parts["gradients"] // 2
+    )
+    assert plain == same and wide[0] == plain[0]
+    for stage in (1, 2, 3):
+        assert wide[stage].parts["buffers"] > plain[stage].parts["buffers"]
+        # Half of the gradients goes to the other rank.
+        assert wide[stage].sent_bytes - plain[stage].sent_bytes == plain[1].parts["gradients"] // 2
 
 
 def test_stage_three_has_whole_gradients_and_copies_that_are_sent():
