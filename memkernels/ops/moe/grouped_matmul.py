@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import has_kernel
+from memkernels.ops.autocast import product_dtype
 from memkernels.ops.gradient_sum import gradient_sums, results
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.dispatch import check_grouped
@@ -13,6 +14,7 @@ from memkernels.ops.moe.plan import DispatchPlan
 from memkernels.ops.moe.projection import Groups
 from memkernels.ops.moe.weights import (
     ExpertsWeight,
+    as_product_weights,
     check_expert_weights,
     dense_of,
     projection_of,
@@ -48,7 +50,8 @@ class _GroupedMatmul(torch.autograd.Function):
 def grouped_matmul(x_grouped: Tensor, weights: ExpertsWeight, plan: DispatchPlan, *, backend: str = "auto") -> Tensor:
     """Multiplies each expert's rows by its weight, with no padding of groups to a capacity.
 
-    y[r] = x_grouped[r] weights[e]^T for the rows r of expert e.
+    y[r] = x_grouped[r] weights[e]^T for the rows r of expert e. Under autocast both are cast as
+    `torch.nn.functional.linear` casts them.
 
     Args:
         x_grouped: (R, in); float32, bfloat16 or float16 (float64 is computed by the reference).
@@ -62,7 +65,7 @@ def grouped_matmul(x_grouped: Tensor, weights: ExpertsWeight, plan: DispatchPlan
             for dense weights alone.
 
     Returns:
-        y, (R, out); rows that belong to no expert are zero.
+        y, (R, out), of x_grouped's dtype (under autocast, of autocast's); rows that belong to no expert are zero.
 
     Raises:
         TypeError: a dtype other than those above, or that of weights is not x_grouped's.
@@ -71,12 +74,13 @@ def grouped_matmul(x_grouped: Tensor, weights: ExpertsWeight, plan: DispatchPlan
     Saved for backward: x_grouped where weights need a gradient; weights, as they are stored, and offsets.
     """
     check_grouped("x_grouped", x_grouped, plan)
-    like = stand_in("weights", weights)
-    check_expert_weights("weights", like, "x_grouped", x_grouped, plan)
-    if like.dtype != x_grouped.dtype:
-        raise TypeError(f"weights: expected {x_grouped.dtype}, as x_grouped, got {like.dtype}.")
+    check_expert_weights("weights", stand_in("weights", weights), "x_grouped", x_grouped, plan)
+    dtype = product_dtype(x_grouped)
+    (weights,) = as_product_weights(x_grouped, dtype, weights=weights).values()
+    x_grouped = x_grouped.to(dtype)
     backend = select_backend(backend, x_grouped, weights)
     if not has_kernel("moe_dispatch", x_grouped):
-        return reference.grouped_matmul(x_grouped, dense_of(weights), plan.offsets)
+        with torch.autocast(x_grouped.device.type, enabled=False):
+            return reference.grouped_matmul(x_grouped, dense_of(weights), plan.offsets)
     projection = projection_of(weights, backend)
     return _GroupedMatmul.apply(projection.description, x_grouped, plan.offsets, *projection.tensors)

@@ -69,7 +69,8 @@ def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = Non
     Transformers, arXiv 2101.03961, section 2.2, and GShard, arXiv 2006.16668, drop in the order of tokens too).
 
     Args:
-        expert_ids: (T, k), int64 or int32, 0 to num_experts; num_experts itself means nowhere.
+        expert_ids: (T, k), int64 or int32, 0 to num_experts; num_experts itself means nowhere. k may pass num_experts
+            where these are the part of the experts that is here.
         num_experts: E, at least 1.
         capacity: the most rows an expert takes, at least 1; None: all of them (dropless).
 
@@ -85,8 +86,6 @@ def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = Non
         raise ValueError(f"expert_ids: expected shape (T, k) with k at least 1, got {tuple(expert_ids.shape)}.")
     if num_experts < 1:
         raise ValueError(f"num_experts: expected at least 1, got {num_experts}.")
-    if expert_ids.shape[1] > num_experts:
-        raise ValueError(f"expert_ids: expected k of at most num_experts = {num_experts}, got {expert_ids.shape[1]}.")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity: expected at least 1 or None, got {capacity}.")
     pairs = expert_ids.numel()
