@@ -1,11 +1,15 @@
-"""The experts of a mixture: modules of 3-D weights, called with tokens, the experts of each and their weights."""
+"""The experts of a mixture: modules of 3-D weights, called with tokens, the experts of each and their weights.
+
+Importing this puts "memkernels" among transformers' experts implementations: any model whose experts go by that table
+takes `experts_implementation="memkernels"`, in from_pretrained or in set_experts_implementation, without `patch`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from transformers.integrations.moe import _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from memkernels import ops
 from memkernels.integrations.mlp import activation_name
@@ -36,6 +40,28 @@ def experts_forward(
     """`ops.moe_mlp`; transformers' own where a weight is not a plain one."""
     if _why_not(experts) is not None:
         return type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
+    return _moe_mlp(experts, hidden_states, top_k_index, top_k_weights, activation, recompute)
+
+
+def experts_implementation(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What the table has under "memkernels": `ops.moe_mlp`, which keeps its input and the routing.
+
+    Raises:
+        ValueError: experts that it cannot compute.
+    """
+    left = _why_not(experts)
+    if left is not None:
+        raise ValueError(f"experts_implementation: memkernels does not compute {type(experts).__name__}: {left}.")
+    activation = activation_name(experts.act_fn) or ""
+    return _moe_mlp(experts, hidden_states, top_k_index, top_k_weights, activation, recompute=True)
+
+
+ALL_EXPERTS_FUNCTIONS.register("memkernels", experts_implementation)
+
+
+def _moe_mlp(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, activation: str, recompute: bool
+) -> Tensor:
     y = ops.moe_mlp(
         hidden_states, top_k_index, top_k_weights, *_weights(experts), activation=activation, recompute=recompute
     )
@@ -44,12 +70,12 @@ def experts_forward(
 
 def _why_not(experts: Any) -> str | None:
     """Why `ops.moe_mlp` cannot compute the experts; None where it can."""
-    if activation_name(experts.act_fn) is None or has_hooks(experts.act_fn):
-        return f"memkernels has no activation {type(experts.act_fn).__name__}, or it has a hook"
     if experts.has_bias or experts.is_transposed or not experts.is_concatenated or experts.has_post_expert_norm:
         return "experts with biases, norms or weights of another layout"
-    if type(experts)._apply_gate is not _default_apply_gate:
+    if experts.has_gate and type(experts)._apply_gate is not _default_apply_gate:
         return "experts with a gate of their own"
+    if activation_name(experts.act_fn) is None or has_hooks(experts.act_fn):
+        return f"memkernels has no activation {type(experts.act_fn).__name__}, or it has a hook"
     for given in _weights(experts):
         weight = given.weight if isinstance(given, ops.ExpertsLoRAWeight) else given
         if type(weight) not in PLAIN_TENSORS and not isinstance(weight, QuantizedTensor):
@@ -58,7 +84,7 @@ def _why_not(experts: Any) -> str | None:
 
 
 def _weights(experts: Any) -> list[ExpertsWeight]:
-    return [_weight(experts, name) for name in ("gate_up_proj", "down_proj")]
+    return [_weight(experts, name) for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")]
 
 
 def _weight(experts: Any, name: str) -> ExpertsWeight:

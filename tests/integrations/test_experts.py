@@ -1,12 +1,15 @@
 """Mixtures of experts, patched: what the unpatched models compute, the routers' loss included."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 from compilers import on_every_compiler
 from training_step import exact_step, train_step
 
 import memkernels
-from memkernels.testing import assert_within_factor_two, saved_bytes
+from memkernels.testing import assert_within_factor_two, random_tensor, saved_bytes
 
 FAMILIES = {
     "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
@@ -83,6 +86,70 @@ def test_the_routers_loss_is_added_without_logits(make, make_batch, family, padd
     assert outputs.logits is None
     torch.testing.assert_close(outputs.aux_loss, expected.aux_loss)
     assert_same(train_step(model, batch), exact, plain)
+
+
+@pytest.fixture
+def implementation():
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install memkernels[hf]")
+    from memkernels.integrations import experts
+
+    return experts
+
+
+def test_the_experts_implementation_of_transformers(implementation, make, make_batch):
+    batch, model = make_batch(), make("Mixtral", experts_implementation="memkernels")
+    plain, exact = train_step(make("Mixtral"), batch), exact_step(make("Mixtral"), batch)
+    with mock.patch.object(memkernels.ops, "moe_mlp", wraps=memkernels.ops.moe_mlp) as called:
+        actual = train_step(model, batch)
+        assert called.called
+    assert_same(actual, exact, plain)
+    model.set_experts_implementation("eager")
+    assert torch.equal(train_step(model, batch)["loss"], plain["loss"])
+
+
+def step_of_experts(experts, implementation, ids, dtype=torch.float32):
+    """y and gradients of x, the choices' weights and the experts' parameters."""
+    experts.to(dtype).config._experts_implementation = implementation
+    x = random_tensor(11, 16, dtype=torch.float32, seed=1).to(dtype)
+    weights = random_tensor(*ids.shape, dtype=torch.float32, seed=2).to(dtype).masked_fill(ids == 4, 0.0)
+    y = experts(x, ids, weights)
+    leaves = x, weights, *experts.parameters()
+    return [y, *torch.autograd.grad(y, leaves, torch.cos(torch.arange(y.numel(), dtype=dtype)).view_as(y))]
+
+
+def make_experts(kind, gate_up):
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    config = SimpleNamespace(
+        hidden_size=16, num_local_experts=4, intermediate_size=12, hidden_act="silu", n_routed_experts=4,
+        moe_intermediate_size=12, moe_latent_size=None, mlp_hidden_act="relu2",
+    )  # fmt: skip
+    experts = {"gated": MixtralExperts, "ungated": NemotronHExperts}[kind](config)
+    for seed, parameter in enumerate(experts.parameters()):
+        parameter.data.copy_(random_tensor(*parameter.shape, dtype=torch.float32, seed=seed, scale=0.3).detach())
+    assert hasattr(experts, gate_up)
+    return experts
+
+
+@pytest.mark.parametrize(("kind", "gate_up"), [("gated", "gate_up_proj"), ("ungated", "up_proj")])
+def test_more_choices_than_experts_are_here(implementation, kind, gate_up):
+    """Under expert parallelism a rank has a part of the experts; choices of others are marked by their number."""
+    ids = torch.rand(11, 16, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :8]
+    ids = ids.clamp(max=4) if kind == "gated" else ids % 4  # the ungated ones' own forward knows no such mark
+    experts = make_experts(kind, gate_up)
+    exact = step_of_experts(experts, "eager", ids, torch.float64)
+    experts = make_experts(kind, gate_up)
+    plain, actual = (step_of_experts(experts, name, ids) for name in ("eager", "memkernels"))
+    names = ("y", "x", "weights", gate_up, "down_proj")
+    for name, *values in zip(names, actual, exact, plain, strict=True):
+        assert_within_factor_two(name, *values)
+
+
+def test_experts_that_the_implementation_cannot_compute_are_named(implementation, make_model, make_batch):
+    model = make_model("GptOss", experts_implementation="memkernels")
+    with pytest.raises(ValueError, match="experts_implementation: memkernels does not compute GptOssExperts: experts"):
+        model(**make_batch())
 
 
 @every_family
