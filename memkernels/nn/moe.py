@@ -192,7 +192,8 @@ class MoE(torch.nn.Module):
 
         Raises:
             TypeError, ValueError: as the router and `ops.moe_mlp`: a dtype, shape or device that does not fit.
-            RuntimeError: with `expert_mesh`, on the other ranks where one rank's router or arguments raise.
+            RuntimeError: NaN among the router's logits; with `expert_mesh`, on the other ranks where one rank's router,
+                arguments, experts or `shared` raise.
         """
         rows = x.reshape(-1, x.shape[-1])
         mask = None if padding_mask is None else padding_mask.reshape(-1)
@@ -208,9 +209,9 @@ class MoE(torch.nn.Module):
         group = self.expert_mesh.get_group()
         with failing_together(group, self.router.num_experts, weights[0].device):
             routing = self.router(rows, mask)
-        finish = start_moe_mlp(rows, routing.plan, routing.expert_weights, *weights, group, **options)
-        shared = None if self.shared is None else self.shared(x)
-        y = finish().view(x.shape)
+        pending = start_moe_mlp(rows, routing.plan, routing.expert_weights, *weights, group, **options)
+        shared = None if self.shared is None else pending.beside(self.shared, x)
+        y = pending.finish().view(x.shape)
         return y if shared is None else y + shared, routing
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

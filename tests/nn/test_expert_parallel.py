@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 
 from memkernels import nn, ops
+from memkernels.ops.moe import parallel
 from memkernels.ops.moe.exchange import InFlight
 from memkernels.ops.moe.parallel import start_moe_mlp
 from memkernels.testing import assert_within_factor_two, poisoned_memory, random_tensor, saved_bytes
@@ -63,7 +64,7 @@ def bit_for_bit(mesh, dtype, gated, recompute, experts, capacity, autocast=False
         expected = ops.moe_mlp(expert_ids=ids.masked_fill(dropped, E), **whole, recompute=recompute)
     with poisoned_memory():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = start_moe_mlp(plan=plan, group=mesh.get_group(), **own, recompute=recompute)()
+            y = start_moe_mlp(plan=plan, group=mesh.get_group(), **own, recompute=recompute).finish()
         actual = gradients_of(y, part(mesh, dy, sizes), tuple(own.values()))
     assert y.dtype == (torch.bfloat16 if autocast else dtype) and torch.equal(y, part(mesh, expected, sizes))
     for name, grad in gradients_of(expected, dy, tuple(whole.values())).items():
@@ -215,6 +216,23 @@ def ranks_that_differ_are_told_all(mesh):
         with pytest.raises((ValueError, TypeError) if rank == 1 else RuntimeError, match=told):
             layer(wrong if rank == 1 else x)
     layer(x)[0].sum().backward()  # nothing is left over of what failed
+    layer.recompute = rank % 2 == 0
+    with pytest.raises(ValueError, match="recompute: the ranks of expert_mesh differ in its value: True, False"):
+        layer(x)
+
+
+def what_fails_after_the_exchange_fails_on_all(mesh):
+    """In the shared experts, or in the rank's own: then the others get what they wait for first."""
+    layer, x = make_layer(nn.TopKRouter, mesh), draw("x", 4, D).requires_grad_()
+    fails = mock.Mock(side_effect=MemoryError("no memory for it"))
+    for broken in (mock.patch.object(layer.shared, "forward", fails), mock.patch.object(parallel, "moe_mlp", fails)):
+        if mesh.get_local_rank() == 1:
+            with broken, pytest.raises(MemoryError, match="no memory for it"):
+                layer(x)
+        else:
+            with pytest.raises(RuntimeError, match="expert_mesh: another rank failed beside the exchange"):
+                layer(x)
+    layer(x)[0].sum().backward()
 
 
 def shared_experts_run_beside_the_exchange(mesh):
@@ -235,7 +253,7 @@ def shared_experts_run_beside_the_exchange(mesh):
     ):
         layer.shared.register_full_backward_hook(lambda *_: events.append("shared backward"))
         y, _ = layer(draw("x", 9, D).requires_grad_())
-        assert events == ["start", "start", "start", "wait", "wait", "start", "shared", "wait"]
+        assert events == ["start", "start", "start", "wait", "wait", "start", "shared", "wait", "wait"]
         events.clear()
         y.sum().backward()
         assert events == ["start", "start", "shared backward", "wait", "wait", "start", "start", "wait", "wait"]
@@ -251,7 +269,7 @@ def what_is_kept(mesh):
     for recompute in (True, False):
 
         def forward(recompute=recompute):
-            y = start_moe_mlp(x, plan, weights, w_gate_up, w_down, mesh.get_group(), recompute=recompute)()
+            y = start_moe_mlp(x, plan, weights, w_gate_up, w_down, mesh.get_group(), recompute=recompute).finish()
             time.sleep(0.2)  # gloo's threads let go of what they sent a moment after it arrived
             return y
 
@@ -276,6 +294,7 @@ def all_cases(folder):
     checkpointing_sends_again(mesh)
     state_dict_loads_on_any_number_of_ranks(mesh, folder)
     ranks_that_differ_are_told_all(mesh)
+    what_fails_after_the_exchange_fails_on_all(mesh)
     shared_experts_run_beside_the_exchange(mesh)
     what_is_kept(mesh)
 

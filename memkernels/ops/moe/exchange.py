@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# What each rank tells every other before a call's rows, besides how many there are for each expert.
+# What each rank tells every other before a call's rows, besides how many there are for each expert: the argument, and
+# what of it.
 FIELDS = (
-    "its dtype", "whether it needs a gradient", "whether expert_weights need a gradient",
-    "whether w_gate_up needs a gradient", "whether w_down needs a gradient",
+    ("x", "its dtype"), ("x", "whether it needs a gradient"), ("expert_weights", "whether they need a gradient"),
+    ("w_gate_up", "whether it needs a gradient"), ("w_down", "whether it needs a gradient"),
+    ("recompute", "its value"),
 )  # fmt: skip
 
 
@@ -87,11 +89,11 @@ def agree(group: dist.ProcessGroup, counts: Tensor, fields: Sequence[object]) ->
     failed = [rank for rank, header in enumerate(received) if header[0]]
     if failed:
         raise RuntimeError(f"expert_mesh: rank {failed[0]} failed before the exchange; its own error says why.")
-    for place, name in enumerate(FIELDS, 1):
+    for place, (argument, of_it) in enumerate(FIELDS, 1):
         values = [header[place] for header in received]
         if len(set(values)) > 1:
             told = ", ".join(str(_decoded(value)) for value in values)
-            raise ValueError(f"x: the ranks of expert_mesh differ in {name}: {told}.")
+            raise ValueError(f"{argument}: the ranks of expert_mesh differ in {of_it}: {told}.")
     rows_sent, rows_received = ([header[1 + len(FIELDS) :] for header in headers] for headers in (sent, received))
     rows = torch.tensor(rows_received)
     experts = torch.arange(rows.shape[1]).repeat(rows.shape[0]).repeat_interleave(rows.flatten())
@@ -108,6 +110,13 @@ def failing_together(group: dist.ProcessGroup, num_experts: int, device: torch.d
         counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
         _exchange_headers(group, counts, [1, *(0 for _ in FIELDS)])
         raise
+
+
+def tell(group: dist.ProcessGroup, device: torch.device, *, failed: bool) -> InFlight:
+    """Whether this rank failed after `agree`, to every rank: ends in (ranks,), uint8, 1 for those that did."""
+    own = torch.full((1,), failed, dtype=torch.uint8, device=device)
+    flags = own.new_empty(dist.get_world_size(group))
+    return InFlight(flags, own, dist.all_gather_into_tensor(flags, own, group=group, async_op=True))
 
 
 def _exchange_headers(

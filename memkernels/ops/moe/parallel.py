@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.compiler.disable, which imports the compiler at once
 
-from memkernels.ops.autocast import as_product_dtype, product_dtype
+from memkernels.ops.autocast import as_product_dtype, check_product_dtype, product_dtype
 from memkernels.ops.checks import check_shape
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.moe.dispatch import check_tokens, check_weights, dispatch_rows, moe_combine
-from memkernels.ops.moe.exchange import Exchange, InFlight, agree, failing_together
+from memkernels.ops.moe.exchange import Exchange, InFlight, agree, failing_together, tell
 from memkernels.ops.moe.op import moe_mlp
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
 from memkernels.ops.once_differentiable import once_differentiable
+
+Result = TypeVar("Result")
 
 
 class _Journey:
@@ -26,6 +28,8 @@ class _Journey:
 
     def __init__(self, exchange: Exchange):
         self.exchange = exchange
+        self.received: InFlight | None = None
+        self.received_weights: InFlight | None = None
         self.y: InFlight | None = None
         self.dy: InFlight | None = None
         self.x: InFlight | None = None
@@ -54,13 +58,14 @@ class _WeightsOfRows(torch.autograd.Function):
 
 
 class _ToExperts(torch.autograd.Function):
-    """The grouped rows and their weights, exchanged; saves nothing."""
+    """The grouped rows and their weights, on their way to the experts, which wait for them. Saves nothing."""
 
     @staticmethod
     def forward(ctx, journey, x_grouped, row_weight):
         ctx.journey, ctx.rows = journey, x_grouped.shape[0]
-        x, weights = (journey.exchange.to_experts(rows) for rows in (x_grouped, row_weight))
-        return x.wait(), weights.wait()
+        journey.received = journey.exchange.to_experts(x_grouped)
+        journey.received_weights = journey.exchange.to_experts(row_weight)
+        return journey.received.rows, journey.received_weights.rows
 
     @staticmethod
     @once_differentiable
@@ -124,6 +129,38 @@ class _SentAgain(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(pack, unpack)
 
 
+class PendingMoE:
+    """A call whose results are on their way back from the experts."""
+
+    def __init__(self, journey: _Journey, y_grouped: Tensor, x: Tensor | None, plan: DispatchPlan):
+        self.journey = journey
+        self.y_grouped = y_grouped
+        self.x = x
+        self.plan = plan
+
+    def beside(self, work: Callable[..., Result], *arguments: Tensor) -> Result:
+        """work(*arguments) beside the exchange. What raises within raises here, and on the other ranks in `finish`."""
+        try:
+            return work(*arguments)
+        except Exception:
+            self.journey.take("y")
+            tell(self.journey.exchange.group, self.y_grouped.device, failed=True).wait()
+            raise
+
+    @_disable_dynamo
+    def finish(self) -> Tensor:
+        """Waits for the experts' results and combines them: y, (T, d). To be called once.
+
+        Raises:
+            RuntimeError: another rank failed in its experts or in `beside`; on a GPU a device-side assertion.
+        """
+        failed = tell(self.journey.exchange.group, self.y_grouped.device, failed=False).wait()
+        torch._assert_async(
+            (failed == 0).all(), "expert_mesh: another rank failed beside the exchange; its own error says why."
+        )
+        return _Combine.apply(self.journey, self.y_grouped, self.x, *self.plan)
+
+
 @_disable_dynamo
 def start_moe_mlp(
     x: Tensor,
@@ -136,7 +173,7 @@ def start_moe_mlp(
     activation: str = "silu",
     dropout_p: float = 0.0,
     recompute: bool = True,
-) -> Callable[[], Tensor]:
+) -> PendingMoE:
     """`ops.moe_mlp` with the experts on the ranks of a group, each rank with tokens of its own.
 
     Each rank sends its tokens' rows and their weights to the ranks of their experts, computes its own experts by
@@ -159,13 +196,15 @@ def start_moe_mlp(
         recompute: keep x alone; else what each rank received and its pre-activation.
 
     Returns:
-        A function without arguments that waits for the experts' results and combines them: y, (T, d). What runs
-        between, the shared experts for one, runs beside the exchange of the results, and its backward beside the
-        exchange of dy and, with `recompute`, of x. It is to be called once.
+        What waits for the experts' results and combines them. What it runs `beside`, the shared experts for one, runs
+        beside the exchange of the results, and its backward beside the exchange of dy and, with `recompute`, of x. The
+        exchange of x runs beside what the experts need in front of their products: the plan of the received rows and,
+        under autocast, the cast of the weights.
 
     Raises:
         TypeError, ValueError: of arguments, as `ops.moe_mlp`; on this rank, and a RuntimeError on the others.
-        ValueError: ranks differ in the dtype of x or in what needs a gradient; on every rank.
+        ValueError: ranks differ in the dtype of x, in what needs a gradient or in recompute; on every rank.
+        RuntimeError: as the experts' products; on the other ranks in `finish`.
 
     Saved for backward: with `recompute` x (d elements a token), which is sent again, 12 bytes a choice here and 12 a
     row received. Without it, for each row received, d and n or 2 n elements and 12 bytes, and 12 bytes a choice here.
@@ -180,25 +219,28 @@ def start_moe_mlp(
         width = size if w_gate_up.shape[1] == size else 2 * size
         check_shape("w_gate_up", w_gate_up, (experts, width, x.shape[1]), "that of w_down, n or 2 n in the middle")
         dtype = product_dtype(x)
-        weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
-        x, expert_weights = x.to(dtype), expert_weights.float()
+        check_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
+        narrow, expert_weights = x.to(dtype), expert_weights.float()
         trained = [tensor.requires_grad for tensor in (x, expert_weights, w_gate_up, w_down)]
-    fields = [dtype, *(torch.is_grad_enabled() and needed for needed in trained)]
+    fields = [dtype, *(torch.is_grad_enabled() and needed for needed in trained), recompute]
     exchange, expert_of_row = agree(group, plan.offsets.diff(), fields)
-    journey = _Journey(exchange)
+    journey, rows = _Journey(exchange), plan.pair_of_row.shape[0]
     received, received_weights = _ToExperts.apply(
-        journey, dispatch_rows(x, plan), _WeightsOfRows.apply(expert_weights, plan.row_of_pair, plan.pair_of_row)
+        journey, dispatch_rows(narrow, plan), _WeightsOfRows.apply(expert_weights, plan.row_of_pair, plan.pair_of_row)
     )
-    local = moe_plan(expert_of_row[:, None], experts)
-    with _SentAgain(received, journey) if recompute else nullcontext():
-        y = moe_mlp(
-            received, local, received_weights, **weights, activation=activation, dropout_p=dropout_p,
-            recompute=recompute,
-        )  # fmt: skip
-    y_grouped = _FromExperts.apply(journey, y, plan.pair_of_row.shape[0])
-    return partial(_finish, journey, y_grouped, x.detach() if recompute else None, plan)
-
-
-@_disable_dynamo
-def _finish(journey: _Journey, y_grouped: Tensor, x: Tensor | None, plan: DispatchPlan) -> Tensor:
-    return _Combine.apply(journey, y_grouped, x, *plan)
+    try:
+        local = moe_plan(expert_of_row[:, None], experts)
+        weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
+        journey.take("received")
+        journey.take("received_weights")
+        with _SentAgain(received, journey) if recompute else nullcontext():
+            y = moe_mlp(
+                received, local, received_weights, **weights, activation=activation, dropout_p=dropout_p,
+                recompute=recompute,
+            )  # fmt: skip
+    except Exception:
+        exchange.from_experts(received.detach(), rows).wait()  # what the other ranks wait for
+        tell(group, received.device, failed=True).wait()
+        raise
+    y_grouped = _FromExperts.apply(journey, y, rows)
+    return PendingMoE(journey, y_grouped, narrow.detach() if recompute else None, plan)
