@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(rotary_fwd);
   MEMKERNELS_IMPL(row_dropout);
   MEMKERNELS_IMPL(row_dropout_add_);
+  MEMKERNELS_IMPL(row_noise);
   MEMKERNELS_IMPL(sgd_);
   MEMKERNELS_IMPL(square_sum);
 }

@@ -1,20 +1,16 @@
 // Dropout over the rows of a matrix by a mask that is made anew from the seed wherever it is needed:
 //   out = m * x / (1 - p)        y += m * term / (1 - p)
-// m keeps the element at (row, column) if its random word reaches the threshold: word (column % 64) / 16 of Philox at
-// the counter (column / 64 * 16 + column % 16, row, 0, 0), so that a vector of counters gives whole vectors of the row.
+// m keeps an element if its random word reaches the threshold.
 #include <algorithm>
 #include <cmath>
 
 #include "common/kernel_table.h"
 #include "common/tensors.h"
 #include "cpu/outputs.h"
-#include "cpu/philox_vec.h"
+#include "cpu/row_words.h"
 
 namespace memkernels::cpu {
 namespace {
-
-constexpr int64_t kColumns = 64, kRun = 16;  // columns that a run of counters serves, and the counters of it
-constexpr int64_t kElementsPerTask = 16384;
 
 struct Mask {
   uint64_t seed;
@@ -29,42 +25,13 @@ struct Mask {
   // Calls body(offset, keep) for the vectors of a row of `size` columns, the last of them perhaps incomplete.
   template <typename Body>
   void for_each(int64_t row, int64_t size, Body&& body) const {
-    UIntVec lanes;
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<uint32_t>(lane);
-    for (int64_t first = 0; first < size; first += kColumns) {
-      for (int64_t part = 0; part < kRun; part += kLanes) {
-        UIntVec words[4] = {};
-        words[0] = lanes + static_cast<uint32_t>(first / kColumns * kRun + part);
-        words[1] += static_cast<uint32_t>(row);
-        philox(words, seed);
-        for (int64_t word = 0; word < 4; ++word) {
-          const int64_t offset = first + word * kRun + part;
-          if (offset < size) body(offset, static_cast<IntVec>(words[word] >= threshold));
-        }
-      }
-    }
+    for_each_word(seed, row, size,
+                  [&](int64_t offset, UIntVec word) { body(offset, static_cast<IntVec>(word >= threshold)); });
   }
 };
 
 inline Vec kept(Vec v, IntVec keep) {
   return bits_as<Vec>(bits_as<IntVec>(v) & keep);
-}
-
-template <typename T>
-Vec load_upto(const T* p, int64_t count) {
-  return count >= kLanes ? load(p) : load_partial(p, count);
-}
-template <typename T>
-void store_upto(T* p, Vec v, int64_t count) {
-  count >= kLanes ? store(p, v) : store_partial(p, v, count);
-}
-
-template <typename Body>
-void for_each_row(int64_t rows, int64_t size, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, size));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) body(row);
-  });
 }
 
 Tensor row_dropout(const Tensor& x_in, const Tensor& seed, double p, int64_t first_row, ScalarType dtype) {

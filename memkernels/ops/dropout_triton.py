@@ -28,20 +28,31 @@ def make_dropout(seed: Tensor | None, dropout_p: float, first_row: int) -> Dropo
 
 @triton.jit
 def kept(dropout, first_row, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Which elements of a tile are kept; it starts and ends at multiples of 64 columns.
+    """Which elements of a tile are kept; it starts and ends at multiples of 64 columns."""
+    a, b, c, d = row_words(dropout.seed, dropout.first_row + first_row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    a, b, c, d = _is_kept(a, dropout), _is_kept(b, dropout), _is_kept(c, dropout), _is_kept(d, dropout)
+    return by_columns(a, b, c, d, BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def row_words(seed_ptr, first_row, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The four words of each counter of a tile, whose first row is the whole's row first_row; see `by_columns`.
 
     The word of (row, column) is word (column % 64) // 16 of Philox at (column // 64 * 16 + column % 16, row, 0, 0).
     """
-    row = dropout.first_row + first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    row = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
     counter = first_column // 4 + tl.arange(0, BLOCK_COLUMNS // 4)[None, :]
     zero = tl.zeros_like(row + counter)
     # Loaded anew for each tile: from a seed that stays, the compiler keeps the 20 keys of the rounds in registers.
-    seed = tl.load(dropout.seed, volatile=True)
-    a, b, c, d = tl.philox(seed, zero + counter, zero + row, zero, zero)
-    pair_ab = tl.join(_is_kept(a, dropout), _is_kept(b, dropout))
-    pair_cd = tl.join(_is_kept(c, dropout), _is_kept(d, dropout))
+    seed = tl.load(seed_ptr, volatile=True)
+    return tl.philox(seed, zero + counter, zero + row, zero, zero)
+
+
+@triton.jit
+def by_columns(a, b, c, d, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """(rows, columns) of what was made of each of a counter's words."""
     # From (rows, 64s, counter, which of a pair, which pair) to each 64 columns by pair, which of it, and counter.
-    words = tl.join(pair_ab, pair_cd).reshape(BLOCK_ROWS, BLOCK_COLUMNS // 64, 16, 2, 2)
+    words = tl.join(tl.join(a, b), tl.join(c, d)).reshape(BLOCK_ROWS, BLOCK_COLUMNS // 64, 16, 2, 2)
     return words.permute(0, 1, 4, 3, 2).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
 
 

@@ -33,6 +33,18 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     return c0, c1, c2, c3
 
 
+def row_words(seed: Tensor, rows: int, columns: int, first_row: int = 0) -> Tensor:
+    """A random word for each element of a matrix, (rows, columns); its first row is the whole's row first_row.
+
+    The word of (row, column) is word (column % 64) // 16 of Philox at (column // 64 * 16 + column % 16, row, 0, 0).
+    """
+    row = torch.arange(first_row, first_row + rows, device=seed.device)[:, None]
+    column = torch.arange(columns, device=seed.device)[None]
+    zero = torch.zeros_like(row)
+    words = torch.stack(philox(seed, (column // 64 * 16 + column % 16, row, zero, zero)))
+    return torch.gather(words, 0, (column % 64 // 16).expand(rows, columns)[None])[0]
+
+
 def threshold(dropout_p: float) -> int:
     """A word below this is dropped."""
     return min(_WORD, int(dropout_p * 2.0**32))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from memkernels.nn.routers.router import Router, Routing, check_padding_mask, largest
+from memkernels.nn.routers.router import ROUNDING, Router, Routing, check_padding_mask, largest
 
 
 class ExpertChoiceRouter(Router):
@@ -25,7 +27,8 @@ class ExpertChoiceRouter(Router):
     Raises:
         ValueError: as `Router`; a capacity factor that is not positive.
 
-    Saved for backward: as `Router`.
+    Saved for backward: as `Router`. A token has a choice for each expert, most of them nowhere: the plan's rows of
+    choices and their weights, 8 bytes each, grow with T E, and so does the combine.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class ExpertChoiceRouter(Router):
 
     def capacity(self, tokens: int) -> int:
         """The tokens an expert takes of this many."""
-        return max(1, min(tokens, int(self.capacity_factor * tokens / self.num_experts)))
+        return max(1, min(tokens, math.floor(self.capacity_factor * tokens / self.num_experts * (1 + ROUNDING))))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Of x (T, d); padding_mask (T,), bool, is True where a token is padding: no expert takes it.
@@ -48,6 +51,7 @@ class ExpertChoiceRouter(Router):
 
         Raises:
             ValueError: a shape or dtype other than those.
+            RuntimeError: NaN among the logits; on a GPU a device-side assertion.
         """
         logits = self.logits(x)
         check_padding_mask(padding_mask, x.shape[0])

@@ -8,7 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memkernels.ops.checks import check_floating
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
+from memkernels.ops.philox import seed_tensor
+from memkernels.ops.router_logits.op import router_logits
+
+# Relative: more than what factor * tokens / num_experts is off by, whose factor is a decimal number or a quotient.
+ROUNDING = 2.0**-50
 
 
 class Routing(NamedTuple):
@@ -16,7 +22,7 @@ class Routing(NamedTuple):
 
     Args:
         plan: the dispatch; `plan.dropped` and `plan.counts` report what each expert got.
-        expert_ids: (T, k), int64; num_experts means nowhere.
+        expert_ids: (T, k), int64; num_experts means nowhere, where padding goes.
         expert_weights: (T, k), float32, with gradient to the router.
         load_balance_loss: a scalar, as the router defines it, not yet scaled by a coefficient.
         z_loss: the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5), not yet scaled.
@@ -44,7 +50,8 @@ class Router(torch.nn.Module):
     Raises:
         ValueError: no expert, or a jitter outside [0, 1).
 
-    Saved for backward, by autograd: x in float32 (x itself where it is), and a few tensors (T, E) and (T, k).
+    Saved for backward: x as it is, where weight has a gradient, the seed of the noise, and, by autograd, a few tensors
+    (T, E) and (T, k).
     """
 
     def __init__(self, hidden_size: int, num_experts: int, *, jitter: float = 0.0, device=None, dtype=None):
@@ -67,15 +74,14 @@ class Router(torch.nn.Module):
         """(T, E), float32, of x (T, d).
 
         Raises:
+            TypeError: x is not of a floating dtype.
             ValueError: another shape.
         """
+        check_floating("x", x)
         if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
             raise ValueError(f"x: expected shape (T, {self.weight.shape[1]}), got {tuple(x.shape)}.")
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            if self.training and self.jitter > 0:
-                x = x * torch.empty_like(x).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
-            return torch.nn.functional.linear(x, self.weight.float())
+        seed = seed_tensor(None, x.device) if self.training and self.jitter > 0 else None
+        return router_logits(x, self.weight, jitter=self.jitter, seed=seed)
 
     def routing(
         self,
@@ -86,7 +92,12 @@ class Router(torch.nn.Module):
         padding_mask: Tensor | None,
         capacity: int | None,
     ) -> Routing:
-        plan = moe_plan(hide(expert_ids, padding_mask, self.num_experts), self.num_experts, capacity=capacity)
+        """Raises:
+        RuntimeError: a token's logits are NaN, padding aside; on a GPU a device-side assertion.
+        """
+        check_logits(logits, padding_mask)
+        expert_ids = hide(expert_ids, padding_mask, self.num_experts)
+        plan = moe_plan(expert_ids, self.num_experts, capacity=capacity)
         z_loss = mean_over_tokens(logits.logsumexp(1).square(), padding_mask)
         return Routing(plan, expert_ids, expert_weights, load_balance_loss, z_loss, logits)
 
@@ -103,6 +114,16 @@ def check_padding_mask(padding_mask: Tensor | None, tokens: int) -> None:
             f"padding_mask: expected bool of shape ({tokens},), True where a token is padding, got"
             f" {padding_mask.dtype} of shape {tuple(padding_mask.shape)}."
         )
+
+
+def check_logits(logits: Tensor, padding_mask: Tensor | None) -> None:
+    """(T, E): no token's are NaN, padding aside. The host does not wait for a GPU."""
+    ill = logits.isnan().any(1)
+    if padding_mask is not None:
+        ill = ill & ~padding_mask
+    torch._assert_async(
+        ~ill.any(), "logits: expected numbers, got NaN: x or the weight of the router holds one, or an infinity."
+    )
 
 
 def hide(expert_ids: Tensor, padding_mask: Tensor | None, num_experts: int) -> Tensor:
@@ -130,4 +151,5 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
     `torch.topk` leaves the order of equal scores open, which differs between devices and releases.
     """
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    # A copy: a part keeps all of it alive.
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()

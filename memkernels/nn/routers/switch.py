@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memkernels.nn.routers.router import (
+    ROUNDING,
     Router,
     Routing,
     check_padding_mask,
@@ -59,13 +60,14 @@ class SwitchRouter(Router):
     def capacity(self, tokens: int) -> int | None:
         """The most tokens an expert takes of this many."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        return None if factor is None else max(1, math.ceil(factor * tokens / self.num_experts))
+        return None if factor is None else max(1, math.ceil(factor * tokens / self.num_experts * (1 - ROUNDING)))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Of x (T, d); padding_mask (T,), bool, is True where a token is padding: it goes nowhere, counts in no loss.
 
         Raises:
             ValueError: a shape or dtype other than those.
+            RuntimeError: NaN among the logits; on a GPU a device-side assertion.
         """
         logits = self.logits(x)
         check_padding_mask(padding_mask, x.shape[0])

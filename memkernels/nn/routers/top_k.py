@@ -39,7 +39,8 @@ class TopKRouter(Router):
         top_groups: a token's experts come from so many groups, those whose two best experts have the highest sum of
             scores + score_bias (DeepSeek-V3, section 2.1.2).
         score_bias: a buffer (E,) that steers the choice but not the weights (Wang et al. 2024, arXiv 2408.15664):
-            `update_bias` after each step balances the load without a loss.
+            `update_bias` after each step balances the load without a loss. It is float32 whatever the module is cast to
+            or loads, since a narrower one swallows the steps.
         jitter: as `Router`.
 
     Raises:
@@ -84,11 +85,25 @@ class TopKRouter(Router):
         bias = torch.zeros(num_experts, dtype=torch.float32, device=device) if score_bias else None
         self.register_buffer("score_bias", bias)
 
+    def _apply(self, fn, recurse=True):
+        before = self.score_bias
+        super()._apply(fn, recurse)
+        after = self.score_bias
+        if before is not None and after is not None and after.dtype != torch.float32:
+            self.score_bias = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        if self.score_bias is not None:
+            self.score_bias = self.score_bias.float()
+
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Of x (T, d); padding_mask (T,), bool, is True where a token is padding: it goes nowhere, counts in no loss.
 
         Raises:
             ValueError: a shape or dtype other than those.
+            RuntimeError: NaN among the logits; on a GPU a device-side assertion.
         """
         logits = self.logits(x)
         check_padding_mask(padding_mask, x.shape[0])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memkernels.ops.philox import philox, threshold
+from memkernels.ops.philox import row_words, threshold
 
 
 def lora_linear(
@@ -37,16 +37,8 @@ def lora_linear(
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, dropout_p: float, first_row: int = 0) -> Tensor:
-    """Which elements of a matrix are kept, (rows, columns).
-
-    The word of (row, column) is word (column % 64) // 16 of Philox at (column // 64 * 16 + column % 16, row, 0, 0).
-    """
-    row = torch.arange(first_row, first_row + rows, device=seed.device)[:, None]
-    column = torch.arange(columns, device=seed.device)[None]
-    zero = torch.zeros_like(row)
-    words = torch.stack(philox(seed, (column // 64 * 16 + column % 16, row, zero, zero)))
-    word = torch.gather(words, 0, (column % 64 // 16).expand(rows, columns)[None])[0]
-    return word >= threshold(dropout_p)
+    """Which elements of a matrix are kept, (rows, columns): those whose word of `row_words` reaches the threshold."""
+    return row_words(seed, rows, columns, first_row) >= threshold(dropout_p)
 
 
 def row_dropout(x: Tensor, seed: Tensor, dropout_p: float, first_row: int, dtype: torch.dtype) -> Tensor:
