@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from memkernels.adapters.layers import adapted_layers
+from memkernels.nn.lora_linear import LoRALinear
+from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
 def merge_adapter(model: nn.Module) -> None:
@@ -15,8 +19,9 @@ def merge_adapter(model: nn.Module) -> None:
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: it has no adapter, one that is merged already, or one that is not finite; the layer is named. The
-            model is unchanged.
+        ValueError: it has no adapter, one that is merged already, or one that is not finite; a dense weight that is
+            also another layer's, as that of a head which is tied to the embedding is. The layers are named. The model
+            is unchanged.
     """
     layers = adapted_layers(model)
     for name, layer in layers.items():
@@ -24,6 +29,7 @@ def merge_adapter(model: nn.Module) -> None:
             layer.merged_scale()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    _check_own_weights(model, layers)
     for layer in layers.values():
         layer.merge()
 
@@ -43,3 +49,21 @@ def unmerge_adapter(model: nn.Module) -> None:
             raise ValueError(f"{name}: its adapter is not merged.")
     for layer in layers.values():
         layer.unmerge()
+
+
+def _check_own_weights(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """That no dense weight under an adapter, which a merge writes in place, is also another module's."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(name, recurse=False):
+            if not isinstance(parameter, QuantizedTensor) and parameter.numel():
+                holders.setdefault(parameter.data_ptr(), []).append(key)
+    for layer in layers.values():
+        weight = layer.base_layer.weight
+        names = [] if isinstance(weight, QuantizedTensor) else holders.get(weight.data_ptr(), [])
+        if len(names) > 1:
+            raise ValueError(
+                f"{' and '.join(names)}: expected a weight of each layer's own, got one that a merge would change for "
+                "all: give the layer with the adapter a copy, a torch.nn.Parameter, and untie them in the model's "
+                "configuration."
+            )
