@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from memkernels.adapters.base import check_base, check_quantizable, quantize_layers
-from memkernels.adapters.layers import ALL_LINEAR, check_module, chosen_layers, replace_layers
+from memkernels.adapters.layers import ALL_LINEAR, check_layers, check_module, chosen_layers, replace_layers
 from memkernels.adapters.report import LoRAReport, report_of
 from memkernels.nn.lora_linear import LoRALinear, check_adapter
 
@@ -35,7 +35,7 @@ def lora(
         alpha: scaling is alpha / r, with use_rslora alpha / sqrt(r).
         dropout: probability with which an element of A's input is dropped in training, in [0, 1).
         targets: names of layers, or what their names end in after a dot ("q_proj"); "all-linear": every one but a
-            language model's output head.
+            language model's output head. Experts whose weights are one parameter are in the report, as left.
         base: "nf4" quantises the weights of these layers (QLoRA: Dettmers et al. 2023, arXiv 2305.14314), by
             `quant.quantize_nf4`, one after the other: each dense weight is freed before the next is quantised, unless
             something else holds it. A weight that is quantised already stays as it is. None: the weights as they are.
@@ -43,20 +43,22 @@ def lora(
         use_rslora: rank-stabilised scaling.
 
     Returns:
-        A report: the names of the layers that now carry an adapter, and what their weights take.
+        A report: the names of the layers that now carry an adapter, what their weights take, and what was left.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, or a layer's weight is not of a floating dtype or, with base, not a
-            plain tensor of float32, bfloat16 or float16.
-        ValueError: r or dropout is out of its range, or base unknown; a target that matches no layer, or no layer at
-            all; a model with adapters already; with base, a weight that is not finite. It is unchanged.
+        TypeError: model is not a torch.nn.Module; r is no int, or alpha or dropout no number; a layer's weight is not
+            of a floating dtype or, with base, not a plain tensor of float32, bfloat16 or float16.
+        ValueError: r, alpha or dropout is out of its range, or base unknown; a target that matches no layer, or no
+            layer at all; a layer with hooks or a forward of its own, which its adapter would drop; a model with
+            adapters already; with base, a weight that is not finite. The model is unchanged.
     """
     check_module(model)
-    check_adapter(r, dropout)
+    check_adapter(r, alpha, dropout)
     check_base(base)
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has adapters already.")
     layers = chosen_layers(model, targets)
+    check_layers(layers)
     options: dict[str, Any] = {"alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
     if base is not None:
         check_quantizable(layers)

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from memkernels.adapters.targets import matches
+from memkernels.integrations.plain import is_own
 from memkernels.nn.lora_linear import LoRALinear, is_adaptable
+from memkernels.ops.checks import check_floating
 
 ALL_LINEAR = "all-linear"
 
@@ -57,9 +60,20 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, A
     return {name: layer for name, layer in layers.items() if matches(name, wanted)}
 
 
-def matches(name: str, targets: Iterable[str]) -> bool:
-    """PEFT's rule: a target is a module's name, or the end of it after a dot."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def check_layers(layers: Mapping[str, Any]) -> None:
+    """That each may carry an adapter, under which its tensors are read and it is never called.
+
+    Raises:
+        TypeError: a weight that is not of a floating dtype; it is named.
+        ValueError: a layer with hooks, or with a forward of its own; it is named.
+    """
+    for name, layer in layers.items():
+        check_floating(f"{name}.weight", layer.weight)
+        if not is_own(layer):
+            raise ValueError(
+                f"{name}: expected a layer without hooks and with its class's forward, since an adapter's layer reads "
+                "its tensors and never calls it."
+            )
 
 
 def replace_layers(model: nn.Module, adapted: Mapping[nn.Module, LoRALinear]) -> None:

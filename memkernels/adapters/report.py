@@ -22,6 +22,8 @@ class LoRAReport:
         quantized: the names of those layers whose weight is quantised.
         stored_bytes: that their weights take.
         dense_bytes: that they would take as dense ones.
+        left: the names of parameters of three or more dimensions, as experts' are that are one tensor, which carry no
+            adapter and are stored as they were.
     """
 
     model: str
@@ -30,13 +32,16 @@ class LoRAReport:
     quantized: list[str]
     stored_bytes: int
     dense_bytes: int
+    left: list[str]
 
     def __str__(self) -> str:
         text = f"{self.model}: {len(self.adapted)} layers with adapters, {self.trained / 1e6:.3g} million parameters"
-        if not self.quantized:
-            return text
-        stored, dense = (f"{size / 1e6:.4g} MB" for size in (self.stored_bytes, self.dense_bytes))
-        return f"{text}; {len(self.quantized)} of them over quantised weights: {stored}, dense {dense}"
+        if self.quantized:
+            stored, dense = (f"{size / 1e6:.4g} MB" for size in (self.stored_bytes, self.dense_bytes))
+            text += f"; {len(self.quantized)} of them over quantised weights: {stored}, dense {dense}"
+        if self.left:
+            text += f"; left as they are: {len(self.left)} parameters of more than two dimensions, {self.left[0]} first"
+        return text
 
 
 def report_of(model: nn.Module, adapted: Mapping[str, LoRALinear]) -> LoRAReport:
@@ -44,4 +49,5 @@ def report_of(model: nn.Module, adapted: Mapping[str, LoRALinear]) -> LoRAReport
     weights = {name: layer.weight for name, layer in adapted.items() if isinstance(layer.weight, QuantizedTensor)}
     stored = sum(part.nbytes for weight in weights.values() for part in weight.parts)
     dense = sum(weight.numel() * weight.dtype.itemsize for weight in weights.values())
-    return LoRAReport(type(model).__name__, list(adapted), trained, list(weights), stored, dense)
+    left = [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
+    return LoRAReport(type(model).__name__, list(adapted), trained, list(weights), stored, dense, left)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memkernels.integrations.plain import has_hooks, is_plain_linear
+from memkernels.nn.row_squares import kept_row_squares
 from memkernels.ops.lora_linear.weight import LoRAWeight
 from memkernels.ops.weights import Weight
 
@@ -44,7 +45,8 @@ def adapted(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Weight, Te
     magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None
     if b.bias is not None:
         bias = (scaling * b.bias + (0.0 if bias is None else bias)).to(weight.dtype)
-    return LoRAWeight(weight, a.weight, b.weight, scaling, dropout_p, magnitude=magnitude), bias
+    squares = None if magnitude is None else kept_row_squares(layer, weight)
+    return LoRAWeight(weight, a.weight, b.weight, scaling, dropout_p, None, magnitude, squares), bias
 
 
 def takes_names(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> bool:

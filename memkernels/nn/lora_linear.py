@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memkernels.nn.row_squares import kept_row_squares
 from memkernels.ops.checks import check_floating
 from memkernels.ops.lora_linear.norm import adapted_row_norms, row_squares, row_tiles
 from memkernels.ops.lora_linear.op import adapted_linear
@@ -29,7 +31,9 @@ class LoRALinear(torch.nn.Module):
     base_layer.weight, base_layer.bias, lora_A.<adapter_name>.weight (r, K), lora_B.<adapter_name>.weight (N, r) and,
     with DoRA, lora_magnitude_vector.<adapter_name>.weight (N,). A is drawn as torch.nn.Linear draws its weight, B is
     zero and the magnitude is the norm of W's rows, so that at first y is the base layer's. In training the dropout mask
-    is drawn from torch's generator as a seed. The base layer is frozen.
+    is drawn from torch's generator as a seed. The base layer is frozen, and its tensors are read, without a call of it:
+    hooks on it, or a forward of its own, do not run. DoRA's norms of W are kept until W is written; a write through
+    `.data` or to a shard of FSDP2 is not seen.
 
     Args:
         base_layer: torch.nn.Linear, whose weight may be one of `memkernels.quant`, or transformers' Conv1D, whose
@@ -43,8 +47,9 @@ class LoRALinear(torch.nn.Module):
         dtype: the adapter's; None: float32, or float64 if W's is.
 
     Raises:
-        TypeError: base_layer is no linear layer, or its weight not of a floating dtype.
-        ValueError: r or dropout is out of its range.
+        TypeError: base_layer is no linear layer, or its weight not of a floating dtype; r is no int, or alpha or
+            dropout no number.
+        ValueError: r, alpha or dropout is out of its range.
 
     Saved for backward, beside the parameters: x itself, K elements a token, r elements of A's dtype, and dropout's
     seed, 8 bytes. Merged: what the base layer saves.
@@ -66,14 +71,13 @@ class LoRALinear(torch.nn.Module):
         if not is_adaptable(base_layer):
             raise TypeError(f"base_layer: expected a torch.nn.Linear or a Conv1D, got {type(base_layer).__name__}.")
         check_floating("base_layer.weight", base_layer.weight)
-        check_adapter(r, dropout)
+        check_adapter(r, alpha, dropout)
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.alpha, self.dropout_p, self.use_rslora = r, alpha, dropout, use_rslora
         self.adapter_name = adapter_name
         self.merged = False
         self._merged_scale: Tensor | None = None
         self._quantized: Tensor | None
-        self._row_squares: tuple[tuple, Tensor] | None = None
         self.register_buffer("_quantized", None, persistent=False)  # the base's weight, while a merged one is there
         dtype = dtype or torch.promote_types(self.weight.dtype, torch.float32)
         options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}
@@ -115,7 +119,7 @@ class LoRALinear(torch.nn.Module):
         a, b, magnitude = (self.adapter.get(of) for of in ("lora_A", "lora_B", "lora_magnitude_vector"))
         assert a is not None and b is not None
         dropout_p = self.dropout_p if self.training else 0.0
-        squares = None if magnitude is None else self._known_row_squares()
+        squares = None if magnitude is None else kept_row_squares(self, self.weight)
         return LoRAWeight(self.weight, a, b, self.scaling, dropout_p, magnitude=magnitude, row_squares=squares)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +134,8 @@ class LoRALinear(torch.nn.Module):
     def merge(self) -> None:
         """W becomes that with the adapter, rounded to its dtype, a tile of rows at a time; A and B stay as they are.
 
-        A quantised W becomes a dense one, since an adapter is finer than its steps, and is kept for `unmerge`.
+        A quantised W becomes a dense one, since an adapter is finer than its steps, and is kept for `unmerge`. A dense
+        one is written in place: a module that shares it, as an embedding that is tied to the head, changes with it.
 
         Raises:
             ValueError: it is merged already, or an adapter that is not finite. W is unchanged.
@@ -172,9 +177,9 @@ class LoRALinear(torch.nn.Module):
         magnitude = self.adapter.get("lora_magnitude_vector")
         if magnitude is None:
             return None
-        scale = magnitude / adapted_row_norms(
-            self.weight, self.adapter["lora_A"], self.adapter["lora_B"], self.scaling, self._known_row_squares()
-        )
+        squares = kept_row_squares(self, self.weight)
+        a, b = self.adapter["lora_A"], self.adapter["lora_B"]
+        scale = magnitude / adapted_row_norms(self.weight, a, b, self.scaling, squares)
         if not bool((scale.isfinite() & (scale != 0)).all()):
             raise ValueError("lora_magnitude_vector: expected rows and magnitudes other than zero to merge.")
         return scale
@@ -188,17 +193,6 @@ class LoRALinear(torch.nn.Module):
     def _factors(self, tile: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.adapter["lora_B"][tile].to(dtype), self.adapter["lora_A"].to(dtype)
 
-    def _known_row_squares(self) -> Tensor | None:
-        """Squared norms of W's rows, computed again when W is another tensor or was written; None if W is trained."""
-        weight = self.base_layer.weight
-        if weight.requires_grad or torch.compiler.is_compiling():
-            return None
-        stored = weight.parts[0] if isinstance(weight, QuantizedTensor) else weight
-        key = (stored.data_ptr(), weight._version, weight.device, weight.dtype)
-        if self._row_squares is None or self._row_squares[0] != key:
-            self._row_squares = key, row_squares(self.weight)
-        return self._row_squares[1]
-
     def extra_repr(self) -> str:
         return (
             f"r={self.r}, alpha={self.alpha}, dropout={self.dropout_p}, use_dora={self.use_dora}, "
@@ -211,9 +205,16 @@ def is_adaptable(module: Any) -> bool:
     return type(module) is torch.nn.Linear or is_conv1d(module)
 
 
-def check_adapter(r: int, dropout: float) -> None:
+def check_adapter(r: Any, alpha: Any, dropout: Any) -> None:
+    if type(r) is not int:
+        raise TypeError(f"r: expected an int, got {r!r}.")
+    for name, value in (("alpha", alpha), ("dropout", dropout)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {value!r}.")
     if r < 1:
         raise ValueError(f"r: expected a positive number, got {r}.")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: expected a finite number, got {alpha}.")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}.")
 

@@ -9,6 +9,7 @@ from training_step import assert_same_step, exact_step
 from training_step import train_step as step
 
 import memkernels
+from memkernels.nn import row_squares
 from memkernels.ops.lora_linear import reference as lora_reference
 from memkernels.ops.lora_linear import weight as lora_weight
 from memkernels.testing import assert_within_factor_two, saved_bytes
@@ -300,6 +301,21 @@ def test_a_model_of_no_known_family(options):
     saved = saved_bytes(lambda: model(x.clone().requires_grad_()), exclude=tuple(model.parameters()))
     columns = 20 + 3 + 30 + 30 + 3  # x, s, GELU's input, x, s
     assert saved == 30 * 4 * columns + (0 if not options else 2 * 4 * (30 + 7))  # DoRA: scale and norms of the rows
+
+
+def test_norms_of_frozen_rows_are_computed_once(monkeypatch):
+    model, x = network(use_dora=True), torch.randn(5, 20)
+    memkernels.patch(model)
+    model(x)
+    with monkeypatch.context() as patched:
+        patched.delattr(row_squares, "row_squares")
+        model(x)
+    with torch.no_grad():
+        for index in (0, 2):
+            model.base_model.model[index].base_layer.weight.mul_(2)
+    found = model(x)
+    memkernels.unpatch(model)
+    torch.testing.assert_close(found, model(x))
 
 
 def test_what_is_left_is_said():

@@ -1,7 +1,11 @@
 """nn.LoRALinear: PEFT's keys and results, merging, and the norms that it keeps."""
 
 import copy
+import gc
+import io
+import weakref
 
+import numpy
 import peft
 import pytest
 import torch
@@ -9,7 +13,9 @@ from compilers import on_every_compiler
 from transformers.pytorch_utils import Conv1D
 
 from memkernels import nn
+from memkernels.nn.row_squares import kept_row_squares
 from memkernels.ops.lora_linear import norm
+from memkernels.quant import quantize_nf4
 from memkernels.testing import assert_within_factor_two
 
 OPTIONS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -108,15 +114,58 @@ def test_merges_no_adapter_that_is_not_finite():
 def test_row_norms_follow_the_weight():
     layer, x = make({"use_dora": True}).eval(), torch.randn(7, 20)
     layer(x)
-    squares = layer._row_squares[1]
+    squares = kept_row_squares(layer, layer.weight)
     layer(x)
-    assert layer._row_squares[1] is squares
+    assert kept_row_squares(layer, layer.weight) is squares
     with torch.no_grad():
         layer.base_layer.weight.mul_(2)
+    torch.testing.assert_close(layer(x), peft_layer(layer, {"use_dora": True})(x))
+    layer.base_layer.weight.data = layer.base_layer.weight.data * 3
     torch.testing.assert_close(layer(x), peft_layer(layer, {"use_dora": True})(x))
     again = copy.deepcopy(layer)
     again.load_state_dict(make({"use_dora": True}).state_dict())
     torch.testing.assert_close(again(x), peft_layer(again, {"use_dora": True})(x))
+
+
+def test_row_norms_follow_a_weight_in_the_memory_of_another():
+    layer, x = make({"use_dora": True}).eval(), torch.randn(7, 20)
+    memory = bytearray(4 * 30 * 20)
+    for scale in (1.0, 2.0):
+        numpy.frombuffer(memory, dtype=numpy.float32)[:] = scale * numpy.cos(numpy.arange(600))  # torch knows nothing
+        weight = torch.frombuffer(memory, dtype=torch.float32).view(30, 20)
+        layer.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        torch.testing.assert_close(layer(x), peft_layer(layer, {"use_dora": True})(x))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
+def test_row_norms_in_inference_mode(kind):
+    options, x = {"use_dora": True}, torch.randn(7, 20)
+    layer = make(options, kind)
+    with torch.inference_mode():
+        layer(x)
+    run(layer, torch.float32)  # norms of then are not in the way of training
+    with torch.inference_mode():
+        layer = make(options, kind)
+        for scale in (1.0, 2.0):
+            layer.base_layer.weight.mul_(scale)
+            torch.testing.assert_close(layer(x), peft_layer(layer, options)(x))
+
+
+def test_kept_row_norms_are_in_nobodys_way():
+    layer, x = nn.LoRALinear(make_base(), 3, use_dora=True), torch.randn(7, 20)
+    layer.base_layer.weight = torch.nn.Parameter(quantize_nf4(layer.base_layer.weight.detach()), requires_grad=False)
+    expected = layer(x)
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    for again in (copy.deepcopy(layer), torch.load(stream, weights_only=False)):
+        assert torch.equal(again(x), expected)
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer(x.bfloat16()), copy.deepcopy(layer)(x.bfloat16()))
+    reference = weakref.ref(layer)
+    del layer, again
+    gc.collect()
+    assert reference() is None
 
 
 @on_every_kind
@@ -146,3 +195,5 @@ def test_bad_input():
         nn.LoRALinear(make_base(), 0)
     with pytest.raises(ValueError, match="dropout: expected"):
         nn.LoRALinear(make_base(), 2, dropout=1.0)
+    with pytest.raises(TypeError, match="alpha: expected a number, got '32'"):
+        nn.LoRALinear(make_base(), 2, alpha="32")
