@@ -213,6 +213,13 @@ def test_state_dict_round_trip(kind, way, tmp_path):
     assert torch.equal(logits(other), expected)
 
 
+@pytest.mark.parametrize("width", [16, 64])
+def test_save_pretrained_writes_no_empty_weight(width, tmp_path):
+    with pytest.raises(TypeError, match=r"NF4Tensor has no memory of its own: memkernels\.quant\.save_file writes it"):
+        make_adapted(width=width).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
 def test_peft_reads_what_is_saved(kind, tmp_path):
     model = make_adapted(kind, use_rslora=True)

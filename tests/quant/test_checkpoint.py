@@ -73,6 +73,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
 
 
+@pytest.mark.parametrize("quantize", [quant.quantize_nf4, quant.quantize_int8])
+def test_safetensors_alone_writes_no_empty_weight(quantize, tmp_path):
+    state = {"weight": quantize(torch.ones(4, 64)), "other": quantize(torch.ones(4, 64))}
+    with pytest.raises(TypeError, match=r"has no memory of its own: memkernels\.quant\.save_file writes it"):
+        save_file(state, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def stored(tmp_path):
     """A good file's tensors, and a function that writes changed ones and loads them into a model."""

@@ -44,6 +44,15 @@ class QuantizedTensor(torch.Tensor):
         """The values, a plain tensor of their dtype or another."""
         return self.encoding.values(self.parts, dtype or self.dtype)
 
+    def storage(self):
+        """There is none: what writes a tensor's bytes from it, as safetensors does, asks for it first.
+
+        Raises:
+            TypeError: always.
+        """
+        kind = type(self).__name__
+        raise TypeError(f"{kind} has no memory of its own: memkernels.quant.save_file writes it, or dequantize() it.")
+
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.encoding}, device={self.device})"
 
