@@ -65,7 +65,8 @@ def load_base(
         FileNotFoundError: a file is missing.
         ValueError: base is unknown; a target that matches no layer; a tensor of the model that has storage already, or
             a buffer on the meta device that no file holds; a file that is damaged or cut off, lacks a tensor, or has
-            one of another shape or with an element that is not finite: file and key are named. The model is unchanged.
+            one of another shape or dtype or with an element that is not finite: file and key are named. The model is
+            unchanged.
     """
     check_module(model)
     check_base(base)
@@ -78,6 +79,11 @@ def load_base(
     values = [(of, _read(of, shards, dtype)) for of in sorted(wanted, key=lambda of: of.quantized)]
     for of, value in values:
         _assign(model, of, value)
+
+
+# By safetensors' names.
+_FLOATS = ("F32", "BF16", "F16")
+_WHOLE = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 
 
 @dataclass(frozen=True)
@@ -112,18 +118,19 @@ def _found(of: tuple[list[str], Tensor], shards: Shards, quantized: set[str]) ->
     key = next((name for name in names if name in shards.files), None)
     if key is None:
         raise ValueError(f"{shards.listing}: {names[0]}: missing.")
-    shape = shards.shape(key)
+    shape, dtype = shards.shape_and_dtype(key)
     if shape != tuple(tensor.shape):
         raise ValueError(f"{shards.files[key]}: {key}: expected shape {tuple(tensor.shape)}, got {shape}.")
     # One that is also something else's, as a head tied to the embedding is, stays dense.
-    return _Wanted(names, key, is_buffer, quantized.issuperset(names))
+    quantizes = quantized.issuperset(names)
+    if dtype not in _FLOATS and not (dtype == "F64" and not quantizes) and not (is_buffer and dtype in _WHOLE):
+        raise ValueError(f"{shards.files[key]}: {key}: expected float32, bfloat16 or float16, got {dtype}.")
+    return _Wanted(names, key, is_buffer, quantizes)
 
 
 def _read(of: _Wanted, shards: Shards, dtype: torch.dtype) -> Tensor:
     with shards.read(of.key) as stored:
         if not stored.is_floating_point():
-            if not of.is_buffer:
-                raise ValueError(f"{shards.files[of.key]}: {of.key}: expected a floating dtype, got {stored.dtype}.")
             return stored.clone()
         if stored.numel() and not torch.stack(stored.aminmax()).isfinite().all():
             raise ValueError(f"{shards.files[of.key]}: {of.key}: expected finite values.")

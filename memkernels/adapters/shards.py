@@ -22,9 +22,11 @@ class Shards:
     listing: Path
     files: dict[str, Path]
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], str]:
+        """The dtype by safetensors' name: F32, BF16."""
         with _opened(self.files[key]) as file:
-            return tuple(file.get_slice(key).get_shape())
+            tensor = file.get_slice(key)
+            return tuple(tensor.get_shape()), tensor.get_dtype()
 
     @contextmanager
     def read(self, key: str) -> Iterator[Tensor]:
