@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memkernels.adapters.config import AdapterConfig, read_config
-from memkernels.adapters.layers import check_module, linear_layers, replace_layers
+from memkernels.adapters.layers import check_layers, check_module, linear_layers, replace_layers
 from memkernels.adapters.tensors import WEIGHTS, check_tensors, key_of, read_tensors
 from memkernels.nn.lora_linear import LoRALinear
 
@@ -32,14 +32,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     Raises:
         TypeError: model is not a torch.nn.Module.
         FileNotFoundError: a file is missing.
-        ValueError: a file that is damaged, of another kind of adapter or of another model; file and key are named. The
-            model is as it was.
+        ValueError: a file that is damaged, of another kind of adapter or of another model, or lacks tensors of a layer
+            that the configuration's target_modules name; file and key are named. A layer with hooks or a forward of
+            its own, which its adapter would drop. The model is as it was.
     """
     check_module(model)
-    config, file = read_config(Path(directory)), Path(directory) / WEIGHTS
+    (config, targets), file = read_config(Path(directory)), Path(directory) / WEIGHTS
     tensors = read_tensors(file)
     present = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    layers: dict[str, Any] = present or linear_layers(model)
+    plain = linear_layers(model)
+    layers: dict[str, Any] = present or plain
     for name, of in tensors.items():
         if name not in layers:
             kind = "layer with an adapter" if present else "linear layer"
@@ -54,7 +56,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             )
         if layer.use_dora != config.use_dora or layer.merged:
             raise ValueError(f"model: {name}: expected an adapter with use_dora={config.use_dora} that is not merged.")
+    for name in plain:
+        if name not in tensors and targets.have(name):
+            raise ValueError(f"{file}: {key_of(name, 'lora_A')}: missing, though target_modules names the layer.")
     if not present:
+        check_layers({name: layers[name] for name in tensors})
         adapted = {layers[name]: _adapted(layers[name], config, name) for name in tensors}
         replace_layers(model, adapted)
         layers = {name: adapted[layers[name]] for name in tensors}

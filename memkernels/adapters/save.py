@@ -9,16 +9,18 @@ from pathlib import Path
 from torch import nn
 
 from memkernels.adapters.config import FILE, AdapterConfig
-from memkernels.adapters.layers import adapted_layers, linear_layers, matches
+from memkernels.adapters.layers import adapted_layers
+from memkernels.adapters.targets import Targets, matches
 from memkernels.adapters.tensors import WEIGHTS, key_of
-from memkernels.atomic import write_atomically
+from memkernels.atomic import write_together
 from memkernels.nn.lora_linear import LoRALinear
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT reads: `peft.PeftModel.from_pretrained`.
 
-    Each file is written beside its place and moved there, so that it is the old one or the new one and never a part.
+    Both are written beside their places and then moved there, adapter_config.json last and the old one taken away
+    first: where it is, the two are of one call.
 
     Args:
         model: has adapters, by `memkernels.lora` or `load_adapter`.
@@ -33,7 +35,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     layers = adapted_layers(model)
     config = _config(layers)
     conv = any(type(layer.base_layer) is not nn.Linear for layer in layers.values())
-    text = config.to_json(_targets(model, layers), fan_in_fan_out=conv, base_model=_name(model))
+    text = config.to_json(Targets(_targets(model, layers)), fan_in_fan_out=conv, base_model=_name(model))
     tensors = {
         key_of(name, kind): parameter.detach().contiguous()
         for name, layer in layers.items()
@@ -41,8 +43,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    write_atomically(directory / FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_together({
+        directory / WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+        directory / FILE: lambda file: file.write_text(text, encoding="utf-8"),
+    })  # fmt: skip
 
 
 def _config(layers: dict[str, LoRALinear]) -> AdapterConfig:
@@ -54,15 +58,21 @@ def _config(layers: dict[str, LoRALinear]) -> AdapterConfig:
                 raise ValueError(f"{name}: {option}: expected that of {first_name}, as PEFT's configuration has one.")
     return AdapterConfig(
         first.r, first.alpha, first.dropout_p, first.use_dora, first.use_rslora,
-        {re.escape(name): layer.r for name, layer in layers.items() if layer.r != first.r},
-        {re.escape(name): layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
+        {_whole(name): layer.r for name, layer in layers.items() if layer.r != first.r},
+        {_whole(name): layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
     )  # fmt: skip
 
 
+def _whole(name: str) -> str:
+    """A pattern of this name alone, and of none that ends in it."""
+    return f"^{re.escape(name)}"
+
+
 def _targets(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
-    """The layers' names; a regular expression of them where PEFT would find others that end in one."""
+    """The layers' names; a regular expression of them where PEFT would find other modules that end in one."""
     names = sorted(layers)
-    others = linear_layers(model)
+    inside = tuple(f"{name}." for name in names)
+    others = {name for name, _ in model.named_modules() if not name.startswith(inside)} - layers.keys()
     return "|".join(map(re.escape, names)) if any(matches(other, names) for other in others) else names
 
 
