@@ -12,7 +12,7 @@ from memkernels import ops
 from memkernels.ops.attention_block import reference as attention_reference
 from memkernels.ops.decoder_layer import reference as layer_reference
 from memkernels.ops.gated_mlp import reference as mlp_reference
-from memkernels.testing import check_op, saved_bytes
+from memkernels.testing import check_op, implementations, saved_bytes
 
 CAUSAL = {"num_heads": HEADS, "causal": True}
 REFERENCE_CAUSAL = {"num_heads": HEADS, "window": (-1, 0)}
@@ -55,6 +55,14 @@ def test_decoder_layer(dtype, tile_tokens, dropout_p, magnitude):
         make_inputs((2, 11), ATTENTION + MLP, dtype, magnitude=magnitude),
         roundings=2,
     )
+
+
+@pytest.mark.parametrize("implementation", implementations("lora_up")[-1:], ids=str)
+def test_gated_mlp_by_triton(implementation):
+    inputs = make_inputs((5,), MLP, torch.float32, magnitude=True)
+    with implementation.active() as device:
+        inputs = {name: of.detach().to(device).requires_grad_(of.requires_grad) for name, of in inputs.items()}
+        check_op(over_flat(ops.gated_mlp, 0.3), over_flat(mlp_reference.gated_mlp, 0.3), inputs)
 
 
 # A float32 adapter is added to a base product that is rounded already, where PEFT rounds their float32 sum once.

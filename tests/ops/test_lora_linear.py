@@ -146,7 +146,7 @@ class SeededDropout(torch.nn.Module):
         return torch.where(keep, x / (1 - self.dropout_p), 0.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("adapter", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(("magnitude", "rslora"), [(False, False), (False, True), (True, False)])

@@ -107,11 +107,22 @@ def test_offsets_beyond_32_bits(implementation, kind):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
 def test_lora_linear(implementation, kind, dtype, dropout_p, magnitude):
+    check_lora_linear(implementation, kind, dtype, dtype, dropout_p, magnitude)
+
+
+@pytest.mark.parametrize("implementation", implementations("quantized_linear")[-1:], ids=str)
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_adapters_by_triton(implementation, kind, dtype):
+    check_lora_linear(implementation, kind, dtype, torch.float32, 0.3, magnitude=False)
+
+
+def check_lora_linear(implementation, kind, dtype, adapter, dropout_p, magnitude):
     inputs = {
         "x": random_tensor(33, 60, dtype=dtype),
         "weight": weight(kind, 70, 60, dtype=dtype, seed=1),
-        "lora_a": random_tensor(5, 60, dtype=dtype, seed=2, scale=60**-0.5),
-        "lora_b": random_tensor(70, 5, dtype=dtype, seed=3, scale=5**-0.5),
+        "lora_a": random_tensor(5, 60, dtype=adapter, seed=2, scale=60**-0.5),
+        "lora_b": random_tensor(70, 5, dtype=adapter, seed=3, scale=5**-0.5),
         "bias": random_tensor(70, dtype=dtype, seed=4),
     }
     if magnitude:
@@ -164,6 +175,14 @@ def test_decoder_layer(kind, dtype, adapters):
         make_inputs((2, 11), ATTENTION + MLP, kind, dtype, adapters),
         roundings=4,
     )
+
+
+@pytest.mark.parametrize("implementation", implementations("quantized_linear")[-1:], ids=str)
+def test_gated_mlp_by_triton(implementation):
+    inputs = make_inputs((5,), MLP, "nf4", torch.float32, ("w_gate", "w_down"))
+    with implementation.active() as device:
+        inputs = {name: of.detach().to(device).requires_grad_(of.requires_grad) for name, of in inputs.items()}
+        check_op(over_flat(ops.gated_mlp, 0.3), over_flat(mlp_reference.gated_mlp, 0.3), inputs, roundings=2)
 
 
 @kinds

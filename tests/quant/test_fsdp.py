@@ -1,4 +1,4 @@
-"""FSDP2 over quantised weights: two processes on CPU by gloo, against one process."""
+"""FSDP2 over quantised weights and over layers with adapters: two processes on CPU by gloo, against one process."""
 
 import socket
 
@@ -9,7 +9,9 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from memkernels import ops, quant
+from memkernels import nn, ops, quant
+
+QUANTIZE = {"nf4": quant.quantize_nf4, "int8": quant.quantize_int8}
 
 
 class Adapted(torch.nn.Module):
@@ -18,8 +20,9 @@ class Adapted(torch.nn.Module):
     def __init__(self, kind, rows, columns):
         super().__init__()
         generator = torch.Generator().manual_seed(rows)
-        quantize = {"nf4": quant.quantize_nf4, "int8": quant.quantize_int8}[kind]
-        self.weight = torch.nn.Parameter(quantize(torch.randn(rows, columns, generator=generator)), requires_grad=False)
+        self.weight = torch.nn.Parameter(
+            QUANTIZE[kind](torch.randn(rows, columns, generator=generator)), requires_grad=False
+        )
         self.lora_a = torch.nn.Parameter(torch.randn(4, columns, generator=generator))
         self.lora_b = torch.nn.Parameter(torch.randn(rows, 4, generator=generator))
 
@@ -29,7 +32,14 @@ class Adapted(torch.nn.Module):
 
 def build(kind):
     # Of the first weight each rank's half has whole nested blocks, of the second it has not.
-    return torch.nn.Sequential(Adapted(kind, 512, 128), Adapted(kind, 96, 512))
+    layers = [Adapted(kind, 512, 128), Adapted(kind, 96, 512)]
+    torch.manual_seed(0)
+    quantized, dense = torch.nn.Linear(96, 64), torch.nn.Linear(64, 32)
+    quantized.weight = torch.nn.Parameter(QUANTIZE[kind](quantized.weight.detach()), requires_grad=False)
+    layers += [nn.LoRALinear(base, 3, use_dora=True) for base in (quantized, dense)]
+    for layer in layers[2:]:
+        torch.nn.init.normal_(layer.adapter["lora_B"], std=0.3)
+    return torch.nn.Sequential(*layers)
 
 
 def train(rank, port, kind, results):
