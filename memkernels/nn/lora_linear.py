@@ -205,7 +205,7 @@ def is_adaptable(module: Any) -> bool:
     return type(module) is torch.nn.Linear or is_conv1d(module)
 
 
-def check_adapter(r: Any, alpha: Any, dropout: Any) -> None:
+def check_adapter(r: Any, alpha: Any = 1.0, dropout: Any = 0.0) -> None:
     if type(r) is not int:
         raise TypeError(f"r: expected an int, got {r!r}.")
     for name, value in (("alpha", alpha), ("dropout", dropout)):

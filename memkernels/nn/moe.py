@@ -31,7 +31,8 @@ class ExpertsLoRA(torch.nn.Module):
         dtype: the adapter's; None: float32, or float64 if weight's is.
 
     Raises:
-        ValueError: r is out of its range.
+        TypeError: r is no int, or alpha no number.
+        ValueError: r or alpha is out of its range.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ExpertsLoRA(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_adapter(r, 0.0)
+        check_adapter(r, alpha)
         experts, out, size = weight.shape
         self.scaling = alpha / (r**0.5 if use_rslora else r)
         options: dict[str, Any] = {

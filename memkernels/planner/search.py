@@ -141,7 +141,7 @@ def plan(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
     if lora is not None:
-        check_adapter(lora, 0.0)
+        check_adapter(lora)
     check_base(base)
     if base is not None and lora is None:
         raise ValueError(f"base: {base!r} is what adapters are put on; give lora.")
