@@ -17,6 +17,7 @@ class Rows:
     def __init__(self, batch: Any) -> None:
         self.batch = batch
         self.count = _length(batch)
+        self.least = 1  # parts of this size cannot be smaller
 
     def parts(self, size: int) -> Iterator[Any]:
         """Parts of `size` rows, the last perhaps of fewer."""
@@ -35,6 +36,8 @@ class PackedSequences:
             raise ValueError(
                 f"batch[{STARTS!r}]: expected ascending starts from 0 on and their end, got {self.starts}."
             )
+        pairs = [last - first for first, last in zip(self.starts, self.starts[2:], strict=False)]
+        self.least = min(pairs, default=self.count + 1) - 1  # no two sequences fit into a part
         _check_lengths(_lengths({key: value for key, value in batch.items() if key != STARTS}), self.count)
 
     def parts(self, size: int) -> Iterator[Any]:

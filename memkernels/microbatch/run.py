@@ -122,7 +122,7 @@ def micro_batch(
         raise
     known = _known(step, (memory_limit, *parts.signature(batch)))
     tried = max(known.size, 1) if known.is_limit else cut.count
-    fits = tried <= known.size
+    fits, least = tried <= known.size, cut.least
     if process_group is not None:
         if _reduced(False, dist.ReduceOp.MAX, process_group):
             raise RuntimeError("micro_batch: another rank failed.")
@@ -131,6 +131,7 @@ def micro_batch(
             raise ValueError(f"size: expected the same on every rank, which {size!r} is not.")
         total = _reduced(total, dist.ReduceOp.SUM, process_group) / dist.get_world_size(process_group)
         tried = int(_reduced(tried, dist.ReduceOp.MAX, process_group))
+        least = int(_reduced(least, dist.ReduceOp.MIN, process_group))
         fits = bool(_reduced(tried <= known.size, dist.ReduceOp.MIN, process_group))
     if not total > 0:
         raise ValueError(f"batch: expected one target at least, got {total}.")
@@ -144,7 +145,7 @@ def micro_batch(
         try:
             loss = run.at(tried, None if fits else memory_limit)
         except _TooLarge as too_large:
-            if tried == 1:
+            if tried <= least:
                 raise too_large.error from None
         else:
             known.size = tried if known.is_limit else max(tried, known.size)

@@ -8,21 +8,17 @@ BUCKET_BYTES = 32 << 20
 EXCHANGES_AT_ONCE = 2
 
 
-def bytes_exchanged(
-    sizes: Sequence[int], stage: int, *, ranks: int, itemsize: int, sent_itemsize: int, parts: int = 1
-) -> int:
+def bytes_exchanged(sizes: Sequence[int], stage: int, *, ranks: int, itemsize: int, sent_itemsize: int) -> int:
     """The memory at stage 1 or 2 of what is on its way.
 
     Of a bucket that is exchanged there is what is received and what is sent, at stage 1 the gradients themselves where
-    they are sent in their own dtype; at stage 2 another bucket is filled meanwhile. This rank's sum is made in float32
-    beside its place where the dtypes differ, or, at stage 2, where it adds to that of parts before. Buckets of at most
-    BUCKET_BYTES have memory that stays; a larger one, of one parameter, has its own meanwhile.
+    they are sent in their own dtype; at stage 2 another bucket is filled meanwhile. Buckets of at most BUCKET_BYTES
+    have memory that stays; a larger one, of one parameter, has its own meanwhile.
 
     Args:
         sizes: bytes of the buckets' parameters, in their order.
         itemsize: bytes of an element of the parameters.
         sent_itemsize: of what is sent.
-        parts: backwards between steps.
     """
     converted = sent_itemsize != itemsize
     if ranks > 1:
@@ -36,7 +32,4 @@ def bytes_exchanged(
         copies = [of_each] * len(window[:at_once]) + [int(of_next)]
         kept = max(kept, sum(n for n, size in zip(copies, window, strict=False) if size <= BUCKET_BYTES))
         large = max(large, sum(n * size for n, size in zip(copies, window, strict=False) if size > BUCKET_BYTES))
-    summed = 0
-    if converted or (stage == 2 and parts > 1):
-        summed = -(-4 * max(sizes, default=0) // (itemsize * ranks))
-    return (kept * usual + large) * sent_itemsize // itemsize + summed
+    return (kept * usual + large) * sent_itemsize // itemsize

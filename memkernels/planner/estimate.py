@@ -88,17 +88,15 @@ def estimate(
     sent = sent_itemsize if stage and sent_itemsize else sizes.itemsize
     of_buckets = 0
     if stage in (1, 2):
-        of_buckets = bytes_exchanged(
-            sizes.buckets, stage, ranks=ranks, itemsize=sizes.itemsize, sent_itemsize=sent, parts=parts
-        )
+        of_buckets = bytes_exchanged(sizes.buckets, stage, ranks=ranks, itemsize=sizes.itemsize, sent_itemsize=sent)
 
     def exchanged(complete: int) -> int:
-        return _of_fsdp2(sizes, complete, ranks, sent) if stage == 3 else of_buckets
+        return _of_fsdp2(sizes, complete, ranks, sent, parts) if stage == 3 else of_buckets
 
     kept = [(of, _gradients(of, technique, sizes, parts, ranks), exchanged(of.gradients)) for of in step.moments]
     if stage == 3:  # when backward ends, gradients outside of layers are copied and sent
         outside, trained = sizes.outside
-        copies = _copies(trained, sizes, ranks, sent)
+        copies = _copies(trained, sizes, ranks, sent, parts)
         kept.append((Moment(0, 0, 0), math.ceil(sizes.trained / ranks) + trained, outside + copies))
     moment, gradients, on_its_way = max(kept, key=lambda of: of[0].activations + of[0].transients + of[1] + of[2])
     bytes_by_part = (
@@ -134,20 +132,22 @@ def _gradients(moment: Moment, technique: Technique, sizes: Sizes, parts: int, r
     return 0 if technique.step_in_backward else moment.gradients
 
 
-def _of_fsdp2(sizes: Sizes, complete: int, ranks: int, sent: int) -> int:
+def _of_fsdp2(sizes: Sizes, complete: int, ranks: int, sent: int, parts: int) -> int:
     """Stage 3's buffers of what is on its way between ranks while gradients are `complete`: the parameters outside of
     layers are together throughout a step, and those of two layers: one computes, the next arrives. FSDP2 copies the
     gradients of a layer, which it sends.
     """
-    copies = _copies(min(complete, sizes.largest_layer[1]), sizes, ranks, sent)
+    copies = _copies(min(complete, sizes.largest_layer[1]), sizes, ranks, sent, parts)
     return sizes.outside[0] + 2 * sizes.largest_layer[0] + copies
 
 
-def _copies(gradients: int, sizes: Sizes, ranks: int, sent: int) -> int:
-    """FSDP2's of gradients, with elements of `sent` bytes, and this rank's part of their sum, where it has another
-    dtype than the gradient that it becomes."""
+def _copies(gradients: int, sizes: Sizes, ranks: int, sent: int, parts: int) -> int:
+    """FSDP2's of gradients, with elements of `sent` bytes; and this rank's part of their sum, where it does not become
+    the gradient itself, but is rounded to it, added to that of parts before, or both."""
     copies = gradients * sent // sizes.itemsize
-    return copies if sent == sizes.itemsize else copies + copies // ranks
+    rounded, added = sent != sizes.itemsize, parts > 1
+    sums = (copies if rounded or added else 0) + (gradients if rounded and added else 0)
+    return copies + sums // ranks
 
 
 def _sent(stage: int, sizes: Sizes, parts: int, ranks: int, sent: int) -> int:

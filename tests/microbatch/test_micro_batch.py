@@ -257,6 +257,24 @@ def test_packed_sequences_stay_whole():
     assert_same_gradients(model, other)
 
 
+def test_a_sequence_that_does_not_fit_is_not_tried_again_and_again():
+    tried = []
+
+    def step(part, targets):
+        tried.append(part["cu_seqlens"].diff().tolist())
+        return failing_step(model_of(), 5, MemoryError("full"))(part, targets)
+
+    with pytest.raises(MemoryError, match="full"):
+        micro_batch(step, packed_batch())
+    # Of 23 tokens, 12, 6, then 3: below 5, the shortest two sequences together, all are single.
+    assert tried == [[3, 9, 1, 4, 6], [3, 9], [3], [9], [3], [9]]
+    tried.clear()
+    with pytest.raises(MemoryError, match="full"):
+        micro_batch(step, {"x": torch.ones(9, 6), "labels": torch.ones(9).long(), "cu_seqlens": torch.tensor([0, 9]),
+                           "scale": 1.0, "shift": 0.0})  # fmt: skip
+    assert tried == [[9]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -185,29 +185,18 @@ def test_buffers_are_as_large_as_the_buckets(buckets, first, second):
         assert bytes_exchanged(buckets, stage, ranks=2, itemsize=4, sent_itemsize=4) == expected
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize(
-    ("itemsize", "sent", "parts", "first", "second"),
-    [
-        # Bytes of buffers for each of an element of a bucket; of the sum in float32, on one of four ranks.
-        (2, 2, 1, 2 * 2, 5 * 2),
-        (2, 2, 2, 2 * 2, 5 * 2 + 1),
-        (2, 4, 1, 4 * 4 + 1, 5 * 4 + 1),
-        (4, 2, 1, 4 * 2 + 1, 5 * 2 + 1),
-    ],
-)
-def test_what_is_sent_in_another_dtype_has_buffers_of_its_own(stage, itemsize, sent, parts, first, second):
+@pytest.mark.parametrize(("itemsize", "sent", "first", "second"), [(2, 2, 2, 5), (2, 4, 4, 5), (4, 2, 4, 5)])
+def test_what_is_sent_in_another_dtype_has_buffers_of_its_own(itemsize, sent, first, second):
     elements = 1 << 20
-    found = bytes_exchanged(
-        [itemsize * elements] * 4, stage, ranks=4, itemsize=itemsize, sent_itemsize=sent, parts=parts
-    )
-    assert found == elements * (first if stage == 1 else second)
+    for stage, buffers in ((1, first), (2, second)):
+        found = bytes_exchanged([itemsize * elements] * 4, stage, ranks=4, itemsize=itemsize, sent_itemsize=sent)
+        assert found == buffers * sent * elements
 
 
 def test_one_rank_sends_nothing():
-    kinds = [(1, 2, 0), (2, 2, 2), (1, 4, 4 + 4), (2, 4, 4 + 4)]
-    for stage, sent, expected in kinds:
-        assert bytes_exchanged([20, 10], stage, ranks=1, itemsize=2, sent_itemsize=sent) == 10 * expected
+    for stage, sent, expected in ((1, 2, 0), (2, 2, 1), (1, 4, 1), (2, 4, 1)):
+        found = bytes_exchanged([20, 10], stage, ranks=1, itemsize=2, sent_itemsize=sent)
+        assert found == expected * 10 * sent
 
 
 def test_gradients_sent_in_float32_take_twice_the_bytes(config):
@@ -230,9 +219,9 @@ def test_stage_three_has_whole_gradients_and_copies_that_are_sent():
     sizes = Sizes(10_000, 9_000, (), 2, (1000, 900), (500, 400), {32: 0}, 5000)
     technique = Technique("none", "none", 3, 32, 1, False)
 
-    def parts(*moments, **options):
+    def parts(*moments, batch=1, **options):
         step = Timeline(list(moments), 9_000, 1, 0)
-        return estimate(technique, sizes, step, step, batch=1, ranks=10, on_host=False, **options).parts
+        return estimate(technique, sizes, step, step, batch=batch, ranks=10, on_host=False, **options).parts
 
     forward = parts(Moment(0, 5000, 0))
     assert (forward["gradients"], forward["buffers"]) == (0, 2000)
@@ -241,7 +230,10 @@ def test_stage_three_has_whole_gradients_and_copies_that_are_sent():
     ends = parts(Moment(0, 0, 0))
     assert (ends["gradients"], ends["activations"], ends["buffers"]) == (900 + 900, 0, 1000 + 900)
     # In float32, with this rank's part of the sum until it is rounded.
-    assert parts(Moment(9_000, 5000, 0), sent_itemsize=4)["buffers"] == 2000 + 2 * 400 + 2 * 400 // 10
+    assert parts(Moment(9_000, 5000, 0), sent_itemsize=4)["buffers"] == 2000 + 800 + 800 // 10
+    # Which is added to that of the part before.
+    assert parts(Moment(9_000, 5000, 0), batch=2)["buffers"] == 2000 + 400 + 400 // 10
+    assert parts(Moment(9_000, 5000, 0), batch=2, sent_itemsize=4)["buffers"] == 2000 + 800 + (800 + 400) // 10
 
 
 def test_the_cheapest_that_fits_comes_first_and_none_is_lost(config):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from memkernels.optim.sharded.layout import Bucket, Piece
+
+_CHUNK = 1 << 18  # elements that are added up at a time
 
 
 class Buffers:
@@ -103,10 +105,11 @@ class WholeGradients(Gradients):
         if parts.dtype == flat.dtype:
             torch.sum(parts, 0, out=self.shards[i])
         else:  # this rank's own, the sum of earlier backwards among it, is here as it was before it was rounded
-            total = self.shards[i].float()
-            for part in (*parts[: self._rank], *parts[self._rank + 1 :]):
-                total += part
-            self.shards[i].copy_(total)
+            for own, sent in _chunks(self.shards[i], parts):
+                total = own.float()
+                for part in (*sent[: self._rank], *sent[self._rank + 1 :]):
+                    total += part
+                own.copy_(total)
         flat[: self._rank * size].zero_()
         flat[(self._rank + 1) * size :].zero_()
 
@@ -153,12 +156,12 @@ class PassingGradients(Gradients):
 
     def store(self, i: int, parts: Tensor) -> None:
         shard = self.shards[i]
-        if i not in self._empty:
-            shard.add_(_sum_of(parts))
-        elif parts.dtype == shard.dtype:
+        if i in self._empty and parts.dtype == shard.dtype:
             torch.sum(parts, 0, out=shard)
         else:
-            shard.copy_(_sum_of(parts))
+            for own, sent in _chunks(shard, parts):
+                total = _sum_of(sent)
+                own.copy_(total if i in self._empty else own + total)
         self._empty.discard(i)
 
     def sent(self, i: int, buffer: Tensor) -> None:
@@ -176,6 +179,12 @@ class PassingGradients(Gradients):
     def put_back(self, sums: Sequence[Tensor]) -> None:
         super().put_back(sums)
         self._empty.clear()
+
+
+def _chunks(shard: Tensor, parts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A rank's range and what the ranks sent for it, so few elements at a time that those in float32 take no memory."""
+    for first in range(0, len(shard), _CHUNK):
+        yield shard[first : first + _CHUNK], parts[:, first : first + _CHUNK]
 
 
 def _sum_of(parts: Tensor) -> Tensor:
