@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -61,6 +62,13 @@ def trained(case: Case, width: int, layers: int) -> tuple[torch.nn.Module, Shard
     return model, optimizer, backward
 
 
+def settled_bytes() -> int:
+    """Memory in use once gloo's threads have let go of what they sent: a while after all ranks are there."""
+    dist.barrier()
+    time.sleep(1)
+    return resident_bytes()
+
+
 def hold(rank: int, store: str, label: str) -> dict[str, int]:
     """What a rank holds, in a process of its own."""
     case = benchmark.case(label)
@@ -70,11 +78,10 @@ def hold(rank: int, store: str, label: str) -> dict[str, int]:
     )
     small = trained(case, 256, 2)
     small[2]()
-    dist.barrier()
-    before = resident_bytes()
+    before = settled_bytes()
     _, optimizer, backward = trained(case, WIDTH, LAYERS)
     backward()
-    held, buckets = resident_bytes() - before, 0
+    held, buckets = settled_bytes() - before, 0
     if case.sizes["stage"] < 3:
         buckets = sum(kept.nbytes for free in optimizer._reducer._buffers._free.values() for kept in free)
     peak = held + peak_bytes(backward)

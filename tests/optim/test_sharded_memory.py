@@ -35,4 +35,7 @@ def test_a_rank_holds_what_the_formulas_say(label):
     step = Timeline([Moment(parameters, 0, layer if stage < 3 else 0)], parameters, 1, 0)
     technique = Technique("none", "none", stage, bits, 1, False)
     planned = estimate(technique, sizes, step, step, batch=2, ranks=ranks, on_host=False, sent_itemsize=sent)
-    assert abs(peak / planned.peak - 1) < 0.03
+    # Within an operator, which no plan counts: torch converts gradients to another dtype through a copy on CPU.
+    expected = planned.peak + (layer if stage == 3 and sent != case.dtype.itemsize else 0)
+    assert peak < 1.03 * expected
+    assert peak > 0.97 * expected or (stage, ranks) == (3, 1)  # of one rank FSDP2 sends nothing, and has no buffers
