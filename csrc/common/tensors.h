@@ -12,10 +12,10 @@ namespace memkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Calls body.operator()<T>() with T float, BFloat16 or Half, as the dtype says.
+// Calls body.operator()<T>() with T float, BFloat16 or Half, the dtype of the argument of that name.
 template <typename Body>
-void dispatch_floating(ScalarType dtype, Body&& body) {
-  switch (dtype) {
+void dispatch_floating(const char* name, const Tensor& tensor, Body&& body) {
+  switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return body.template operator()<float>();
     case ScalarType::BFloat16:
@@ -23,16 +23,19 @@ void dispatch_floating(ScalarType dtype, Body&& body) {
     case ScalarType::Half:
       return body.template operator()<torch::headeronly::Half>();
     default:
-      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16, got dtype number ", static_cast<int>(dtype));
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got dtype ",
+                      toString(tensor.scalar_type()));
   }
 }
 
-// The same for a pair: activations of type T with parameters W of the same dtype or float32.
+// The same for a pair: T of the tensor, with W of the same dtype or float32, as the second name says.
 template <typename Body>
-void dispatch_floating(ScalarType dtype, ScalarType parameter_dtype, Body&& body) {
-  dispatch_floating(dtype, [&]<typename T>() {
-    if (parameter_dtype == dtype) return body.template operator()<T, T>();
-    STD_TORCH_CHECK(parameter_dtype == ScalarType::Float, "parameters must be float32 or of the activations' dtype");
+void dispatch_floating(const char* name, const Tensor& tensor, const char* second_name, ScalarType second_dtype,
+                       Body&& body) {
+  dispatch_floating(name, tensor, [&]<typename T>() {
+    if (second_dtype == tensor.scalar_type()) return body.template operator()<T, T>();
+    STD_TORCH_CHECK(second_dtype == ScalarType::Float, second_name, ": expected dtype ", toString(tensor.scalar_type()),
+                    ", that of ", name, ", or Float, got ", toString(second_dtype));
     body.template operator()<T, float>();
   });
 }

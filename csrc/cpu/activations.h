@@ -54,8 +54,8 @@ struct ReluSquared {
 
 // Calls body.operator()<T, Act>() with T as `dispatch_floating` has it and Act as the activation's name says.
 template <typename Body>
-void dispatch_activation(ScalarType dtype, const std::string& activation, Body&& body) {
-  dispatch_floating(dtype, [&]<typename T>() {
+void dispatch_activation(const char* name, const Tensor& tensor, const std::string& activation, Body&& body) {
+  dispatch_floating(name, tensor, [&]<typename T>() {
     if (activation == "silu") return body.template operator()<T, Silu>();
     if (activation == "gelu") return body.template operator()<T, Gelu>();
     if (activation == "gelu_tanh") return body.template operator()<T, GeluTanh>();

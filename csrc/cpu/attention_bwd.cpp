@@ -346,17 +346,22 @@ class Backward {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout_in, const std::optional<Tensor>& dlse_in, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out_in, const Tensor& lse, const std::optional<Tensor>& cu_seqlens_q,
+    const Tensor& out_in, const Tensor& lse_in, const std::optional<Tensor>& cu_seqlens_q,
     const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& alibi_slopes,
     const std::optional<Tensor>& sinks, const std::optional<Tensor>& seed, int64_t /*max_seqlen_q*/,
     int64_t /*max_seqlen_k*/, double scale, int64_t window_left, int64_t window_right, double softcap, double dropout_p,
     bool /*deterministic: always*/) {
-  const Tensor dout = with_contiguous_rows(dout_in), out = with_contiguous_rows(out_in);
+  check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, dropout_p);
+  check_tensor("dout", dout_in, q.scalar_type(), output_sizes(q, v.size(-1)));
+  check_tensor("out", out_in, q.scalar_type(), output_sizes(q, v.size(-1)));
+  check_tensor("lse", lse_in, ScalarType::Float, lse_sizes(q));
+  check_tensor("dlse", dlse_in, ScalarType::Float, lse_sizes(q));
+  const Tensor dout = with_contiguous_rows(dout_in), out = with_contiguous_rows(out_in), lse = as_contiguous(lse_in);
   const std::optional<Tensor> dlse = as_contiguous(dlse_in);
   Tensor dq = new_output(q, q.sizes()), dk = new_output(k, k.sizes()), dv = new_output(v, v.sizes());
   const int64_t heads = q.size(-2);
   Tensor dsinks = torch::stable::new_empty(q, {sinks.has_value() ? heads : 0}, ScalarType::Float);
-  dispatch_floating(q.scalar_type(), [&]<typename T>() {
+  dispatch_floating("q", q, [&]<typename T>() {
     const Call<T> call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks,
                        make_options(scale, window_left, window_right, softcap, dropout_p, seed));
     std::vector<float> dsinks_by_sequence(sinks.has_value() ? call.sequences.size() * heads : 0);

@@ -1,6 +1,7 @@
 // The arguments of attention's operators, unpacked once for forward and backward.
 #pragma once
 
+#include "common/checks.h"
 #include "cpu/attention_common.h"
 
 namespace memkernels::cpu {
@@ -34,9 +35,43 @@ inline Options make_options(double scale, int64_t left, int64_t right, double so
   return {.scale = static_cast<float>(scale),
           .softcap = static_cast<float>(softcap),
           .dropout = static_cast<float>(dropout),
-          .left = left < 0 ? kUnlimited : left,
-          .right = right < 0 ? kUnlimited : right,
+          .left = left < 0 ? kUnlimited : std::min(left, kUnlimited),
+          .right = right < 0 ? kUnlimited : std::min(right, kUnlimited),
           .seed = seed.has_value() ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0};
+}
+
+inline void check_arguments(const Tensor& q, const Tensor& k, const Tensor& v,
+                            const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+                            const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+                            const std::optional<Tensor>& seed, double dropout_p) {
+  const bool packed = cu_seqlens_q.has_value();
+  const int64_t dims = packed ? 3 : 4;
+  check_dim("q", q, dims);
+  check_dim("k", k, dims);
+  check_dim("v", v, dims);
+  const int64_t heads = q.size(-2), kv_heads = k.size(-2);
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k: expected a number of heads that divides q's ", heads,
+                  ", got ", kv_heads);
+  std::vector<int64_t> sizes = output_sizes(k, q.size(-1));
+  if (!packed) sizes[0] = q.size(0);
+  check_tensor("k", k, q.scalar_type(), sizes);
+  sizes.back() = v.size(-1);
+  check_tensor("v", v, q.scalar_type(), sizes);
+  STD_TORCH_CHECK(cu_seqlens_k.has_value() == packed, "cu_seqlens_k: expected with cu_seqlens_q, and only then");
+  if (packed) {
+    check_dim("cu_seqlens_q", *cu_seqlens_q, 1);
+    check_dtype("cu_seqlens_q", *cu_seqlens_q, ScalarType::Int);
+    check_tensor("cu_seqlens_k", *cu_seqlens_k, ScalarType::Int, cu_seqlens_q->sizes());
+  }
+  if (alibi_slopes.has_value() && alibi_slopes->dim() == 2) {
+    const int64_t sequences = packed ? cu_seqlens_q->numel() - 1 : q.size(0);
+    check_tensor("alibi_slopes", *alibi_slopes, ScalarType::Float, {sequences, heads});
+  } else {
+    check_tensor("alibi_slopes", alibi_slopes, ScalarType::Float, {heads});
+  }
+  check_tensor("sinks", sinks, ScalarType::Float, {heads});
+  if (seed.has_value()) check_one_element("seed", *seed, ScalarType::Long);
+  check_probability("dropout_p", dropout_p);
 }
 
 // A row outside every sequence would be left unwritten.

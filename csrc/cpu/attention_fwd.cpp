@@ -194,9 +194,10 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                                          const std::optional<Tensor>& seed, int64_t /*max_seqlen_q*/,
                                          int64_t /*max_seqlen_k*/, double scale, int64_t window_left,
                                          int64_t window_right, double softcap, double dropout_p) {
+  check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, dropout_p);
   Tensor out = new_output(q, output_sizes(q, v.size(-1)));
   Tensor lse = torch::stable::new_empty(q, lse_sizes(q), ScalarType::Float);
-  dispatch_floating(q.scalar_type(), [&]<typename T>() {
+  dispatch_floating("q", q, [&]<typename T>() {
     const Call<T> call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks,
                        make_options(scale, window_left, window_right, softcap, dropout_p, seed));
     Forward<T>(call, rows_of<T>(out), lse.mutable_data_ptr<float>()).run();

@@ -6,8 +6,8 @@
 #include <string>
 #include <tuple>
 
+#include "common/checks.h"
 #include "common/kernel_table.h"
-#include "common/tensors.h"
 #include "cpu/activations.h"
 #include "cpu/outputs.h"
 #include "cpu/vec.h"
@@ -65,12 +65,25 @@ void backward(const T* dh, const T* gate_up, const float* weights, T* h, T* dgat
   });
 }
 
+void check_rows(const Tensor& gate_up, const Tensor& row_weight, bool gated) {
+  check_dim("gate_up", gate_up, 2);
+  STD_TORCH_CHECK(!gated || gate_up.size(1) % 2 == 0, "gate_up: expected an even number of columns, got ",
+                  gate_up.size(1));
+  check_tensor("row_weight", row_weight, ScalarType::Float, {gate_up.size(0)});
+}
+
+void check_backward(const Tensor& dh, const Tensor& gate_up, const Tensor& row_weight, bool gated) {
+  check_rows(gate_up, row_weight, gated);
+  check_tensor("dh", dh, gate_up.scalar_type(), {gate_up.size(0), gated ? gate_up.size(1) / 2 : gate_up.size(1)});
+}
+
 Tensor expert_activation_fwd(const Tensor& gate_up_in, const Tensor& row_weight_in, bool gated,
                              const std::string& activation) {
+  check_rows(gate_up_in, row_weight_in, gated);
   const Tensor gate_up = as_contiguous(gate_up_in), row_weight = as_contiguous(row_weight_in);
   const int64_t rows = gate_up.size(0), width = gate_up.size(1), size = gated ? width / 2 : width;
   Tensor h = new_output(gate_up, {rows, size});
-  dispatch_activation(gate_up.scalar_type(), activation, [&]<typename T, typename Act>() {
+  dispatch_activation("gate_up", gate_up, activation, [&]<typename T, typename Act>() {
     const T* from = gate_up.const_data_ptr<T>();
     const float* weights = row_weight.const_data_ptr<float>();
     T* to = h.mutable_data_ptr<T>();
@@ -87,11 +100,12 @@ Tensor expert_activation_fwd(const Tensor& gate_up_in, const Tensor& row_weight_
 std::tuple<Tensor, Tensor, Tensor> expert_activation_bwd(const Tensor& dh_in, const Tensor& gate_up_in,
                                                          const Tensor& row_weight_in, bool gated,
                                                          const std::string& activation) {
+  check_backward(dh_in, gate_up_in, row_weight_in, gated);
   const Tensor dh = as_contiguous(dh_in), gate_up = as_contiguous(gate_up_in),
                row_weight = as_contiguous(row_weight_in);
   Tensor h = output_like(dh), dgate_up = output_like(gate_up);
   Tensor drow_weight = torch::stable::empty_like(row_weight);
-  dispatch_activation(dh.scalar_type(), activation, [&]<typename T, typename Act>() {
+  dispatch_activation("gate_up", gate_up, activation, [&]<typename T, typename Act>() {
     backward<Act>(dh.const_data_ptr<T>(), gate_up.const_data_ptr<T>(), row_weight.const_data_ptr<float>(),
                   h.mutable_data_ptr<T>(), dgate_up.mutable_data_ptr<T>(), drow_weight.mutable_data_ptr<float>(),
                   dh.size(0), dh.size(1), gated);
@@ -101,11 +115,12 @@ std::tuple<Tensor, Tensor, Tensor> expert_activation_bwd(const Tensor& dh_in, co
 
 Tensor expert_activation_bwd_(const Tensor& dh, const Tensor& gate_up, const Tensor& row_weight_in, bool gated,
                               const std::string& activation) {
+  check_backward(dh, gate_up, row_weight_in, gated);
   STD_TORCH_CHECK(dh.is_contiguous() && gate_up.is_contiguous(),
                   "dh, gate_up: expected contiguous tensors, since they are written in place");
   const Tensor row_weight = as_contiguous(row_weight_in);
   Tensor drow_weight = torch::stable::empty_like(row_weight);
-  dispatch_activation(dh.scalar_type(), activation, [&]<typename T, typename Act>() {
+  dispatch_activation("gate_up", gate_up, activation, [&]<typename T, typename Act>() {
     T *dh_data = dh.mutable_data_ptr<T>(), *gates = gate_up.mutable_data_ptr<T>();
     backward<Act, T>(dh_data, gates, row_weight.const_data_ptr<float>(), dh_data, gates,
                      drow_weight.mutable_data_ptr<float>(), dh.size(0), dh.size(1), gated);

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/checks.h"
 #include "common/kernel_table.h"
-#include "common/tensors.h"
 #include "cpu/absmax.h"
 #include "cpu/bytes.h"
 #include "cpu/vec.h"
@@ -67,19 +67,24 @@ void for_each_block(int64_t size, Body&& body) {
   });
 }
 
-void check_sizes(const char* name, const Tensor& values, const Tensor& codes, const Tensor& scales) {
-  const int64_t size = values.numel(), blocks = (size + kBlock - 1) / kBlock;
-  STD_TORCH_CHECK(values.is_contiguous() && codes.is_contiguous() && scales.is_contiguous(), name,
-                  ": expected contiguous tensors");
-  STD_TORCH_CHECK(codes.numel() == size && scales.numel() == blocks, name, ": expected ", size, " codes and ", blocks,
-                  " scales, got ", codes.numel(), " and ", scales.numel());
+void check_elements(const char* name, const Tensor& tensor, ScalarType dtype, int64_t size) {
+  check_dtype(name, tensor, dtype);
+  STD_TORCH_CHECK(tensor.numel() == size && tensor.is_contiguous(), name, ": expected ", size,
+                  " contiguous elements, got ", tensor.numel());
+}
+
+void check_arguments(const Tensor& values, const Tensor& codes, const Tensor& scales) {
+  const int64_t size = values.numel();
+  STD_TORCH_CHECK(values.is_contiguous(), "values: expected a contiguous tensor");
+  check_elements("codes", codes, ScalarType::Byte, size);
+  check_elements("scales", scales, ScalarType::Float, (size + kBlock - 1) / kBlock);
 }
 
 void fp8_encode_(const Tensor& values, Tensor codes, Tensor scales) {
-  check_sizes("fp8_encode_", values, codes, scales);
+  check_arguments(values, codes, scales);
   uint8_t* bytes = codes.mutable_data_ptr<uint8_t>();
   float* of_blocks = scales.mutable_data_ptr<float>();
-  dispatch_floating(values.scalar_type(), [&]<typename T>() {
+  dispatch_floating("values", values, [&]<typename T>() {
     const T* data = values.const_data_ptr<T>();
     for_each_block(values.numel(), [&](int64_t block, int64_t first, int64_t count) {
       if (count == kBlock) {
@@ -96,10 +101,10 @@ void fp8_encode_(const Tensor& values, Tensor codes, Tensor scales) {
 }
 
 void fp8_decode_(const Tensor& codes, const Tensor& scales, Tensor values) {
-  check_sizes("fp8_decode_", values, codes, scales);
+  check_arguments(values, codes, scales);
   const uint8_t* bytes = codes.const_data_ptr<uint8_t>();
   const float* of_blocks = scales.const_data_ptr<float>();
-  dispatch_floating(values.scalar_type(), [&]<typename T>() {
+  dispatch_floating("values", values, [&]<typename T>() {
     T* data = values.mutable_data_ptr<T>();
     for_each_block(values.numel(), [&](int64_t block, int64_t first, int64_t count) {
       if (count == kBlock) {

@@ -5,8 +5,8 @@
 #include <string>
 #include <tuple>
 
+#include "common/checks.h"
 #include "common/kernel_table.h"
-#include "common/tensors.h"
 #include "cpu/activations.h"
 #include "cpu/outputs.h"
 
@@ -58,10 +58,11 @@ void backward(const T* dh, const T* gate, const T* up, T* dgate, T* dup, T* h, i
 }
 
 Tensor gated_activation_fwd(const Tensor& gate_in, const std::optional<Tensor>& up_in, const std::string& activation) {
+  check_tensor("up", up_in, gate_in.scalar_type(), gate_in.sizes());
   const Tensor gate = as_contiguous(gate_in);
   const std::optional<Tensor> up = as_contiguous(up_in);
   Tensor h = output_like(gate);
-  dispatch_activation(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
+  dispatch_activation("gate", gate, activation, [&]<typename T, typename Act>() {
     const auto run = gate.numel() * sizeof(T) >= kStreamedBytes ? forward<T, Act, true> : forward<T, Act, false>;
     run(gate.const_data_ptr<T>(), data_or_null<T>(up), h.mutable_data_ptr<T>(), gate.numel());
   });
@@ -70,11 +71,13 @@ Tensor gated_activation_fwd(const Tensor& gate_in, const std::optional<Tensor>& 
 
 std::tuple<Tensor, Tensor> gated_activation_bwd(const Tensor& dh_in, const Tensor& gate_in,
                                                 const std::optional<Tensor>& up_in, const std::string& activation) {
+  check_tensor("dh", dh_in, gate_in.scalar_type(), gate_in.sizes());
+  check_tensor("up", up_in, gate_in.scalar_type(), gate_in.sizes());
   const Tensor dh = as_contiguous(dh_in), gate = as_contiguous(gate_in);
   const std::optional<Tensor> up = as_contiguous(up_in);
   Tensor dgate = output_like(gate);
   Tensor dup = up.has_value() ? output_like(gate) : torch::stable::new_empty(gate, {0});
-  dispatch_activation(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
+  dispatch_activation("gate", gate, activation, [&]<typename T, typename Act>() {
     const auto run = gate.numel() * sizeof(T) >= kStreamedBytes ? backward<T, Act, true> : backward<T, Act, false>;
     run(dh.const_data_ptr<T>(), gate.const_data_ptr<T>(), data_or_null<T>(up), dgate.mutable_data_ptr<T>(),
         dup.mutable_data_ptr<T>(), nullptr, gate.numel());
@@ -84,9 +87,11 @@ std::tuple<Tensor, Tensor> gated_activation_bwd(const Tensor& dh_in, const Tenso
 
 void gated_activation_bwd_(const Tensor& dh, const Tensor& gate, const std::optional<Tensor>& up,
                            const std::string& activation) {
+  check_tensor("dh", dh, gate.scalar_type(), gate.sizes());
+  check_tensor("up", up, gate.scalar_type(), gate.sizes());
   STD_TORCH_CHECK(dh.is_contiguous() && gate.is_contiguous() && (!up.has_value() || up->is_contiguous()),
                   "dh, gate, up: expected contiguous tensors, since they are written in place");
-  dispatch_activation(gate.scalar_type(), activation, [&]<typename T, typename Act>() {
+  dispatch_activation("gate", gate, activation, [&]<typename T, typename Act>() {
     T* up_data = up.has_value() ? up->mutable_data_ptr<T>() : nullptr;
     T* gate_data = gate.mutable_data_ptr<T>();
     T* dh_data = dh.mutable_data_ptr<T>();

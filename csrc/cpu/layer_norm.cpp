@@ -5,8 +5,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/checks.h"
 #include "common/kernel_table.h"
-#include "common/tensors.h"
 #include "cpu/outputs.h"
 #include "cpu/row_sums.h"
 #include "cpu/vec.h"
@@ -106,13 +106,16 @@ void add_parameter_grads(const T* dy, const T* h, const float* means, const floa
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_in, const std::optional<Tensor>& residual_in,
                                                           const Tensor& weight_in, const std::optional<Tensor>& bias_in,
                                                           double eps) {
+  const int64_t size = last_size("x", x_in), rows = row_count(x_in);
+  check_tensor("residual", residual_in, x_in.scalar_type(), x_in.sizes());
+  check_shape("weight", weight_in, {size});
+  check_tensor("bias", bias_in, weight_in.scalar_type(), {size});
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   const std::optional<Tensor> residual = as_contiguous(residual_in), bias = as_contiguous(bias_in);
-  const int64_t size = x.size(-1), rows = row_count(x);
   Tensor y = output_like(x);
   Tensor residual_out = residual.has_value() ? output_like(x) : torch::stable::new_empty(x, {0});
   Tensor mean = torch::stable::new_empty(x, {rows}, ScalarType::Float), rstd = empty_like(mean);
-  dispatch_floating(x.scalar_type(), weight.scalar_type(), [&]<typename T, typename W>() {
+  dispatch_floating("x", x, "weight", weight.scalar_type(), [&]<typename T, typename W>() {
     forward(x.const_data_ptr<T>(), data_or_null<T>(residual), weight.const_data_ptr<W>(), data_or_null<W>(bias),
             y.mutable_data_ptr<T>(), residual_out.mutable_data_ptr<T>(), mean.mutable_data_ptr<float>(),
             rstd.mutable_data_ptr<float>(), rows, size, static_cast<float>(eps));
@@ -121,17 +124,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_in, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_in, const std::optional<Tensor>& dresidual_out_in,
-                                                  const Tensor& h_in, const Tensor& weight_in, const Tensor& mean,
-                                                  const Tensor& rstd, bool weight_grad, bool bias_grad) {
+                                                  const Tensor& h_in, const Tensor& weight_in, const Tensor& mean_in,
+                                                  const Tensor& rstd_in, bool weight_grad, bool bias_grad) {
+  const int64_t size = last_size("h", h_in), rows = row_count(h_in);
+  check_tensor("dy", dy_in, h_in.scalar_type(), h_in.sizes());
+  check_tensor("dresidual_out", dresidual_out_in, h_in.scalar_type(), h_in.sizes());
+  check_shape("weight", weight_in, {size});
+  check_tensor("mean", mean_in, ScalarType::Float, {rows});
+  check_tensor("rstd", rstd_in, ScalarType::Float, {rows});
   const Tensor dy = as_contiguous(dy_in), h = as_contiguous(h_in), weight = as_contiguous(weight_in);
+  const Tensor mean = as_contiguous(mean_in), rstd = as_contiguous(rstd_in);
   const std::optional<Tensor> dresidual_out = as_contiguous(dresidual_out_in);
-  const int64_t size = h.size(-1), rows = row_count(h);
   const bool parameter_grads = weight_grad || bias_grad;
   Tensor dx = output_like(h);
   Tensor dweight = weight_grad ? empty_like(weight) : torch::stable::new_empty(weight, {0});
   Tensor dbias = bias_grad ? empty_like(weight) : torch::stable::new_empty(weight, {0});
   RowSums sums(rows, parameter_grads ? 2 * size : 0);
-  dispatch_floating(h.scalar_type(), weight.scalar_type(), [&]<typename T, typename W>() {
+  dispatch_floating("h", h, "weight", weight.scalar_type(), [&]<typename T, typename W>() {
     const auto *dy_data = dy.const_data_ptr<T>(), *h_data = h.const_data_ptr<T>();
     const T* residual_data = data_or_null<T>(dresidual_out);
     const W* weight_data = weight.const_data_ptr<W>();

@@ -8,8 +8,8 @@
 #include <cmath>
 #include <limits>
 
+#include "common/checks.h"
 #include "common/kernel_table.h"
-#include "common/tensors.h"
 #include "cpu/vec.h"
 
 namespace memkernels::cpu {
@@ -117,24 +117,25 @@ void grad(T* logits, const int64_t* target, int64_t rows, int64_t cols, int64_t 
   });
 }
 
-void check_rows(const char* name, const Tensor& tensor, const Tensor& logits) {
+void check_rows(const char* name, const Tensor& tensor, ScalarType dtype, const Tensor& logits) {
+  check_dtype(name, tensor, dtype);
   STD_TORCH_CHECK(tensor.numel() == logits.size(0) && tensor.is_contiguous(), name, ": expected ", logits.size(0),
                   " contiguous elements, one per row of logits, got ", tensor.numel());
 }
 
 void check_tile(const Tensor& logits, const Tensor& target) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected a contiguous [rows, columns]");
-  check_rows("target", target, logits);
+  check_rows("target", target, ScalarType::Long, logits);
 }
 
 void cross_entropy_stats(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
                          double softcap, Tensor row_max, Tensor row_sum, Tensor target_logit, Tensor logit_sum) {
   check_tile(logits, target);
-  check_rows("row_max", row_max, logits);
-  check_rows("row_sum", row_sum, logits);
-  check_rows("target_logit", target_logit, logits);
-  check_rows("logit_sum", logit_sum, logits);
-  dispatch_floating(logits.scalar_type(), [&]<typename T>() {
+  check_rows("row_max", row_max, ScalarType::Float, logits);
+  check_rows("row_sum", row_sum, ScalarType::Float, logits);
+  check_rows("target_logit", target_logit, ScalarType::Float, logits);
+  check_rows("logit_sum", logit_sum, ScalarType::Float, logits);
+  dispatch_floating("logits", logits, [&]<typename T>() {
     dispatch_softcap(softcap, [&](auto z) {
       stats(logits.const_data_ptr<T>(), target.const_data_ptr<int64_t>(), logits.size(0), logits.size(1), vocab_start,
             ignore_index, z, row_max.mutable_data_ptr<float>(), row_sum.mutable_data_ptr<float>(),
@@ -147,9 +148,9 @@ void cross_entropy_grad_(Tensor logits, Tensor target, int64_t vocab_start, int6
                          Tensor grad_loss, int64_t ignore_index, double softcap, double label_smoothing,
                          double z_loss) {
   check_tile(logits, target);
-  check_rows("lse", lse, logits);
-  check_rows("grad_loss", grad_loss, logits);
-  dispatch_floating(logits.scalar_type(), [&]<typename T>() {
+  check_rows("lse", lse, ScalarType::Float, logits);
+  check_rows("grad_loss", grad_loss, ScalarType::Float, logits);
+  dispatch_floating("logits", logits, [&]<typename T>() {
     dispatch_softcap(softcap, [&](auto z) {
       grad(logits.mutable_data_ptr<T>(), target.const_data_ptr<int64_t>(), logits.size(0), logits.size(1), vocab_start,
            vocab_size, lse.const_data_ptr<float>(), grad_loss.const_data_ptr<float>(), ignore_index, z,

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/kernel_table.h"
-#include "common/tensors.h"
+#include "common/moe_tensors.h"
 
 namespace memkernels::cpu {
 namespace {
@@ -73,10 +73,9 @@ void plan(const Id* ids, int64_t pairs, int64_t experts, int64_t capacity, int64
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_plan(const Tensor& expert_ids_in, int64_t num_experts,
                                                     int64_t capacity) {
+  const int64_t rows = check_moe_plan(expert_ids_in, num_experts, capacity);
   const Tensor expert_ids = as_contiguous(expert_ids_in);
   const int64_t pairs = expert_ids.numel();
-  STD_TORCH_CHECK(pairs <= INT32_MAX, "expert_ids: expected at most 2^31 - 1 elements, got ", pairs);
-  const int64_t rows = std::min(pairs, num_experts * capacity);
   Tensor row_of_pair = torch::stable::new_empty(expert_ids, expert_ids.sizes(), ScalarType::Int);
   Tensor pair_of_row = torch::stable::new_empty(expert_ids, {rows}, ScalarType::Int);
   Tensor offsets = torch::stable::new_empty(expert_ids, {num_experts + 1}, ScalarType::Int);

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "common/kernel_table.h"
-#include "common/tensors.h"
+#include "common/moe_tensors.h"
 #include "cpu/outputs.h"
 #include "cpu/vec.h"
 
@@ -60,20 +60,15 @@ void fill_rows_with_zero(T* grouped, int64_t first, int64_t rows, int64_t size) 
   std::memset(static_cast<void*>(grouped + first * size), 0, (rows - first) * size * sizeof(T));
 }
 
-void check_tokens(const char* name, const Tensor& tensor, const Rows& rows) {
-  STD_TORCH_CHECK(tensor.size(0) == rows.tokens, name, ": expected ", rows.tokens, " tokens, as the plan has, got ",
-                  tensor.size(0));
-}
-
 Tensor moe_dispatch(const Tensor& x_in, const std::optional<Tensor>& weights_in, const Tensor& row_of_pair,
                     const Tensor& offsets, int64_t num_rows) {
+  check_moe_dispatch(x_in, weights_in, row_of_pair, offsets, num_rows);
   const Tensor x = as_contiguous(x_in);
   const std::optional<Tensor> weights = as_contiguous(weights_in);
   const Rows rows(row_of_pair, num_rows);
-  check_tokens("x", x, rows);
   const int64_t size = x.size(1), end = rows_in_use(as_contiguous(offsets), num_rows);
   Tensor grouped = new_output(x, {num_rows, size});
-  dispatch_floating(x.scalar_type(), [&]<typename T>() {
+  dispatch_floating("x", x, [&]<typename T>() {
     const T* from = x.const_data_ptr<T>();
     const float* factors = data_or_null<float>(weights);
     T* to = grouped.mutable_data_ptr<T>();
@@ -130,12 +125,13 @@ void combine_many(const T* grouped, const float* factors, const int32_t* rows, i
 }
 
 Tensor moe_combine(const Tensor& y_grouped_in, const std::optional<Tensor>& weights_in, const Tensor& row_of_pair) {
+  check_moe_combine(y_grouped_in, weights_in, row_of_pair);
   const Tensor y_grouped = as_contiguous(y_grouped_in);
   const std::optional<Tensor> weights = as_contiguous(weights_in);
   const Rows rows(row_of_pair, y_grouped.size(0));
   const int64_t size = y_grouped.size(1);
   Tensor y = new_output(y_grouped, {rows.tokens, size});
-  dispatch_floating(y.scalar_type(), [&]<typename T>() {
+  dispatch_floating("y_grouped", y_grouped, [&]<typename T>() {
     const T* grouped = y_grouped.const_data_ptr<T>();
     const float* all_factors = data_or_null<float>(weights);
     T* to = y.mutable_data_ptr<T>();
@@ -156,14 +152,14 @@ Tensor moe_combine(const Tensor& y_grouped_in, const std::optional<Tensor>& weig
 
 std::tuple<Tensor, Tensor> moe_combine_bwd(const Tensor& dy_in, const Tensor& y_grouped_in, const Tensor& weights_in,
                                            const Tensor& row_of_pair, const Tensor& offsets) {
+  check_moe_combine_bwd(dy_in, y_grouped_in, weights_in, row_of_pair, offsets);
   const Tensor dy = as_contiguous(dy_in), y_grouped = as_contiguous(y_grouped_in), weights = as_contiguous(weights_in);
   const int64_t num_rows = y_grouped.size(0), size = y_grouped.size(1);
   const Rows rows(row_of_pair, num_rows);
-  check_tokens("dy", dy, rows);
   const int64_t end = rows_in_use(as_contiguous(offsets), num_rows);
   Tensor dy_grouped = output_like(y_grouped);
   Tensor dweights = torch::stable::empty_like(weights);
-  dispatch_floating(dy.scalar_type(), [&]<typename T>() {
+  dispatch_floating("dy", dy, [&]<typename T>() {
     const T *from = dy.const_data_ptr<T>(), *values = y_grouped.const_data_ptr<T>();
     const float* factors = weights.const_data_ptr<float>();
     T* to = dy_grouped.mutable_data_ptr<T>();

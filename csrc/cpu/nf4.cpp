@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& values_in, int64_t block_s
   Tensor absmax = torch::stable::new_empty(values, {whole_blocks + (rest != 0)}, ScalarType::Float);
   uint8_t* bytes = packed.mutable_data_ptr<uint8_t>();
   float* maxima = absmax.mutable_data_ptr<float>();
-  dispatch_floating(values.scalar_type(), [&]<typename T>() {
+  dispatch_floating("values", values, [&]<typename T>() {
     const T* data = values.const_data_ptr<T>();
     torch::stable::parallel_for(0, whole_blocks, kElementsPerTask / block_size, [=](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
@@ -159,8 +159,10 @@ float quantize_nested_block(const float* absmax, int64_t n, float offset, const 
 }
 
 std::tuple<Tensor, Tensor> nf4_quantize_absmax(const Tensor& absmax_in, const Tensor& offset, const Tensor& code_in) {
+  check_dtype("absmax", absmax_in, ScalarType::Float);
+  check_one_element("offset", offset, ScalarType::Float);
+  check_tensor("code", code_in, ScalarType::Float, {256});
   const Tensor absmax = as_contiguous(absmax_in), code = as_contiguous(code_in);
-  STD_TORCH_CHECK(code.numel() == 256, "nf4_quantize_absmax: code: expected 256 elements, got ", code.numel());
   const int64_t n = absmax.numel(), blocks = (n + kNestedBlock - 1) / kNestedBlock;
   Tensor codes = torch::stable::new_empty(absmax, {n}, ScalarType::Byte);
   Tensor nested_absmax = torch::stable::new_empty(absmax, {blocks}, ScalarType::Float);
@@ -206,13 +208,14 @@ void dequantize_row(const uint8_t* packed, const Nf4Scales& scales, int64_t bloc
 void nf4_dequantize_(Tensor out, const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
                      const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset, int64_t block_size,
                      int64_t row_size, int64_t first_row, int64_t first_column) {
+  check_dim("out", out, 2);
   const int64_t rows = out.size(0), columns = out.size(1), out_stride = out.stride(0);
   if (rows == 0 || columns == 0) return;
   const Nf4Storage storage = contiguous_nf4(packed, absmax, nested_absmax, nested_code, offset);
   storage.check(out, block_size, row_size, first_row, first_column);
   const Nf4Scales scales = storage.scales();
   const uint8_t* bytes = storage.packed.const_data_ptr<uint8_t>();
-  dispatch_floating(out.scalar_type(), [&]<typename T>() {
+  dispatch_floating("out", out, [&]<typename T>() {
     T* to = out.mutable_data_ptr<T>();
     torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kElementsPerTask / columns),
                                 [=](int64_t begin, int64_t last) {

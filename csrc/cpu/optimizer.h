@@ -35,8 +35,8 @@ struct Group {
 
 inline void check_array(const char* name, size_t i, const Tensor& t, ScalarType dtype, int64_t size) {
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.numel() == size && t.is_contiguous(), name, "[", i, "]: expected ",
-                  size, " contiguous elements of dtype number ", static_cast<int>(dtype), ", got ", t.numel(), " of ",
-                  static_cast<int>(t.scalar_type()));
+                  size, " contiguous elements of dtype ", toString(dtype), ", got ", t.numel(), " of ",
+                  toString(t.scalar_type()));
 }
 
 // `moments` and `absmax` hold those of every parameter for the first moment, then for the second; absmax is empty where
@@ -51,11 +51,17 @@ inline Group make_group(const std::vector<Tensor>& parameters, const std::vector
   const bool coded = state_bits < 16;
   STD_TORCH_CHECK(state_bits == 32 || state_bits == 16 || state_bits == 8 || state_bits == 4,
                   "state_bits: expected 32, 16, 8 or 4, got ", state_bits);
-  STD_TORCH_CHECK(grads.size() == count && moments.size() == count * moment_count &&
-                      absmax.size() == (coded ? moments.size() : 0) &&
-                      (remainders.empty() || remainders.size() == count) && steps.size() == count &&
-                      indices.size() == count && origins.size() == count,
-                  "expected lists that fit ", count, " parameters");
+  const auto check_count = [count](const char* name, const auto& list, size_t expected) {
+    STD_TORCH_CHECK(list.size() == expected, name, ": expected ", expected, " for ", count, " parameters, got ",
+                    list.size());
+  };
+  check_count("grads", grads, count);
+  check_count("moments", moments, count * moment_count);
+  check_count("absmax", absmax, coded ? moments.size() : 0);
+  if (!remainders.empty()) check_count("remainders", remainders, count);
+  check_count("steps", steps, count);
+  check_count("indices", indices, count);
+  check_count("origins", origins, count);
   const ScalarType moment_dtype =
       coded ? ScalarType::Byte : (state_bits == 16 ? ScalarType::BFloat16 : ScalarType::Float);
   const int64_t block = state_bits == 8 ? kBlock8 : kBlock4;
@@ -65,7 +71,7 @@ inline Group make_group(const std::vector<Tensor>& parameters, const std::vector
     const ScalarType dtype = parameter.scalar_type();
     const int64_t size = parameter.numel();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "params[", i,
-                    "]: expected float32 or bfloat16, got dtype number ", static_cast<int>(dtype));
+                    "]: expected float32 or bfloat16, got dtype ", toString(dtype));
     check_array("params", i, parameter, dtype, size);
     check_array("grads", i, grads[i], dtype, size);
     Slot slot{.parameter = parameter.mutable_data_ptr(),

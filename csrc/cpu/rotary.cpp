@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/kernel_table.h"
-#include "common/tensors.h"
 #include "cpu/outputs.h"
 #include "cpu/vec.h"
 
@@ -100,14 +100,33 @@ Tensor with_rows(const Tensor& x) {
   return rows ? x : as_contiguous(x);
 }
 
+void check_arguments(const char* q_name, const Tensor& q, const char* k_name, const Tensor& k, const Tensor& cos,
+                     const Tensor& sin) {
+  check_dim(q_name, q, 4);
+  check_dim(k_name, k, 4);
+  check_tensor(k_name, k, q.scalar_type(), {q.size(0), q.size(1), k.size(2), q.size(3)});
+  STD_TORCH_CHECK(cos.dim() == 2 || cos.dim() == 3, "cos: expected (S, R) or (B, S, R), got shape ",
+                  text_of(cos.sizes()));
+  const int64_t width = cos.size(-1);
+  STD_TORCH_CHECK(width % 2 == 0 && width <= q.size(3), "cos: expected an even last dimension of at most ", q.size(3),
+                  ", got ", width);
+  if (cos.dim() == 2) {
+    check_shape("cos", cos, {q.size(1), width});
+  } else {
+    check_shape("cos", cos, {cos.size(0) == 1 ? 1 : q.size(0), q.size(1), width});
+  }
+  check_tensor("sin", sin, cos.scalar_type(), cos.sizes());
+}
+
 std::tuple<Tensor, Tensor> rotate(const Tensor& q_in, const Tensor& k_in, const Tensor& cos_in, const Tensor& sin_in,
                                   bool interleaved, bool transpose) {
+  check_arguments(transpose ? "dq" : "q", q_in, transpose ? "dk" : "k", k_in, cos_in, sin_in);
   const Tensor q = with_rows(q_in), k = with_rows(k_in), cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
   const int64_t batches = q.size(0), tokens = q.size(1), size = q.size(3), half = cos.size(-1) / 2;
   const int64_t table_batch_stride = cos.dim() == 3 && cos.size(0) > 1 ? cos.stride(0) : 0;
   const int64_t tiles = (tokens + kTokensPerTile - 1) / kTokensPerTile;
   Tensor q_out = output_like(q), k_out = output_like(k);
-  dispatch_floating(q.scalar_type(), cos.scalar_type(), [&]<typename T, typename C>() {
+  dispatch_floating(transpose ? "dq" : "q", q, "cos", cos.scalar_type(), [&]<typename T, typename C>() {
     const auto *cos_data = cos.const_data_ptr<C>(), *sin_data = sin.const_data_ptr<C>();
     const auto *q_data = q.const_data_ptr<T>(), *k_data = k.const_data_ptr<T>();
     auto *q_out_data = q_out.mutable_data_ptr<T>(), *k_out_data = k_out.mutable_data_ptr<T>();

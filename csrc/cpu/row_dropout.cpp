@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/checks.h"
 #include "common/kernel_table.h"
-#include "common/tensors.h"
 #include "cpu/outputs.h"
 #include "cpu/row_words.h"
 
@@ -35,11 +35,14 @@ inline Vec kept(Vec v, IntVec keep) {
 }
 
 Tensor row_dropout(const Tensor& x_in, const Tensor& seed, double p, int64_t first_row, ScalarType dtype) {
+  check_dim("x", x_in, 2);
+  check_one_element("seed", seed, ScalarType::Long);
+  check_probability("dropout_p", p);
   const Tensor x = as_contiguous(x_in);
   Tensor out = new_output(x, x.sizes(), dtype);
   const int64_t rows = x.size(0), size = x.size(1);
   const Mask mask(*seed.const_data_ptr<int64_t>(), p);
-  dispatch_floating(x.scalar_type(), dtype, [&]<typename T, typename W>() {
+  dispatch_floating("x", x, "dtype", dtype, [&]<typename T, typename W>() {
     const T* from = x.const_data_ptr<T>();
     W* to = out.mutable_data_ptr<W>();
     for_each_row(rows, size, [=](int64_t row) {
@@ -54,11 +57,15 @@ Tensor row_dropout(const Tensor& x_in, const Tensor& seed, double p, int64_t fir
 }
 
 void row_dropout_add_(Tensor y, const Tensor& term_in, const Tensor& seed, double p, int64_t first_row) {
+  check_dim("y", y, 2);
+  check_shape("term", term_in, y.sizes());
+  check_one_element("seed", seed, ScalarType::Long);
+  check_probability("dropout_p", p);
   const Tensor term = as_contiguous(term_in);
-  STD_TORCH_CHECK(y.stride(1) == 1 || y.size(1) <= 1, "row_dropout_add_: y must have contiguous rows");
+  STD_TORCH_CHECK(y.stride(1) == 1 || y.size(1) <= 1, "y: expected contiguous rows, got stride ", y.stride(1));
   const int64_t rows = y.size(0), size = y.size(1), y_stride = y.stride(0);
   const Mask mask(*seed.const_data_ptr<int64_t>(), p);
-  dispatch_floating(y.scalar_type(), term.scalar_type(), [&]<typename T, typename W>() {
+  dispatch_floating("y", y, "term", term.scalar_type(), [&]<typename T, typename W>() {
     const W* from = term.const_data_ptr<W>();
     T* to = y.mutable_data_ptr<T>();
     for_each_row(rows, size, [=](int64_t row) {

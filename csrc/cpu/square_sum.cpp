@@ -11,34 +11,37 @@ namespace {
 
 constexpr int64_t kElementsPerPart = 4096, kPartsPerTask = 8;
 
+template <typename T>
+double sum_of_squares(const void* data, int64_t size) {
+  const auto [sum] = sum_each_vec<1>(size, [=](auto at, auto, Vec* totals) {
+    const Vec v = at(static_cast<const T*>(data));
+    totals[0] += v * v;
+  });
+  return sum;
+}
+
 struct Part {
-  const Tensor* tensor;
-  int64_t first, size;
+  double (*sum)(const void*, int64_t);
+  const void* data;
+  int64_t size;
 };
 
 Tensor square_sum(std::vector<Tensor> tensors) {
-  STD_TORCH_CHECK(!tensors.empty(), "square_sum: expected a tensor at least");
+  STD_TORCH_CHECK(!tensors.empty(), "tensors: expected one at least");
   std::vector<Part> parts;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    tensors[i] = as_contiguous(tensors[i]);
-    const int64_t size = tensors[i].numel();
-    for (int64_t first = 0; first < size; first += kElementsPerPart) {
-      parts.push_back({&tensors[i], first, std::min(kElementsPerPart, size - first)});
-    }
+  for (Tensor& tensor : tensors) {
+    tensor = as_contiguous(tensor);
+    const int64_t size = tensor.numel();
+    dispatch_floating("tensors", tensor, [&]<typename T>() {
+      const T* data = tensor.const_data_ptr<T>();
+      for (int64_t first = 0; first < size; first += kElementsPerPart) {
+        parts.push_back({sum_of_squares<T>, data + first, std::min(kElementsPerPart, size - first)});
+      }
+    });
   }
   std::vector<double> sums(parts.size());
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), kPartsPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Part& part = parts[i];
-      dispatch_floating(part.tensor->scalar_type(), [&]<typename T>() {
-        const T* data = part.tensor->const_data_ptr<T>() + part.first;
-        const auto [sum] = sum_each_vec<1>(part.size, [&](auto at, auto, Vec* totals) {
-          const Vec v = at(data);
-          totals[0] += v * v;
-        });
-        sums[i] = sum;
-      });
-    }
+    for (int64_t i = begin; i < end; ++i) sums[i] = parts[i].sum(parts[i].data, parts[i].size);
   });
   Tensor result = torch::stable::new_empty(tensors[0], {}, ScalarType::Double);
   double total = 0;

@@ -1,20 +1,20 @@
 // The operators of the dispatch to experts on CUDA tensors.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 
 #include "../common/cuda_tensors.h"
+#include "../common/moe_tensors.h"
 #include "moe.cuh"
 
 namespace memkernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_plan(Tensor expert_ids_in, int64_t num_experts, int64_t capacity) {
+  const int64_t rows = check_moe_plan(expert_ids_in, num_experts, capacity);
   const Tensor expert_ids = as_contiguous(expert_ids_in);
-  const int64_t pairs = expert_ids.numel(), rows = std::min(pairs, num_experts * capacity);
-  STD_TORCH_CHECK(pairs <= INT32_MAX, "expert_ids: expected at most 2^31 - 1 elements, got ", pairs);
+  const int64_t pairs = expert_ids.numel();
   const auto new_int32 = [&](int64_t size) { return torch::stable::new_empty(expert_ids, {size}, ScalarType::Int); };
   Tensor row_of_pair = torch::stable::new_empty(expert_ids, expert_ids.sizes(), ScalarType::Int);
   Tensor pair_of_row = new_int32(rows), offsets = new_int32(num_experts + 1), counts = new_int32(num_experts + 1);
@@ -45,20 +45,18 @@ MoeRows rows_of(const Tensor& row_of_pair, const Tensor* offsets, int64_t rows, 
   };
 }
 
-void check_tokens(const char* name, const Tensor& tensor, const Tensor& row_of_pair) {
-  STD_TORCH_CHECK(tensor.size(0) == row_of_pair.size(0), name, ": expected ", row_of_pair.size(0),
-                  " tokens, as the plan has, got ", tensor.size(0));
-}
-
 Tensor moe_dispatch(Tensor x_in, std::optional<Tensor> weights_in, Tensor row_of_pair_in, Tensor offsets_in,
                     int64_t num_rows) {
+  check_moe_dispatch(x_in, weights_in, row_of_pair_in, offsets_in, num_rows);
+  check_device("weights", weights_in, x_in);
+  check_device("row_of_pair", row_of_pair_in, x_in);
+  check_device("offsets", offsets_in, x_in);
   const Tensor x = as_contiguous(x_in), row_of_pair = as_contiguous(row_of_pair_in);
   const Tensor offsets = as_contiguous(offsets_in);
   const std::optional<Tensor> weights = as_contiguous(weights_in);
-  check_tokens("x", x, row_of_pair);
   Tensor grouped = torch::stable::new_empty(x, {num_rows, x.size(1)});
   const StreamOf stream(x);
-  dispatch_floating(x.scalar_type(), [&]<typename T>() {
+  dispatch_floating("x", x, [&]<typename T>() {
     launch_moe_dispatch(rows_of(row_of_pair, &offsets, num_rows, x.size(1)),
                         reinterpret_cast<const DeviceType<T>*>(x.const_data_ptr<T>()), data_or_null<float>(weights),
                         reinterpret_cast<DeviceType<T>*>(grouped.mutable_data_ptr<T>()), stream);
@@ -67,12 +65,15 @@ Tensor moe_dispatch(Tensor x_in, std::optional<Tensor> weights_in, Tensor row_of
 }
 
 Tensor moe_combine(Tensor y_grouped_in, std::optional<Tensor> weights_in, Tensor row_of_pair_in) {
+  check_moe_combine(y_grouped_in, weights_in, row_of_pair_in);
+  check_device("weights", weights_in, y_grouped_in);
+  check_device("row_of_pair", row_of_pair_in, y_grouped_in);
   const Tensor y_grouped = as_contiguous(y_grouped_in), row_of_pair = as_contiguous(row_of_pair_in);
   const std::optional<Tensor> weights = as_contiguous(weights_in);
   const int64_t size = y_grouped.size(1);
   Tensor y = torch::stable::new_empty(y_grouped, {row_of_pair.size(0), size});
   const StreamOf stream(y_grouped);
-  dispatch_floating(y.scalar_type(), [&]<typename T>() {
+  dispatch_floating("y_grouped", y_grouped, [&]<typename T>() {
     launch_moe_combine(rows_of(row_of_pair, nullptr, y_grouped.size(0), size),
                        reinterpret_cast<const DeviceType<T>*>(y_grouped.const_data_ptr<T>()),
                        data_or_null<float>(weights), reinterpret_cast<DeviceType<T>*>(y.mutable_data_ptr<T>()), stream);
@@ -82,13 +83,17 @@ Tensor moe_combine(Tensor y_grouped_in, std::optional<Tensor> weights_in, Tensor
 
 std::tuple<Tensor, Tensor> moe_combine_bwd(Tensor dy_in, Tensor y_grouped_in, Tensor weights_in, Tensor row_of_pair_in,
                                            Tensor offsets_in) {
+  check_moe_combine_bwd(dy_in, y_grouped_in, weights_in, row_of_pair_in, offsets_in);
+  check_device("y_grouped", y_grouped_in, dy_in);
+  check_device("weights", weights_in, dy_in);
+  check_device("row_of_pair", row_of_pair_in, dy_in);
+  check_device("offsets", offsets_in, dy_in);
   const Tensor dy = as_contiguous(dy_in), y_grouped = as_contiguous(y_grouped_in), weights = as_contiguous(weights_in);
   const Tensor row_of_pair = as_contiguous(row_of_pair_in), offsets = as_contiguous(offsets_in);
-  check_tokens("dy", dy, row_of_pair);
   Tensor dy_grouped = torch::stable::empty_like(y_grouped);
   Tensor dweights = torch::stable::empty_like(weights);
   const StreamOf stream(dy);
-  dispatch_floating(dy.scalar_type(), [&]<typename T>() {
+  dispatch_floating("dy", dy, [&]<typename T>() {
     launch_moe_combine_bwd(
         rows_of(row_of_pair, &offsets, y_grouped.size(0), dy.size(1)),
         reinterpret_cast<const DeviceType<T>*>(dy.const_data_ptr<T>()),

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor values_in, int64_t block_size) {
   Tensor packed = torch::stable::new_empty(values, {(n + 1) / 2}, ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(values, {(n + block_size - 1) / block_size}, ScalarType::Float);
   const StreamOf stream(values);
-  dispatch_floating(values.scalar_type(), [&]<typename T>() {
+  dispatch_floating("values", values, [&]<typename T>() {
     launch_nf4_quantize(reinterpret_cast<const DeviceType<T>*>(values.const_data_ptr<T>()), n, block_size,
                         packed.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr<float>(), stream);
   });
@@ -27,11 +27,17 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor values_in, int64_t block_size) {
 void nf4_dequantize_(Tensor out, Tensor packed, Tensor absmax, std::optional<Tensor> nested_absmax,
                      std::optional<Tensor> nested_code, std::optional<Tensor> offset, int64_t block_size,
                      int64_t row_size, int64_t first_row, int64_t first_column) {
+  check_dim("out", out, 2);
+  check_device("packed", packed, out);
+  check_device("absmax", absmax, out);
+  check_device("nested_absmax", nested_absmax, out);
+  check_device("nested_code", nested_code, out);
+  check_device("offset", offset, out);
   if (out.numel() == 0) return;
   const Nf4Storage storage = contiguous_nf4(packed, absmax, nested_absmax, nested_code, offset);
   storage.check(out, block_size, row_size, first_row, first_column);
   const StreamOf stream(out);
-  dispatch_floating(out.scalar_type(), [&]<typename T>() {
+  dispatch_floating("out", out, [&]<typename T>() {
     const Nf4Rectangle<DeviceType<T>> rectangle = {
         .out = reinterpret_cast<DeviceType<T>*>(out.mutable_data_ptr<T>()),
         .rows = out.size(0),

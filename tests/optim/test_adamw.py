@@ -548,7 +548,7 @@ def test_operator_passes_opcheck_and_refuses_what_does_not_fit(bits):
         (1, [torch.ones(299)], r"grads\[0\]: expected 300 contiguous elements"),
         (1, [torch.ones(600)[::2]], r"grads\[0\]: expected 300 contiguous elements"),
         (2, [moments[0], moments[1][:-1]], r"moments\[1\]: expected"),
-        (2, moments[:1], "expected lists that fit 1 parameters"),
+        (2, moments[:1], "moments: expected 2 for 1 parameters, got 1"),
         (4, [torch.ones(300, dtype=torch.int16)], r"remainders\[0\]: a float32 parameter has none"),
         (7, [128], r"origins\[0\]: expected a multiple of 256, got 128"),
         (9, 5, "state_bits: expected 32, 16, 8 or 4, got 5"),

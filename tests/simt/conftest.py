@@ -10,22 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_calls import CUDA_OPERATORS
 from torch.utils.cpp_extension import include_paths
 
 import memkernels.ops
 import memkernels.quant  # noqa: F401  both define operators
 
 CSRC = Path(__file__).parents[2] / "csrc"
-OPERATORS = (
-    *("cross_entropy_stats", "cross_entropy_grad_"),
-    *("nf4_quantize", "nf4_dequantize_"),
-    *("moe_plan", "moe_dispatch", "moe_combine", "moe_combine_bwd"),
-)
 
 
 @pytest.fixture(scope="session")
 def simt(tmp_path_factory: pytest.TempPathFactory):
-    """`torch.ops.memkernels_simt`: the operators of OPERATORS by the CUDA kernels."""
+    """`torch.ops.memkernels_simt`: the operators of CUDA_OPERATORS by the CUDA kernels."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed; it compiles CUDA kernels for the CPU here")
@@ -38,7 +34,7 @@ def simt(tmp_path_factory: pytest.TempPathFactory):
     compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert compiled.returncode == 0, compiled.stderr
     definitions = torch.library.Library("memkernels_simt", "DEF")
-    for name in OPERATORS:
+    for name in CUDA_OPERATORS:
         schema = str(getattr(torch.ops.memkernels, name).default._schema)
         definitions.define(schema.removeprefix("memkernels::"))
     torch.ops.load_library(library)
@@ -61,7 +57,7 @@ def calls(simt) -> Iterator[list[str]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden, which is the point
-        for name in OPERATORS:
+        for name in CUDA_OPERATORS:
             library.impl(name, counted(name), "CPU", allow_override=True)
     yield made
     library._destroy()
