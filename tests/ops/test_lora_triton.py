@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memkernels import _library
 from memkernels.ops.lora_linear import operators, products, reference  # noqa: F401  (defines the operators)
-from memkernels.ops.lora_linear.tiles import DOWN, select_narrow
+from memkernels.ops.lora_linear.tiles import NARROW_TILES, select_narrow
 from memkernels.ops.product_tiles import EXACT_QUANTIZED_TILE, QUANTIZED_TILES, SMALL_TILES, TILES, select_tile
 from memkernels.testing import implementations, poisoned_memory, random_tensor
 
@@ -111,6 +112,44 @@ def test_equal_inputs_give_equal_bits(implementation):
         assert all(map(torch.equal, every_operator(*of), every_operator(*of)))
 
 
+class Allocations(TorchDispatchMode):
+    """Sums the bytes of the results of every operator called inside it, those of views apart."""
+
+    allocated = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.allocated += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "columns"), [(2**14, 14336), (2**20, 14336), (64, 14336), (2**20, 256), (512, 512), (2**14, 128256)]
+)
+def test_terms_of_sums_are_of_one_size_whatever_the_tokens(monkeypatch, tokens, columns, dtype):
+    """As on an H100 but for the kernels' work: on meta tensors, whose bytes alone count."""
+    kernels = pytest.importorskip("memkernels.ops.lora_linear.triton")
+    programs, rank, launch = 2 * 132, 64, {"__getitem__": lambda self, grid: lambda *_, **__: None}
+    monkeypatch.setattr(kernels, "num_programs", lambda x, size, block: min(programs, -(-size // block)))
+    for name in ("_lora_narrow_kernel", "_lora_factor_grad_kernel"):
+        monkeypatch.setattr(kernels, name, type("NotLaunched", (), launch)())
+    tile = NARROW_TILES["nvidia"][dtype.itemsize]
+    dy = torch.empty(tokens, columns, dtype=torch.bfloat16, device="meta")
+    p, b = (torch.empty(size, rank, dtype=dtype, device="meta") for size in (tokens, columns))
+    for function, results in (
+        (lambda: kernels.lora_down(dy, b.view(rank, columns), None, 0.0, 0, tile), [p]),
+        (lambda: kernels.lora_up_grad(dy, p, b, 0.7, True, tile), [p, b]),
+        (lambda: kernels.lora_down_grad(p, dy, None, 0.0, 0, tile), [b]),
+    ):
+        with Allocations() as memory:
+            function()
+        terms = len(results) * programs * 64 * rank * 4
+        # Of a result in parts also their sum in float32, half of the terms or less.
+        assert memory.allocated - sum(result.nbytes for result in results) <= 1.5 * terms
+
+
 F32, BF16, F64 = (torch.zeros(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64))
 
 
@@ -144,7 +183,7 @@ def test_tiles_by_capability_and_dtype(monkeypatch, capability, name):
     assert select_tile(bf16, bf16, device, aligned=True) == TILES[name]
     assert select_tile(bf16, bf16, device, aligned=True, tiles=QUANTIZED_TILES) == QUANTIZED_TILES[name]
     assert select_tile(bf16, bf16, device, aligned=False) == SMALL_TILES["nvidia"]
-    assert select_narrow(DOWN, bf16, device) == DOWN["nvidia"][2]
+    assert select_narrow(bf16, device) == NARROW_TILES["nvidia"][2]
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for setting, exact, narrow in (("ieee", "ieee", "tf32x3"), ("tf32", "tf32", "tf32")):
@@ -154,9 +193,9 @@ def test_tiles_by_capability_and_dtype(monkeypatch, capability, name):
             assert select_tile(f32, f32, device, aligned=False) == small
             stored = select_tile(f32, f32, device, aligned=False, tiles=QUANTIZED_TILES)
             assert stored == (EXACT_QUANTIZED_TILE if exact == "ieee" else small)
-            assert select_narrow(DOWN, f32, device) == replace(DOWN["nvidia"][4], PRECISION=narrow)
+            assert select_narrow(f32, device) == replace(NARROW_TILES["nvidia"][4], PRECISION=narrow)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert select_tile(bf16, f32, device, aligned=True) == TILES["gfx942"]
-    assert select_narrow(DOWN, f32, device) == DOWN["amd"][4]
+    assert select_narrow(f32, device) == NARROW_TILES["amd"][4]

@@ -62,7 +62,7 @@ define(
 )
 # y = (y + scaling s lora_b^T) * out_scale + bias
 define("lora_up_add_(Tensor(a!) y, Tensor s, Tensor lora_b, float scaling, Tensor? out_scale, Tensor? bias) -> ()")
-# p = scaling dy lora_b and lora_b's gradient scaling dy^T s from one read of dy; empty where not wanted
+# p = scaling dy lora_b and lora_b's gradient scaling dy^T s; empty where not wanted
 define(
     "lora_up_grad(Tensor dy, Tensor? s, Tensor lora_b, float scaling, bool p_needed) -> (Tensor p, Tensor dlora_b)",
     _up_grad_fake,

@@ -1,4 +1,4 @@
-"""Tiles of the adapter's narrow products: those by the rank's few columns, over one read of x or dy.
+"""Tiles of the adapter's narrow products: those by the rank's few columns, and the gradients of its factors.
 
 Each compiles without a spilled register and fits the shared memory of every architecture. They are not tuned: no speed
 has been measured on a GPU.
@@ -33,24 +33,21 @@ class NarrowTile:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def _tiles(nvidia2: tuple, nvidia4: tuple, amd2: tuple, amd4: tuple) -> dict[str, dict[int, NarrowTile]]:
-    return {
-        "nvidia": {2: NarrowTile(*nvidia2), 4: NarrowTile(*nvidia4)},
-        "amd": {2: NarrowTile(*amd2), 4: NarrowTile(*amd4)},
-    }
-
-
-# By vendor and the bytes of an element of the adapter: BLOCK_M, BLOCK_N, num_warps, num_stages, maxnreg.
-DOWN = _tiles((64, 64, 4, 3), (32, 64, 8, 2, 255), (64, 64, 4, 1), (32, 64, 4, 1))
-UP_GRAD = _tiles((256, 32, 8, 2), (32, 32, 8, 2, 255), (128, 64, 8, 1), (64, 32, 8, 1))
-DOWN_GRAD = _tiles((64, 64, 4, 3), (32, 64, 8, 2, 255), (64, 64, 4, 1), (32, 64, 4, 1))
+# By vendor and the bytes of an element of the adapter.
+NARROW_TILES = {
+    "nvidia": {
+        2: NarrowTile(64, 64, num_warps=4, num_stages=3),
+        4: NarrowTile(32, 64, num_warps=8, num_stages=2, maxnreg=255),
+    },
+    "amd": {2: NarrowTile(64, 64, num_warps=4, num_stages=1), 4: NarrowTile(32, 64, num_warps=4, num_stages=1)},
+}
 # Several tiles each way at the sizes that tests use.
 INTERPRETER_TILE = NarrowTile(32, 64, num_warps=1, num_stages=1)
 
 
-def select_narrow(tiles: dict[str, dict[int, NarrowTile]], dtype: torch.dtype, device: torch.device) -> NarrowTile:
+def select_narrow(dtype: torch.dtype, device: torch.device) -> NarrowTile:
     """The tile for an adapter of a dtype."""
     if device.type != "cuda":
         return INTERPRETER_TILE
-    tile = tiles["amd" if torch.version.hip else "nvidia"][dtype.itemsize]
+    tile = NARROW_TILES["amd" if torch.version.hip else "nvidia"][dtype.itemsize]
     return replace(tile, PRECISION=low_rank_precision(dtype, device))

@@ -1,7 +1,8 @@
 """The configurations of the adapter's Triton kernels that the checks without a GPU compile and count.
 
 Every tile of every architecture, with dropout and without; adapters of x's dtype and in float32. The least bytes are
-those at the tile's size: x or dy once, and what its tiles need of the adapter and of the sums' terms, tile by tile.
+those at the tile's size: x or dy once a product, the result once, and what the tiles need of the adapter, tile by tile.
+The terms of sums in parts are not among them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from memkernels.ops.lora_linear import triton as kernels
 from memkernels.ops.lora_linear import triton_dropout as dropouts
-from memkernels.ops.lora_linear.tiles import DOWN, DOWN_GRAD, UP_GRAD, NarrowTile
+from memkernels.ops.lora_linear.tiles import NARROW_TILES, NarrowTile
 from memkernels.ops.product_tiles import (
     EXACT_QUANTIZED_TILE,
     QUANTIZED_TILES,
@@ -29,6 +30,8 @@ from memkernels.ops.quantized.triton_cases import stored_zeros
 from memkernels.testing.cases import AMD, NVIDIA, KernelCase, Target, targets_of
 
 ALIGNED, UNALIGNED = (512, 256, 512), (250, 130, 250)
+# One tile of rows, or of columns: sums in parts, whose terms are float32.
+FEW = {"few rows": (64, 256, 256), "few columns": (256, 64, 64)}
 DROPOUT_P, RANK, SCALING = 0.1, 16, 0.5
 
 
@@ -60,18 +63,14 @@ def _down(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _up_grad(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
-    kernels.lora_up_grad(inputs.dy, inputs.s, inputs.b, SCALING, True, tile)
-    tiles = -(-len(inputs.dy) // tile.BLOCK_M)
-    parts, _ = kernels.cut(inputs.dy, tiles, inputs.dy.shape[1], tile.BLOCK_N)
-    p = inputs.p if parts == 1 else inputs.p.float()
-    return inputs.dy, *[inputs.b, inputs.b.float()] * tiles, *[inputs.s, p] * parts
+    p, db = kernels.lora_up_grad(inputs.dy, inputs.s, inputs.b, SCALING, True, tile)
+    (rows, columns), dy = inputs.dy.shape, inputs.dy
+    return dy, dy, *[inputs.b] * -(-rows // tile.BLOCK_M), p, *[inputs.s] * -(-columns // tile.BLOCK_N), db
 
 
 def _down_grad(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
-    kernels.lora_down_grad(inputs.p, inputs.x, *inputs.mask, tile)
-    tiles = -(-inputs.x.shape[1] // tile.BLOCK_N)
-    parts, _ = kernels.cut(inputs.x, tiles, len(inputs.x), tile.BLOCK_M)
-    return inputs.x, *[inputs.p] * tiles, *[inputs.a if parts == 1 else inputs.a.float()] * parts
+    da = kernels.lora_down_grad(inputs.p, inputs.x, *inputs.mask, tile)
+    return inputs.x, *[inputs.p] * -(-inputs.x.shape[1] // tile.BLOCK_N), da
 
 
 def _up(tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -138,18 +137,21 @@ def _case(
 
 def _narrow_cases() -> list[KernelCase]:
     cases = []
-    for function, by_vendor in ((_down, DOWN), (_up_grad, UP_GRAD), (_down_grad, DOWN_GRAD)):
-        for vendor, targets, precisions in (("nvidia", NVIDIA, ("tf32x3", "tf32")), ("amd", AMD, ("ieee",))):
-            tiles = by_vendor[vendor]
-            case = partial(_case, function=function, targets=targets, traffic_limit=1.05)
-            for rank in (RANK, 64):
-                cases.append(case(vendor, tile=tiles[2], rank=rank))
-            cases.append(case(f"unaligned {vendor}", tile=tiles[2], shape=UNALIGNED))
-            for dtype, precision in product((torch.bfloat16, torch.float32), precisions):
-                tile = replace(tiles[4], PRECISION=precision)
-                cases.append(case(precision, tile=tile, dtype=dtype, adapter=torch.float32, rank=64))
-            if function is not _up_grad:
-                cases.append(case(vendor, tile=tiles[2], dropout=False))
+    functions = ((_down, ("few rows",)), (_up_grad, ("few rows", "few columns")), (_down_grad, ("few columns",)))
+    vendors = (("nvidia", NVIDIA, ("tf32x3", "tf32")), ("amd", AMD, ("ieee",)))
+    for (function, in_parts), (vendor, targets, precisions) in product(functions, vendors):
+        tiles = NARROW_TILES[vendor]
+        case = partial(_case, function=function, targets=targets, traffic_limit=1.05)
+        for rank in (RANK, 64):
+            cases.append(case(vendor, tile=tiles[2], rank=rank))
+        cases.append(case(f"unaligned {vendor}", tile=tiles[2], shape=UNALIGNED))
+        for dtype, precision in product((torch.bfloat16, torch.float32), precisions):
+            tile = replace(tiles[4], PRECISION=precision)
+            cases.append(case(precision, tile=tile, dtype=dtype, adapter=torch.float32, rank=64))
+        if function is not _up_grad:
+            cases.append(case(vendor, tile=tiles[2], dropout=False))
+        for few in in_parts:
+            cases.append(case(f"{few} {vendor}", tile=tiles[2], shape=FEW[few], traffic_limit=None))
     return cases
 
 
