@@ -36,7 +36,7 @@ class NarrowTile:
 # By vendor and the bytes of an element of the adapter.
 NARROW_TILES = {
     "nvidia": {
-        2: NarrowTile(64, 64, num_warps=4, num_stages=3),
+        2: NarrowTile(64, 64, num_warps=4, num_stages=3, maxnreg=255),
         4: NarrowTile(32, 64, num_warps=8, num_stages=2, maxnreg=255),
     },
     "amd": {2: NarrowTile(64, 64, num_warps=4, num_stages=1), 4: NarrowTile(32, 64, num_warps=4, num_stages=1)},
