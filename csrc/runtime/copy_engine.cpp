@@ -51,7 +51,10 @@ void EventPool::give_back(CudaEvent event) {
 
 bool Copy::done() const {
   const int status = events_->cuda->event_query(event_);
-  if (status == kNotReady) return false;
+  if (status == kNotReady) {
+    events_->cuda->get_last_error();  // which it is to the runtime
+    return false;
+  }
   events_->cuda->check(status, "cudaEventQuery");
   return true;
 }
@@ -101,15 +104,20 @@ std::shared_ptr<Copy> CopyEngine::begin(Direction& direction, uintptr_t address,
   cuda.check(cuda.event_record(copy->event_, as_stream(stream)), "cudaEventRecord");
   cuda.check(cuda.stream_wait_event(direction.stream, copy->event_, 0), "cudaStreamWaitEvent");
   direction.pending.push_back({copy, block});
+  int status = 0;
   for (const auto part : block->registered_parts()) {
     const int64_t offset = part.data() - block->data();
     void* device = reinterpret_cast<void*>(address + offset);
     const bool out = &direction == &out_;
-    const int status = cuda.memcpy_async(out ? part.data() : device, out ? device : part.data(), part.size(),
-                                         out ? kDeviceToHost : kHostToDevice, direction.stream);
-    cuda.check(status, "cudaMemcpyAsync");
+    status = cuda.memcpy_async(out ? part.data() : device, out ? device : part.data(), part.size(),
+                               out ? kDeviceToHost : kHostToDevice, direction.stream);
+    if (status != 0) break;
   }
-  cuda.check(cuda.event_record(copy->event_, direction.stream), "cudaEventRecord");
+  const int recorded = cuda.event_record(copy->event_, direction.stream);
+  // The parts before the one that failed are under way, and nobody else will wait for them.
+  if (status != 0 && recorded == 0) cuda.event_synchronize(copy->event_);
+  cuda.check(status, "cudaMemcpyAsync");
+  cuda.check(recorded, "cudaEventRecord");
   return copy;
 }
 

@@ -29,10 +29,13 @@ CudaCalls::CudaCalls(const std::string& library) {
   find(host_register, "cudaHostRegister");
   find(host_unregister, "cudaHostUnregister");
   find(error_string, "cudaGetErrorString");
+  find(get_last_error, "cudaGetLastError");
 }
 
 void CudaCalls::check(int status, const char* call) const {
-  if (status != 0) throw std::runtime_error(std::string(call) + ": " + error_string(status));
+  if (status == 0) return;
+  get_last_error();
+  throw std::runtime_error(std::string(call) + ": " + error_string(status));
 }
 
 }  // namespace memkernels::runtime

@@ -16,7 +16,8 @@ class CudaCalls {
   CudaCalls(const CudaCalls&) = delete;
   CudaCalls& operator=(const CudaCalls&) = delete;
 
-  // Throws where a call did not return cudaSuccess.
+  // Throws where a call did not return cudaSuccess; the runtime keeps no error that whoever asks next would take for
+  // its own.
   void check(int status, const char* call) const;
 
   int (*set_device)(int device);
@@ -33,6 +34,7 @@ class CudaCalls {
   int (*host_register)(void* data, size_t bytes, unsigned flags);
   int (*host_unregister)(void* data);
   const char* (*error_string)(int status);
+  int (*get_last_error)();
 };
 
 }  // namespace memkernels::runtime

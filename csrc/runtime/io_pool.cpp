@@ -24,7 +24,12 @@ void Transfer::wait() const {
 
 IoPool::IoPool(int threads) {
   if (threads < 1) throw std::invalid_argument("threads: expected one at least.");
-  for (int i = 0; i < threads; ++i) threads_.emplace_back(work, std::ref(*shared_));
+  try {
+    for (int i = 0; i < threads; ++i) threads_.emplace_back(work, std::ref(*shared_));
+  } catch (...) {
+    stop();  // those that there are
+    throw;
+  }
 }
 
 IoPool::~IoPool() {
@@ -37,20 +42,26 @@ IoPool::~IoPool() {
   std::deque<Job> dropped;
   {
     const std::lock_guard lock(shared_->mutex);
-    shared_->closing = true;
     for (auto* queue : {&shared_->reads, &shared_->writes}) {
       for (Job& job : *queue) dropped.push_back(std::move(job));
       queue->clear();
     }
   }
-  shared_->arrived.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+  stop();
   const auto closed = std::make_exception_ptr(std::runtime_error("the file was closed before this transfer began."));
   for (const Job& job : dropped) job.transfer->finish_part(closed);
 }
 
+void IoPool::stop() {
+  {
+    const std::lock_guard lock(shared_->mutex);
+    shared_->closing = true;
+  }
+  shared_->arrived.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
 void IoPool::submit(Kind kind, std::shared_ptr<Transfer> transfer, std::function<void()> run) {
-  if (getpid() != owner_) throw std::runtime_error("the file belongs to the process that opened it.");
   {
     const std::lock_guard lock(shared_->mutex);
     (kind == Kind::kRead ? shared_->reads : shared_->writes).push_back({std::move(transfer), std::move(run)});

@@ -57,6 +57,7 @@ class IoPool {
   };
 
   static void work(Shared& shared);
+  void stop();
 
   const pid_t owner_ = getpid();
   std::unique_ptr<Shared> shared_ = std::make_unique<Shared>();

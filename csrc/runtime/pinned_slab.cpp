@@ -12,7 +12,8 @@
 namespace memkernels::runtime {
 namespace {
 
-constexpr unsigned kPortable = 1;  // cudaHostRegisterPortable: pinned for every device
+constexpr unsigned kPortable = 1;     // cudaHostRegisterPortable: pinned for every device
+constexpr int kMemoryAllocation = 2;  // cudaErrorMemoryAllocation
 
 int64_t positive(const char* name, int64_t value) {
   if (value <= 0) throw std::invalid_argument(std::string(name) + ": expected a positive number of bytes.");
@@ -81,9 +82,19 @@ void PinnedSlab::grow(int64_t missing) {
     throw OutOfMemory("host memory: the system refused " + std::to_string(step) + " bytes.");
   }
   std::byte* data = base_ + ranges_.size();
-  if (cuda_) cuda_->check(cuda_->host_register(data, step, kPortable), "cudaHostRegister");
+  if (cuda_) pin(data, step);
   steps_.emplace_back(data, step);
   ranges_.grow(step);
+}
+
+void PinnedSlab::pin(std::byte* data, int64_t bytes) {
+  const int status = cuda_->host_register(data, bytes, kPortable);
+  if (status == kMemoryAllocation) {
+    cuda_->get_last_error();
+    throw OutOfMemory("host memory: CUDA refused to pin " + std::to_string(bytes) + " bytes beyond " +
+                      std::to_string(ranges_.size()) + ", of a limit of " + std::to_string(limit_) + ".");
+  }
+  cuda_->check(status, "cudaHostRegister");
 }
 
 void PinnedSlab::release(const std::byte* data, int64_t capacity) {

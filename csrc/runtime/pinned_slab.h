@@ -54,6 +54,7 @@ class PinnedSlab : public std::enable_shared_from_this<PinnedSlab> {
  private:
   friend class SlabBlock;
   void grow(int64_t missing);
+  void pin(std::byte* data, int64_t bytes);
   void release(const std::byte* data, int64_t capacity);
 
   const int64_t limit_, step_;

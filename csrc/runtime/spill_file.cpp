@@ -97,6 +97,13 @@ bool SpillStorage::in_memory() const {
   return status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC;
 }
 
+void SpillStorage::check_owner(int64_t bytes) const {
+  if (getpid() == owner_) return;
+  throw std::runtime_error("disk tier: the file in " + folder_ +
+                           " belongs to the process that opened it; a fork of it" + " wanted to move " + number(bytes) +
+                           " bytes.");
+}
+
 int64_t SpillStorage::allocate(int64_t bytes) {
   const std::lock_guard lock(mutex_);
   auto offset = ranges_.allocate(bytes);
@@ -178,6 +185,7 @@ SpillFile::SpillFile(const std::string& folder, int threads)
     : storage_(std::make_shared<SpillStorage>(folder)), pool_(threads) {}
 
 std::shared_ptr<Extent> SpillFile::write(const std::shared_ptr<SlabBlock>& block, const std::shared_ptr<Copy>& after) {
+  storage_->check_owner(block->bytes());
   const auto extent = std::make_shared<Extent>(storage_, block->bytes());
   for_each_part(extent->capacity, [&](int64_t first, int64_t bytes) {
     // The job holds what it reads and where it writes, and not the file, whose destructor waits for it.
@@ -194,6 +202,7 @@ std::shared_ptr<Extent> SpillFile::write(const std::shared_ptr<SlabBlock>& block
 
 std::shared_ptr<Transfer> SpillFile::read(const std::shared_ptr<Extent>& extent,
                                           const std::shared_ptr<SlabBlock>& block) {
+  storage_->check_owner(block->bytes());
   if (extent->storage != storage_) throw std::invalid_argument("extent: expected one of this file.");
   if (extent->bytes != block->bytes()) {
     throw std::invalid_argument("block: expected " + number(extent->bytes) + " bytes, got " + number(block->bytes()) +

@@ -34,6 +34,8 @@ class SpillStorage {
   int descriptor() const { return descriptor_; }
   bool direct() const { return direct_; }
   bool in_memory() const;
+  // Throws in a forked child, which has none of the threads that transfer, for a transfer of `bytes`.
+  void check_owner(int64_t bytes) const;
   const std::string& folder() const { return folder_; }
 
  private:

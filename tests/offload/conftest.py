@@ -25,6 +25,12 @@ def full_disk(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def few_threads(tmp_path_factory):
+    """Environment variables under which a process gets no more than some threads; see few_threads.cpp."""
+    return {"LD_PRELOAD": compile_library("few_threads.cpp", tmp_path_factory)}
+
+
+@pytest.fixture(scope="session")
 def fake_cudart(tmp_path_factory):
     """Path of a CUDA runtime that is none; see fake_cudart.cpp."""
     return compile_library("fake_cudart.cpp", tmp_path_factory)

@@ -18,13 +18,16 @@
 
 namespace {
 
-constexpr int kSuccess = 0, kInvalid = 1, kNotReady = 600, kDeviceToHost = 2;
+constexpr int kSuccess = 0, kInvalid = 1, kMemoryAllocation = 2, kNotReady = 600, kDeviceToHost = 2;
 
 std::mutex& mutex = *new std::mutex;  // of everything below; at the end of the process threads may still wait
 std::condition_variable& changed = *new std::condition_variable;
 bool lazy = false;
 int current_device = 0, alive = 0, copies = 0, out_delay = 0, in_delay = 0, fill_delay = 0, random_delay = 0;
 int64_t waits = 0, wait_to_forget = -1;
+int copy_to_refuse = -1;
+bool pins = true;
+thread_local int last_error = kSuccess;
 std::mt19937 generator;
 
 class Stream;
@@ -116,6 +119,10 @@ Stream* as_stream(void* stream) {
   return static_cast<Stream*>(stream);
 }
 
+int failed(int status) {
+  return last_error = status;
+}
+
 int count(int change) {
   const std::lock_guard lock(mutex);
   return alive += change;
@@ -183,7 +190,7 @@ int cudaStreamWaitEvent(void* stream, void* event, unsigned) {
 
 int cudaEventQuery(void* event) {
   const std::lock_guard lock(mutex);
-  return static_cast<Event*>(event)->last->done ? kSuccess : kNotReady;
+  return static_cast<Event*>(event)->last->done ? kSuccess : failed(kNotReady);
 }
 
 int cudaEventSynchronize(void* event) {
@@ -193,9 +200,10 @@ int cudaEventSynchronize(void* event) {
 }
 
 int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) {
-  if (!to || !from) return kInvalid;
+  if (!to || !from) return failed(kInvalid);
   {
     const std::lock_guard lock(mutex);
+    if (copy_to_refuse >= 0 && copy_to_refuse-- == 0) return failed(kInvalid);
     ++copies;
   }
   as_stream(stream)->add([=](Lock& lock) {
@@ -206,6 +214,7 @@ int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* st
 }
 
 int cudaHostRegister(void*, size_t, unsigned) {
+  if (!pins) return failed(kMemoryAllocation);
   count(1);
   return kSuccess;
 }
@@ -217,6 +226,21 @@ int cudaHostUnregister(void*) {
 
 const char* cudaGetErrorString(int status) {
   return status == kInvalid ? "invalid argument" : "some error";
+}
+
+int cudaGetLastError() {
+  return std::exchange(last_error, kSuccess);
+}
+
+// Refuses the copy of that number from now on, once; none where it is negative.
+void fake_refuse_copy(int number) {
+  const std::lock_guard lock(mutex);
+  copy_to_refuse = number;
+}
+
+// Whether memory can be pinned.
+void fake_pins(bool on) {
+  pins = on;
 }
 
 // What a kernel would do: fills memory when its turn on the stream comes.

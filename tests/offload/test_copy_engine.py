@@ -67,6 +67,8 @@ class Device:
 def device(fake_cudart):
     device = Device(fake_cudart)
     yield device
+    device.fake.fake_pins(True)
+    device.fake.fake_refuse_copy(-1)
     device.close()
     assert device.fake.fake_alive() == 0
 
@@ -179,3 +181,39 @@ def test_a_missing_runtime_is_named(tmp_path):
         CudaCalls("libcudart.so.0")
     with pytest.raises(RuntimeError, match=r"no CUDA runtime: libc\.so\.6 has no cudaSetDevice"):
         CudaCalls("libc.so.6")
+
+
+def test_a_copy_of_which_a_part_fails_leaves_none_under_way(device):
+    """Neither the block nor the device's memory may go to another while the parts before are copied."""
+    device.timing(out=SLOW)
+    source = Memory(b"\1" * SIZE)
+    blocks = [device.slab.allocate(8 * KB) for _ in range(4)]
+    blocks.clear()
+    block = device.slab.allocate(SIZE)
+    device.fake.fake_refuse_copy(1)
+    with pytest.raises(RuntimeError, match="cudaMemcpyAsync: invalid argument"):
+        device.engine.out(source.address, block, stream=device.stream)
+    assert bytes(memoryview(block))[: 8 * KB] == b"\1" * 8 * KB
+    del block
+    assert device.engine.pending() == 0 and device.slab.statistics()["in_use"] == 0
+
+
+def test_no_error_is_left_for_others_to_find(device):
+    """torch asks after each kernel for the last error, which a copy that is not done is one of."""
+    device.timing(out=SLOW)
+    source, block = Memory(SIZE), device.slab.allocate(SIZE)
+    copy = device.engine.out(source.address, block, stream=device.stream)
+    assert not copy.done() and device.fake.cudaGetLastError() == 0
+    copy.wait()
+    with pytest.raises(RuntimeError, match="cudaMemcpyAsync"):
+        device.engine.out(0, block, stream=device.stream)
+    assert device.fake.cudaGetLastError() == 0
+
+
+def test_memory_that_cannot_be_pinned_is_an_error_that_names_the_bytes(device):
+    device.fake.fake_pins(False)
+    with pytest.raises(MemoryError, match=f"CUDA refused to pin {16 * KB} bytes beyond 0, of a limit of {64 * MB}"):
+        device.slab.allocate(10 * KB)
+    device.fake.fake_pins(True)
+    assert device.fake.cudaGetLastError() == 0
+    assert device.slab.allocate(10 * KB).nbytes == 10 * KB

@@ -281,7 +281,19 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     said, errors = run_python(code, tmp_path).communicate(timeout=60)
-    assert said.splitlines() == ["the file belongs to the process that opened it.", "7"], errors
+    error = f"disk tier: the file in {tmp_path} belongs to the process that opened it; a fork of it wanted to move"
+    assert said.splitlines() == [f"{error} {MB} bytes.", "7"], errors
+
+
+def test_threads_that_do_not_start_are_an_error(tmp_path, few_threads):
+    code = """
+try:
+    _runtime.SpillFile(sys.argv[1], threads=4)
+except RuntimeError as error:
+    print(error)
+"""
+    said, errors = run_python(code, tmp_path, **few_threads, FEW_THREADS="2").communicate(timeout=60)
+    assert said == "Resource temporarily unavailable\n", errors
 
 
 def test_the_file_is_private(tmp_path):
