@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kBlock = 128, kBlocksPerTask = 256;
 constexpr float kLargest = 448.0f, kLeastAbsmax = 1e-30f;
 constexpr int32_t kSignBit = 0x80, kMagnitude = 0x7fffffff;
+constexpr int32_t kInfinity = 0x7f800000, kInfinityCode = 0x7f;
 constexpr int32_t kDroppedBits = 20;                            // of float32's 23 bits of mantissa
 constexpr int32_t kBias = (127 - 7) << 3;                       // between the exponents, in units of a code
 constexpr int32_t kLeastNormal = (127 - 6) << 23;               // 2^-6, below which codes are multiples of 2^-9
@@ -33,20 +34,40 @@ inline Vec values_of(IntVec codes) {
   const IntVec magnitude = codes & (kSignBit - 1);
   const Vec normal = bits_as<Vec>((magnitude + kBias) << kDroppedBits);
   const Vec small = __builtin_convertvector(magnitude, Vec) * kLeast;
-  const IntVec chosen = magnitude < 8 ? bits_as<IntVec>(small) : bits_as<IntVec>(normal);
+  const IntVec finite = magnitude < 8 ? bits_as<IntVec>(small) : bits_as<IntVec>(normal);
+  const IntVec chosen = magnitude == kInfinityCode ? IntVec{} + kInfinity : finite;
   return bits_as<Vec>(chosen | ((codes & kSignBit) << 24));
 }
+
+template <typename T>
+float encode_block_with_infinities(const T* values, uint8_t* codes);
 
 // Returns the scale.
 template <typename T>
 float encode_block(const T* values, uint8_t* codes) {
   const float absmax = absolute_maximum(values, kBlock);
+  if (absmax == std::numeric_limits<float>::infinity()) return encode_block_with_infinities(values, codes);
   if (!(absmax <= std::numeric_limits<float>::max())) {
     std::fill_n(codes, kBlock, uint8_t{0});
     return std::numeric_limits<float>::quiet_NaN();
   }
   const float scale = std::max(absmax, kLeastAbsmax) / kLargest, inverse = 1.0f / scale;
   for (int64_t i = 0; i < kBlock; i += kLanes) store_bytes(codes + i, codes_of(load(values + i) * inverse));
+  return scale;
+}
+
+template <typename T>
+float encode_block_with_infinities(const T* values, uint8_t* codes) {
+  float bounded[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const float value = static_cast<float>(values[i]);
+    bounded[i] = (std::bit_cast<int32_t>(value) & kMagnitude) == kInfinity ? 0.0f : value;
+  }
+  const float scale = encode_block(bounded, codes);
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const auto bits = std::bit_cast<int32_t>(static_cast<float>(values[i]));
+    if ((bits & kMagnitude) == kInfinity) codes[i] = kInfinityCode | ((bits >> 24) & kSignBit);
+  }
   return scale;
 }
 

@@ -79,14 +79,20 @@ def padded_to(values, width):
 
 @on_every_implementation
 def test_zeros_tiny_values_and_what_is_not_finite(implementation):
-    values = torch.zeros(5, 128)
+    values = torch.zeros(6, 128)
     values[1] = 1e-38
-    values[2, 5], values[3, 6], values[4, 0] = torch.inf, torch.nan, 3.0
-    _, _, back = round_trip(values.view(-1), implementation)
-    back = back.view(5, 128)
-    assert torch.equal(back[0], values[0]) and torch.equal(back[4], values[4])
+    values[2, 5], values[2, 9], values[2, 7] = torch.inf, -torch.inf, 3.0
+    values[3, 6], values[3, 7], values[4, 0], values[5] = torch.nan, torch.inf, 3.0, -torch.inf
+    codes, scales, back = round_trip(values.view(-1), implementation)
+    back = back.view(6, 128)
+    for exact in (0, 2, 4, 5):
+        assert torch.equal(back[exact], values[exact])
     assert (back[1].abs() <= 1e-30).all()
-    assert back[2].isnan().all() and back[3].isnan().all()
+    assert back[3].isnan().all()
+    expected = round_trip(values.view(-1))
+    known = [0, 1, 2, 4, 5]
+    assert torch.equal(codes.view(6, 128)[known], expected[0].view(6, 128)[known])
+    assert torch.equal(scales[known], expected[1][known])
 
 
 @given(st.integers(1, 700), st.sampled_from(DTYPES), st.floats(-25, 25), st.integers(0, 9))

@@ -50,7 +50,7 @@ class _Attention(torch.autograd.Function):
         out, lse = operators(implementation)[0](q, k, v, *_with_starts_of_keys(*masks), *options)
         ctx.options, ctx.deterministic, ctx.implementation = options, deterministic, implementation
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, *masks)
+        ctx.save_for_backward(q, k, v, out, lse.detach(), *masks)
         return out, lse
 
     @staticmethod

@@ -14,6 +14,7 @@ from memkernels.ops.block_norm import Norm, NormDescription
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.projection import Description, Projection, split_by
+from memkernels.ops.saved import compressible
 from memkernels.ops.shared_input import add_gradients_all, forward_all, input_grad_all
 
 
@@ -218,7 +219,7 @@ class _AttentionBlock(torch.autograd.Function):
         ctx.plan = plan
         with torch.autocast(x.device.type, enabled=False):
             y, out, lse = plan.bind(context, tensors).forward(x)
-        ctx.save_for_backward(x, out, lse, *context, *tensors)
+        ctx.save_for_backward(x, compressible(out), lse, *context, *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod

@@ -17,6 +17,7 @@ from memkernels.ops.gated_mlp.op import gated_mlp as mlp_sublayer
 from memkernels.ops.gated_mlp.op import plan_gated_mlp
 from memkernels.ops.gradient_sum import results
 from memkernels.ops.once_differentiable import once_differentiable
+from memkernels.ops.saved import compressible
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class _DecoderLayer(torch.autograd.Function):
             y, out, lse = attention.forward(x)
             h = _added(y, rows)
             y = _added(mlp.forward(h), h)
-        ctx.save_for_backward(x, out, lse, *context, *tensors)
+        ctx.save_for_backward(x, compressible(out), lse, *context, *tensors)
         return y.view(x.shape)
 
     @staticmethod

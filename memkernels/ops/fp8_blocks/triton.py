@@ -16,19 +16,21 @@ def _fp8_encode_kernel(values_ptr, codes_ptr, scales_ptr, n, ROWS: tl.constexpr,
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     places = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = tl.load(values_ptr + places, mask=places < n, other=0.0).to(tl.float32)
-    largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-    finite = largest < 0x7F800000
-    scale = tl.div_rn(tl.maximum(tl.where(finite, largest.to(tl.float32, bitcast=True), 1.0), 1e-30), 448.0)
-    scaled = tl.where(finite[:, None], values * tl.div_rn(1.0, scale)[:, None], 0.0)
+    raw = values.to(tl.int32, bitcast=True)
+    infinite = (raw & 0x7FFFFFFF) == 0x7F800000
+    largest = tl.max(tl.where(infinite, 0, raw & 0x7FFFFFFF), axis=1)
+    known = largest < 0x7F800000  # none is NaN
+    scale = tl.div_rn(tl.maximum(tl.where(known, largest.to(tl.float32, bitcast=True), 1.0), 1e-30), 448.0)
+    scaled = tl.where(known[:, None] & (infinite == 0), values * tl.div_rn(1.0, scale)[:, None], 0.0)
     bits = scaled.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # 20 bits of the mantissa go, to nearest even, and 120 of the exponent's bias; below 2^-6 codes are multiples of
     # 2^-9, as floats from 16384 on are.
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
     small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    codes = tl.where(magnitude < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
+    codes = tl.where(infinite, 0x7F, tl.where(magnitude < 0x3C800000, small, normal)) | ((raw >> 24) & 0x80)
     tl.store(codes_ptr + places, codes.to(tl.uint8), mask=places < n)
-    tl.store(scales_ptr + rows, tl.where(finite, scale, float("nan")), mask=rows * BLOCK < n)
+    tl.store(scales_ptr + rows, tl.where(known, scale, float("nan")), mask=rows * BLOCK < n)
 
 
 @triton.jit
@@ -41,6 +43,7 @@ def _fp8_decode_kernel(codes_ptr, scales_ptr, values_ptr, n, ROWS: tl.constexpr,
     magnitude = codes & 0x7F
     normal = ((magnitude + 960) << 20).to(tl.float32, bitcast=True)
     value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    value = tl.where(magnitude == 0x7F, float("inf"), value)
     value = tl.where((codes & 0x80) != 0, -value, value) * scale[:, None]
     tl.store(values_ptr + places, value.to(values_ptr.dtype.element_ty), mask=places < n)
 

@@ -31,6 +31,7 @@ from memkernels.ops.moe.weights import (
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.philox import seed_tensor
 from memkernels.ops.projection import split_by
+from memkernels.ops.saved import compressible
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ class _MoEMLP(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             gate_up_projection, down = layer.bind(tensors)
             gate_up = gate_up_projection.forward(x, plan.token_of_row, groups)
-            ctx.save_for_backward(x, expert_weights, *plan, None if layer.recompute else gate_up, *tensors)
+            kept = None if layer.recompute else compressible(gate_up)
+            ctx.save_for_backward(x, expert_weights.detach(), *plan, kept, *tensors)
             h = torch.ops.memkernels.expert_activation_fwd(
                 gate_up, _row_weight(expert_weights, plan), layer.gated, layer.activation
             )
-            del gate_up
+            del gate_up, kept
             return torch.ops.memkernels.moe_combine(down.forward(h, None, groups), None, row_of_pair)
 
     @staticmethod

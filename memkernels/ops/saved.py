@@ -1,0 +1,18 @@
+"""What Functions say of tensors that they save."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compressible(tensor: Tensor) -> Tensor:
+    """Says of values that a Function made and saves that offload may keep them in fewer bits, as it may what requires a
+    gradient. Nothing else is rounded: statistics, routing weights, masks and tables have large effects."""
+    if not torch.compiler.is_compiling():  # a graph has no place for it
+        tensor._memkernels_compressible = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def is_compressible(tensor: Tensor) -> bool:
+    return tensor.requires_grad or hasattr(tensor, "_memkernels_compressible")
