@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -127,24 +127,32 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             if chosen:
                 self._step_group(group, chosen, scale)
             first += len(group["params"])
+        if self.tiers is not None:
+            self.tiers.end_step()
 
     @torch.no_grad()
     def step_parameter(self, group: int, index: int, scale: float) -> None:
         """The step of one parameter, by its group's number and its own place in the optimizer: `step_in_backward`'s."""
         chosen = self.param_groups[group]
-        param = chosen["params"][index - sum(len(before["params"]) for before in self.param_groups[:group])]
+        place = index - sum(len(before["params"]) for before in self.param_groups[:group])
+        param = chosen["params"][place]
         checks.check_gradient(f"params[{index}]", param, param.grad)
-        self._step_group(chosen, {index: param}, scale)
+        # Backward comes to those before it next.
+        self._step_group(chosen, {index: param}, scale, chosen["params"][:place][::-1])
         self._opt_called = True  # as schedulers ask of a step
+        if self.tiers is not None:
+            self.tiers.end_step()
 
-    def _step_group(self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float) -> None:
-        """A step of parameters of a group, by their places in the optimizer, all with a gradient."""
+    def _step_group(
+        self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float, then: Sequence[Tensor] = ()
+    ) -> None:
+        """A step of parameters of a group, by their places in the optimizer, all with a gradient; `then` come next."""
         if self.tiers is None:
             self._step_in_memory(group, chosen, scale)
             return
         params = list(chosen.values())
         for i, (index, param) in enumerate(chosen.items()):
-            with self.tiers.fetched(self, param, params[i + 1 :]):
+            with self.tiers.fetched(self, param, [*params[i + 1 :], *then]):
                 self._step_in_memory(group, {index: param}, scale)
 
     def _step_in_memory(self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,10 +48,12 @@ def offload_states(
     Raises:
         TypeError: optimizer is not of this package.
         ValueError: min_bytes, prefetch, or one of those of `TieredStore`, does not fit; or they are offloaded already.
-        OSError: path does not exist or cannot be written. In a step: the disk is full, a write or read failed, or a
-            checksum does not match. Then parameters have made the step up to the one whose states it names the bytes
-            of; what could not be written stays in memory.
-        MemoryError: states of one parameter do not fit into max_host_bytes; as OSError.
+        OSError: path does not exist or cannot be written. In a step: the disk is full, or a write failed and failed
+            again. Then all parameters have made the step, which is not to be repeated; what could not be written stays
+            in memory until a later step can write it. Or a read failed, or a checksum does not match: then parameters
+            have made the step up to the one whose states it names the bytes of. `step_in_backward` stops at the
+            parameter that fails.
+        MemoryError: states of one parameter do not fit into max_host_bytes; as where the disk is full.
     """
     if not isinstance(optimizer, LowMemoryOptimizer):
         raise TypeError(f"optimizer: expected one of memkernels.optim, got {type(optimizer).__name__}.")
@@ -109,6 +112,7 @@ class StateTiers:
         self._min_bytes = min_bytes
         self._prefetch = prefetch
         self._claims: dict[Tensor, Claim] = {}  # of those in host memory as they are
+        self._failure: OSError | MemoryError | None = None
 
     def move_all(self, optimizer: LowMemoryOptimizer) -> None:
         for param in optimizer.state:
@@ -116,16 +120,27 @@ class StateTiers:
 
     @contextmanager
     def fetched(self, optimizer: LowMemoryOptimizer, param: Tensor, then: Sequence[Tensor]) -> Iterator[None]:
-        """Within it the state of `param` is tensors in memory, which may change; those of `then` come next."""
+        """Within it the state of `param` is tensors in memory, which may change; those of `then` come next. Where they
+        cannot move back afterwards they stay, and `end_step` tells."""
         state, flat = optimizer.state.get(param), None
         if isinstance(state, TieredState):
-            upcoming = [optimizer.state.get(other) for other in then[: self._prefetch]]
-            ahead = [other.stored for other in upcoming if isinstance(other, TieredState)]
-            optimizer.state[param], flat = state.load(ahead)
+            states = map(optimizer.state.get, then)
+            ahead = (other.stored for other in states if isinstance(other, TieredState))
+            optimizer.state[param], flat = state.load(list(islice(ahead, self._prefetch)))
+        del state  # so that its place on disk is free
         try:
             yield
         finally:
-            self._move(optimizer, param, flat)
+            try:
+                self._move(optimizer, param, flat)
+            except (OSError, MemoryError) as error:
+                self._failure = self._failure or error
+
+    def end_step(self) -> None:
+        """Raises the first error for which states stayed in memory."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _move(self, optimizer: LowMemoryOptimizer, param: Tensor, flat: Tensor | None = None) -> None:
         state = optimizer.state.get(param)

@@ -2,7 +2,9 @@
 
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +85,24 @@ def test_the_disk_tier_reads_what_it_wrote(folder):
     assert optimizer.tiers.store.statistics.disk_bytes_read > 0
 
 
+def test_within_backward_the_parameters_before_are_read_ahead(folder):
+    model, _ = build()
+    stepper = step_in_backward(model, AdamW)
+    offload_states(stepper.optimizer, "disk", min_bytes=KB, path=folder, max_host_bytes=40 * KB, prefetch=1)
+    store, loads = stepper.optimizer.tiers.store, []
+    load = store.load
+
+    def recorded(stored, then=()):
+        loads.append((stored, list(then)))
+        return load(stored, then)
+
+    store.load = recorded
+    for _ in range(2):
+        model(torch.randn(9, 65)).square().mean().backward()
+    assert len(loads) == 7  # the weights'
+    assert all(then == [following] for (_, then), (following, _) in pairwise(loads))
+
+
 def test_within_backward(folder):
     def run(offload):
         model, _ = build()
@@ -142,12 +162,12 @@ def test_memory_is_that_of_few_parameters(folder):
     assert plain > 47 * MB and offloaded < 28 * MB
 
 
-def test_what_cannot_be_written_stays_in_memory_and_the_step_goes_on(folder, monkeypatch):
-    expected = train(*build(), 3, max_norm=None)
+def test_what_cannot_be_written_stays_in_memory_and_all_parameters_make_the_step(folder, monkeypatch):
+    expected = [train(*build(), steps) for steps in (3, 4)]
     model, optimizer = build()
     offload_states(optimizer, "disk", min_bytes=KB, path=folder)
-    train(model, optimizer, 2, max_norm=None)
-    before, params = [p.detach().clone() for p in model.parameters()], list(model.parameters())
+    train(model, optimizer, 2)
+    params = list(model.parameters())
 
     def full(source):
         raise OSError(28, "disk tier: No space left on device: 4096 bytes wanted")
@@ -155,13 +175,41 @@ def test_what_cannot_be_written_stays_in_memory_and_the_step_goes_on(folder, mon
     with monkeypatch.context() as patched:
         patched.setattr(optimizer.tiers.store, "put", full)
         with pytest.raises(OSError, match="disk tier: No space left"):
-            train(model, optimizer, 1, first=2, max_norm=None)
-    # The first parameter has made the step and has its states; the others are as they were.
-    assert torch.equal(params[0], expected[0]) and optimizer.state[params[0]]["step"] == 3
-    assert_same(params[1:], before[1:])
-    params[0].grad = None
-    optimizer.step()
-    assert_same(params, expected)
+            train(model, optimizer, 1, first=2)
+    assert_same(params, expected[0])
+    assert all(isinstance(state, dict) for state in optimizer.state.values())
+    optimizer.zero_grad()
+    assert_same(train(model, optimizer, 1, first=3), expected[1])
+    assert not isinstance(optimizer.state[params[0]], dict)
+
+
+def test_writes_that_fail_later_are_made_again(folder):
+    class Faulty:
+        """A file whose first writes seem to go well."""
+
+        failing = True
+
+        def __init__(self, file):
+            self._file, self.read = file, file.read
+
+        def write(self, block, after=None):
+            extent = self._file.write(block, after=after)
+            return SimpleNamespace(writing=SimpleNamespace(done=lambda: True, wait=full)) if self.failing else extent
+
+    def full():
+        raise OSError(28, "disk tier: short write: No space left on device")
+
+    expected = [train(*build(), steps) for steps in (1, 2)]
+    model, optimizer = build()
+    offload_states(optimizer, "disk", min_bytes=KB, path=folder, max_host_bytes=80 * KB)
+    store = optimizer.tiers.store
+    store._file = Faulty(store._file)
+    with pytest.raises(OSError, match="short write: No space left"):
+        train(model, optimizer, 1)
+    assert_same(list(model.parameters()), expected[0])
+    Faulty.failing = False
+    optimizer.zero_grad()
+    assert_same(train(model, optimizer, 1, first=1), expected[1])
 
 
 @pytest.mark.parametrize(
