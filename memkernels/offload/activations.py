@@ -39,7 +39,11 @@ class offload_activations:
 
     These stay where they are: parameters and buffers of modules, leaves that require a gradient, tensors of fewer than
     `min_bytes` bytes, those of the last layers, and other kinds of tensors (sparse, or of classes that do not say what
-    they wrap). In-place changes of what stays raise in backward, as without offload.
+    they wrap; those of torch's quantised dtypes). In-place changes of what stays raise in backward, as without offload.
+
+    Of a compiled module autograd sees what is saved when its graph has run: so what a graph of the whole model saves
+    moves after its forward, and is in memory together until then. Compile its layers instead (`layer.compile()`), whose
+    graphs are run one after the other.
 
     Backward first uses what was saved last. So while one tensor is used, the next `prefetch` are read: those that
     followed it in the step before, and in the first step those saved before it.
@@ -60,10 +64,12 @@ class offload_activations:
             model that has none, nothing stays for this reason.
         prefetch: how many tensors are read ahead, as far as the staging blocks hold them, and sent ahead to a GPU.
         compress: None, or in what tensors without gaps are kept, which is lossy: the loss stays as it is, and gradients
-            are those of the rounded values, x' of x. "bf16": float32 as bfloat16, half the bytes;
-            |x' - x| <= |x| / 256. "fp8": float32, bfloat16 and float16 as e4m3 with a float32 scale for each 128
-            values, 1.03 bytes a value; |x' - x| <= max(|x| / 16, absmax / 458752), absmax of the 128, and then rounding
-            to x's dtype; 128 values of which one is not finite come back as NaN.
+            are those of the rounded values, x' of x. It is for what requires a gradient, and what this package's block
+            ops keep of their own; everything else moves as it is: statistics (attention's lse, a norm's rstd), routing
+            weights, masks, rotary tables, and what a compiled graph keeps of its own. "bf16": float32 as bfloat16, half
+            the bytes; |x' - x| <= |x| / 256. "fp8": float32, bfloat16 and float16 as e4m3 with a float32 scale for each
+            128 values, 1.03 bytes a value; |x' - x| <= max(|x| / 16, absmax / 458752), absmax of those of the 128 that
+            are finite, and then rounding to x's dtype; infinities stay, and a NaN makes all 128 values NaN.
 
     Raises:
         ValueError: an argument that does not fit; a path in memory (tmpfs), where a file frees nothing.
@@ -106,7 +112,11 @@ class offload_activations:
     def __enter__(self) -> offload_activations:
         session = Session(self._store, self._policy, self._order, self._expected_calls, self._counts)
         hooks = torch.autograd.graph.saved_tensors_hooks(session.pack, session.unpack)
-        hooks.__enter__()
+        try:
+            hooks.__enter__()
+        except BaseException:  # torch.autograd.graph.disable_saved_tensors_hooks
+            session.end()
+            raise
         vars(self._entered).setdefault("stack", []).append((hooks, session))
         return self
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from memkernels.offload.lent import Lent
 from memkernels.offload.runtime import load_runtime
 
 _UNDER_WAY = 256 << 20  # bytes of device memory that copies out of it hold, at most, beside one tensor
@@ -72,21 +72,19 @@ class Arrival:
         self.copy = copy
         self.stream = stream
         self.tensor: Tensor | None = tensor  # until it is handed out
-        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._lent: Lent | None = None
 
     @property
-    def alive(self) -> bool:
-        return not self._storage.expired()
+    def usable(self) -> bool:
+        return self.tensor is not None or (self._lent is not None and self._lent.usable)
 
     def hand_out(self) -> Tensor | None:
-        """The tensor; of one that was handed out before what somebody still holds, or None."""
-        if self.tensor is not None:
-            tensor, self.tensor = self.tensor, None
-            return tensor
-        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
-        if storage is None:
-            return None
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        """The tensor; of one that was handed out before what still serves, or None."""
+        if self.tensor is None:
+            return None if self._lent is None else self._lent.again()
+        tensor, self.tensor = self.tensor, None
+        self._lent = Lent(tensor)
+        return tensor
 
 
 class DeviceCopies:
@@ -134,7 +132,7 @@ class DeviceCopies:
         return arrival
 
     def take(self, arrival: Arrival) -> Tensor | None:
-        """What arrived, for the current stream to use; None where it set off for another stream, or is gone."""
+        """What arrived, for the current stream to use; None where it set off for another stream, or serves no more."""
         if arrival.stream != self._cuda.stream(self._device):
             return None
         tensor = arrival.hand_out()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle
 
 
 class LayerWatch:
@@ -27,14 +28,12 @@ class LayerWatch:
         self.owned: set[int] = set()  # storages of parameters and buffers
         self._keep_last = keep_last
         self._expected = expected
-        self._thread = threading.get_ident()
         self._depth = self._calls = self._layer_count = 0
         self._layers: set[int] = set()
         self._layer_depth: int | None = None
-        self._handles = [
-            nn.modules.module.register_module_forward_pre_hook(self._enter),
-            nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
-        ]
+        self._beside = _watches()
+        self._beside.append(self)
+        _hooks.begin()
 
     @property
     def in_last_layers(self) -> bool:
@@ -42,14 +41,10 @@ class LayerWatch:
         return self._keep_last > 0 and self._calls > max(self._layer_count - self._keep_last, 0)
 
     def end(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._beside.remove(self)
+        _hooks.end()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():  # a graph has no place for it
-            return
-        if threading.get_ident() != self._thread:
-            return
+    def enter(self, module: nn.Module) -> None:
         self._depth += 1
         if self._depth == 1:
             layers = {id(layer) for layer in _layers(module)}
@@ -60,14 +55,79 @@ class LayerWatch:
             self._layer_depth = self._depth
             self._calls += 1
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or threading.get_ident() != self._thread or self._depth == 0:
+    def leave(self, module: nn.Module, output: Any) -> None:
+        if self._depth == 0:
             return
         if self._layer_depth == self._depth:
             self._layer_depth = None
         self._depth -= 1
         if self._depth == 0 and self._calls and output is not None:  # without an output it failed
             self._expected[module] = self._calls
+
+
+_of_thread = threading.local()
+
+
+def _watches() -> list[LayerWatch]:
+    """Those of this thread."""
+    found: list[LayerWatch] = vars(_of_thread).setdefault("watches", [])
+    return found
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():  # a graph has no place for it
+        return
+    for watch in _watches():
+        watch.enter(module)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for watch in _watches():
+        watch.leave(module, output)
+
+
+class _Hooks:
+    """Those on all modules, there while anything is watched.
+
+    Compiled graphs are guarded by the hooks and by their keys, so both are the same each time.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._handles: tuple[RemovableHandle, RemovableHandle] | None = None
+
+    def begin(self) -> None:
+        with self._lock:
+            self._count += 1
+            if self._count > 1:
+                return
+            if self._handles is None:
+                self._handles = (
+                    nn.modules.module.register_module_forward_pre_hook(_enter),
+                    nn.modules.module.register_module_forward_hook(_leave, always_call=True),
+                )
+                return
+            before, after = self._handles
+            places: list[tuple[RemovableHandle, Any, Any]] = [
+                (before, before.hooks_dict_ref(), _enter),
+                (after, after.hooks_dict_ref(), _leave),
+                (after, after.extra_dict_ref[0](), True),
+            ]
+            for handle, dictionary, value in places:
+                dictionary[handle.id] = value
+
+    def end(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                for handle in self._handles or ():
+                    handle.remove()
+
+
+_hooks = _Hooks()
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -11,18 +12,20 @@ _LENGTHS = 16  # numbers of saved tensors that an order is remembered for
 
 
 class Order:
-    """What followed what in backward, by position in forward, for each number of saved tensors."""
+    """What followed what in backward, by position in forward, for each number of saved tensors; for several threads."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._learned: dict[int, dict[int, int]] = {}
 
     def exchange(self, length: int, observed: dict[int, int]) -> dict[int, int]:
         """What was observed with as many tensors before; `observed` is what the next one gets."""
-        before = self._learned.pop(length, {})
-        self._learned[length] = observed
-        if len(self._learned) > _LENGTHS:
-            del self._learned[next(iter(self._learned))]
-        return before
+        with self._lock:
+            before = self._learned.pop(length, {})
+            self._learned[length] = observed
+            if len(self._learned) > _LENGTHS:
+                del self._learned[next(iter(self._learned))]
+            return before
 
 
 class Tape:

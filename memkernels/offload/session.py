@@ -17,9 +17,11 @@ from memkernels.offload.budget import Claim
 from memkernels.offload.compression import Codec, Compress, codec_for
 from memkernels.offload.layers import LayerWatch, storage_id
 from memkernels.offload.order import Order, Tape
+from memkernels.offload.source import Source
 from memkernels.offload.store import Stored, TieredStore
-from memkernels.offload.tensors import Span, View, bytes_of, span_of, span_to_move
+from memkernels.offload.tensors import Span, View, bytes_of, span_of, span_to_move, witness_of
 from memkernels.ops.checks import PLAIN_TENSORS
+from memkernels.ops.saved import is_compressible
 
 _CLEAN_EVERY = 256  # saved tensors after which a tape that nobody went back on is looked through
 
@@ -50,6 +52,7 @@ class _Stays:
     tensor: Tensor
     version: int
     claim: Claim | None = None
+    must_stay_unchanged = True
 
     def unpack(self) -> Tensor:
         _check_version(self.tensor, self.version, self.tensor.shape)
@@ -73,6 +76,10 @@ class _Moved:
     witness: Tensor | None
     version: int
 
+    @property
+    def must_stay_unchanged(self) -> bool:
+        return self.witness is not None
+
     def unpack(self) -> Tensor:
         if self.witness is not None:
             _check_version(self.witness, self.version, self.view.size)
@@ -85,8 +92,16 @@ class _Wrapped:
 
     rebuild: Callable[[dict[str, Any]], Tensor]
     parts: dict[str, Any]
+    witness: Tensor | None
+    version: int
+
+    @property
+    def must_stay_unchanged(self) -> bool:
+        return self.witness is not None
 
     def unpack(self) -> Tensor:
+        if self.witness is not None:
+            _check_version(self.witness, self.version, self.witness.shape)
         parts = {name: part.unpack() if isinstance(part, _PACKED) else part for name, part in self.parts.items()}
         return self.rebuild(parts).detach()
 
@@ -103,21 +118,19 @@ def _check_version(tensor: Tensor, version: int, shape: torch.Size) -> None:
         )
 
 
-def _witness(tensor: Tensor) -> Tensor:
-    """A tensor without memory that has the other's version, now and later."""
-    witness = tensor.detach()
-    witness.data = witness.new_empty(0)
-    return witness
-
-
 @dataclass(frozen=True)
 class _Entry:
-    """Bytes of one version of a storage, and what holds them, in which bits."""
+    """Bytes of a storage, and what holds them, in which bits."""
 
-    version: int
+    source: Source
     span: Span
     codec: Codec | None
     found: weakref.ref[Stored | Claim]
+
+
+def _arrived(tensor: Any) -> Tensor:
+    """Of what an asynchronous collective still fills (AsyncCollectiveTensor) the tensor, once it is there."""
+    return tensor.trigger_wait() if hasattr(tensor, "trigger_wait") else tensor
 
 
 class _Known:
@@ -127,12 +140,12 @@ class _Known:
         self.storage = StorageWeakRef(tensor.untyped_storage())  # while it is held, no other storage has this identity
         self._entries: list[_Entry] = []
 
-    def find(self, tensor: Tensor) -> tuple[Stored | Claim, _Entry] | None:
+    def find(self, tensor: Tensor, source: Source, compressible: bool) -> tuple[Stored | Claim, _Entry] | None:
         """What holds the bytes of a tensor."""
         span = span_of(tensor)
         for entry in self._entries:
-            fits = entry.codec is None or entry.codec.dtype == tensor.dtype
-            if fits and entry.version == tensor._version and entry.span.holds(span):
+            fits = entry.codec is None or (compressible and entry.codec.dtype == tensor.dtype)
+            if fits and entry.source.is_that_of(source) and entry.span.holds(span):
                 found = entry.found()
                 if found is not None:
                     return found, entry
@@ -172,7 +185,7 @@ class Session:
     def pack(self, tensor: Tensor) -> Any:
         with self._lock:
             self._store.let_go()
-            return self._pack(tensor)
+            return self._pack(tensor, tensor)
 
     @staticmethod
     def unpack(packed: Any) -> Tensor:
@@ -185,21 +198,24 @@ class Session:
         data = self._store.load(moved.stored, upcoming)
         return moved.view.tensor(data if moved.codec is None else moved.codec.decode(data, moved.nbytes))
 
-    def _pack(self, tensor: Tensor) -> Any:
+    def _pack(self, tensor: Tensor, whole: Tensor) -> Any:
+        """Packs what is saved, `whole`, or a part of it where it wraps others."""
+        tensor = _arrived(tensor)
         if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, torch.nn.Parameter):
-            return self._pack_parts(tensor)
+            return self._pack_parts(tensor, whole)
         if self._stays(tensor):
             self._counts.stayed += 1
             return _Stays(tensor.detach(), tensor._version)
         known = self._known.get(storage_id(tensor))
         if known is None:
             known = self._known[storage_id(tensor)] = _Known(tensor)
-        before = known.find(tensor)
+        source, compressible = Source.of(tensor, whole), is_compressible(whole)
+        before = known.find(tensor, source, compressible)
         if before is not None:
             self._counts.shared += 1
             found, entry = before
         else:
-            found, entry = self._take(tensor)
+            found, entry = self._take(tensor, source, compressible)
             known.add(entry)
         if isinstance(found, Claim):
             return _Stays(tensor.detach(), tensor._version, found)
@@ -212,12 +228,12 @@ class Session:
             self,
             self._tape,
             self._tape.append(found),
-            _witness(tensor) if self._store.is_device(tensor.device) else None,
+            witness_of(tensor) if self._store.is_device(tensor.device) else None,
             tensor._version,
         )
 
-    def _take(self, tensor: Tensor) -> tuple[Stored | Claim, _Entry]:
-        codec = codec_for(self._policy.compress, tensor)
+    def _take(self, tensor: Tensor, source: Source, compressible: bool) -> tuple[Stored | Claim, _Entry]:
+        codec = codec_for(self._policy.compress, tensor) if compressible else None
         span = span_to_move(tensor) if codec is None else span_of(tensor)
         # What is in host memory is on the host tier as it is.
         found: Stored | Claim | None = self._store.claim_in_place(tensor.device, span.nbytes)
@@ -228,18 +244,29 @@ class Session:
         else:
             codec = None
             self._counts.stayed += 1
-        return found, _Entry(tensor._version, span, codec, weakref.ref(found))
+        return found, _Entry(source, span, codec, weakref.ref(found))
 
-    def _pack_parts(self, tensor: Any) -> _Wrapped:
+    def _pack_parts(self, tensor: Any, whole: Tensor) -> _Wrapped:
         names, context = tensor.__tensor_flatten__()
         parts = {name: getattr(tensor, name) for name in names}
-        packed = {name: self._pack(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
+        for name, part in parts.items():
+            # Jagged tensors are known to have one shape by the identity of their offsets.
+            if isinstance(part, Tensor) and (name == "_values" or not tensor.is_nested):
+                parts[name] = self._pack(part, whole)
         cls, size, stride = type(tensor), tensor.size(), tensor.stride()
-        return _Wrapped(lambda parts: cls.__tensor_unflatten__(parts, context, size, stride), packed)
+        unchanged = any(part.must_stay_unchanged for part in parts.values() if isinstance(part, _PACKED))
+        return _Wrapped(
+            lambda parts: cls.__tensor_unflatten__(parts, context, size, stride),
+            parts,
+            witness_of(tensor) if unchanged else None,
+            tensor._version,
+        )
 
     def _stays(self, tensor: Tensor) -> bool:
         """Parameters, buffers and what else its owner holds on to; small tensors; those of the last layers."""
         if type(tensor) not in PLAIN_TENSORS or tensor.layout != torch.strided or tensor.device.type == "meta":
+            return True
+        if tensor.is_quantized:
             return True
         for owner in (tensor, tensor._base):
             if owner is not None and (isinstance(owner, torch.nn.Parameter) or (owner.is_leaf and owner.requires_grad)):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memkernels.offload.budget import Budget, Claim
 from memkernels.offload.device import Arrival, DeviceCopies, find_cuda
+from memkernels.offload.lent import Lent
 from memkernels.offload.memory import available_memory, total_memory
 from memkernels.offload.runtime import load_runtime
 
@@ -31,8 +32,8 @@ class Stored:
     """Bytes in a `TieredStore`; they are free again with its last reference.
 
     They came from `device` and go back there. On disk: `extent` is where, `block` the memory they are still or again
-    in, `reading` what fills it from the file, and `filling` what filled it from a device's memory. `lent` is the block
-    that was handed out last, which somebody may still hold, and `arrival` the same on a device.
+    in, `reading` what fills it from the file, and `filling` what filled it from a device's memory. `lent` is what was
+    handed out last, and `arrival` the same on a device.
     """
 
     nbytes: int
@@ -42,13 +43,13 @@ class Stored:
     block: Any = None
     filling: Any = None
     reading: Any = None
-    lent: weakref.ref | None = None
+    lent: Lent | None = None
     arrival: Arrival | None = None
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody holds what was handed out, or it is on its way to a device."""
-        return (self.lent is not None and self.lent() is not None) or (self.arrival is not None and self.arrival.alive)
+        """Whether what was handed out serves again, or it is on its way to a device."""
+        return (self.lent is not None and self.lent.usable) or (self.arrival is not None and self.arrival.usable)
 
 
 @dataclass
@@ -147,7 +148,7 @@ class TieredStore:
 
         Raises:
             MemoryError: they do not fit into host memory, or not through the staging blocks.
-            OSError: the disk is full, or an earlier write failed.
+            OSError: the disk is full, or an earlier write failed and failed again.
         """
         stored = self._put(source)
         for watcher in list(watchers):
@@ -158,13 +159,13 @@ class TieredStore:
         nbytes = source.numel()
         claim = self._claim(nbytes)
         if claim is not None:
-            stored = Stored(nbytes, source.device, claim=claim, block=self._slab.allocate(nbytes))
+            stored = Stored(nbytes, source.device, claim=claim, block=self._allocate(nbytes))
             stored.filling = self._fill(stored.block, source)
             self.statistics.host_bytes += nbytes
             return stored
         with self._lock:
             self._make_room(nbytes)
-            block = self._slab.allocate(nbytes)
+            block = self._allocate(nbytes)
         filling = self._fill(block, source)
         extent = self._file.write(block, after=filling)
         stored = Stored(nbytes, source.device, block=block, filling=filling, extent=extent)
@@ -174,8 +175,9 @@ class TieredStore:
         return stored
 
     def load(self, stored: Stored, then: Iterable[Stored] = ()) -> Tensor:
-        """The bytes, (n,) uint8, not to be written to: on the CUDA device they came from, ready for its current stream,
-        or in host memory. `then` is fetched meanwhile: from disk, and what is in host memory to its device.
+        """The bytes, (n,) uint8: on the CUDA device they came from, ready for its current stream, or in host memory.
+        Another load may give the same memory, and none that was written to since. `then` is fetched meanwhile: from
+        disk, and what is in host memory to its device.
 
         Raises:
             OSError: reading failed, or a checksum does not match.
@@ -183,7 +185,7 @@ class TieredStore:
         copies, then = self._copies_of(stored.device), list(then)
         with self._lock:
             self.statistics.loads += 1
-            found = copies.take(stored.arrival) if copies is not None and stored.arrival is not None else None
+            found = self._at_hand(stored, copies)
             if found is not None:
                 self.statistics.loads_ready += 1
                 self._read_ahead(then, beside=stored)
@@ -191,12 +193,22 @@ class TieredStore:
                 block = self._in_host_memory(stored, then)
                 if copies is None:
                     found = _as_tensor(block)
+                    if stored.block is not None:  # nothing else has the bytes: whoever gets them may change them
+                        found = found.clone()
+                    stored.lent = Lent(found)
                 else:
                     stored.arrival = copies.into(block, stored.filling)
                     found = copies.take(stored.arrival)
                     assert found is not None
             self._send_ahead(then)
             return found
+
+    @staticmethod
+    def _at_hand(stored: Stored, copies: DeviceCopies | None) -> Tensor | None:
+        """What was handed out before and still serves, or has been sent ahead."""
+        if copies is None:
+            return None if stored.lent is None else stored.lent.again()
+        return copies.take(stored.arrival) if stored.arrival is not None else None
 
     def let_go(self) -> None:
         """Holds device memory no longer whose copies are done."""
@@ -229,25 +241,23 @@ class TieredStore:
         return None
 
     def _in_host_memory(self, stored: Stored, then: list[Stored]) -> Any:
-        """The block that holds the bytes, or will once `filling` is done; of those on disk it is kept no longer."""
-        block = stored.block or (stored.lent and stored.lent())
-        if block is None:
+        """The block that holds the bytes, or will once `filling` is done; of those that are on disk it is kept no
+        longer."""
+        if stored.block is None:
             self._begin_reading(stored)
-            block = stored.block
         elif stored.reading is None or stored.reading.done():
             self.statistics.loads_ready += 1
         self._read_ahead(then, beside=stored)
+        block = stored.block
         if stored.reading is not None:
             reading, stored.reading = stored.reading, None
             try:
                 reading.wait()
-            except OSError:
+            except Exception:
                 stored.block = None
                 raise
-        if stored.extent is not None:
-            stored.lent = weakref.ref(block)
-            if _succeeded(stored.extent.writing):  # where writing failed, memory alone has them
-                stored.block = None
+        if stored.extent is not None and _succeeded(stored.extent.writing):
+            stored.block = None
         return block
 
     def _read_ahead(self, then: list[Stored], beside: Stored) -> None:
@@ -273,8 +283,9 @@ class TieredStore:
                 stored.block = None
 
     def _begin_reading(self, stored: Stored) -> None:
-        stored.block = self._slab.allocate(stored.nbytes)
-        stored.reading = self._file.read(stored.extent, stored.block)
+        block = self._allocate(stored.nbytes)
+        stored.reading = self._file.read(stored.extent, block)
+        stored.block = block
         self._in_memory.append(weakref.ref(stored))
         self.statistics.disk_bytes_read += stored.nbytes
 
@@ -282,18 +293,36 @@ class TieredStore:
         """Lets go of staging blocks, oldest first, until `nbytes` fit beside the others."""
         if nbytes > self._staging and not self._staging_may_grow:
             raise MemoryError(
-                f"offload to tier {self.tier!r} in {self.path}: {nbytes} bytes of one tensor wanted, {self._staging}"
-                " available in the staging blocks that max_host_bytes allows."
+                f"{self._named}: {nbytes} bytes of one tensor wanted, {self._staging} available in the staging blocks"
+                " that max_host_bytes allows."
             )
         waiting = self._waiting()
         held = sum(stored.nbytes for stored in waiting)
         for stored in waiting:
             if held + nbytes <= self._staging:
                 break
-            stored.extent.writing.wait()
+            self._finish_writing(stored)
             stored.block = stored.reading = None
             held -= stored.nbytes
         self._waiting()
+
+    def _finish_writing(self, stored: Stored) -> None:
+        """Where writing failed it begins again elsewhere in the file: the disk may have room by now."""
+        try:
+            stored.extent.writing.wait()
+        except OSError:
+            stored.extent = self._file.write(stored.block, after=stored.filling)
+            stored.extent.writing.wait()
+
+    def _allocate(self, nbytes: int) -> Any:
+        try:
+            return self._slab.allocate(nbytes)
+        except MemoryError as error:
+            raise MemoryError(f"{self._named}: {nbytes} bytes wanted; {error}") from error
+
+    @property
+    def _named(self) -> str:
+        return f"offload to tier {self.tier!r}" + ("" if self.path is None else f" in {self.path}")
 
     def _waiting(self) -> list[Stored]:
         """Those on disk that hold a block, oldest first."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _ALIGNMENT = 64  # of torch's CPU memory: kernels may sum in another order at another alignment
 
@@ -68,9 +69,29 @@ class View:
         return View(tensor.dtype, tensor.device, tensor.size(), tensor.stride(), offset, conjugated, tensor.is_neg())
 
     def tensor(self, data: Tensor) -> Tensor:
-        """The tensor, over `data` itself where that is on its device."""
-        storage = data.to(self.device).untyped_storage()
-        tensor = torch.empty(0, dtype=self.dtype, device=self.device).set_(storage, self.offset, self.size, self.stride)
+        """The tensor, over `data` itself where that is on its device, and of its version now and later."""
+        data = data.to(self.device)
+        empty = torch.empty(0, dtype=self.dtype, device=self.device)
+        tensor = with_version_of(data, empty.set_(data.untyped_storage(), self.offset, self.size, self.stride))
         if self.conjugated:
             tensor = tensor.conj()
         return torch._neg_view(tensor) if self.negated else tensor
+
+
+def with_version_of(counted: Tensor, values: Tensor) -> Tensor:
+    """`values`, as a tensor that counts in-place changes together with `counted`."""
+    tensor = counted.detach()
+    tensor.data = values
+    return tensor
+
+
+def witness_of(tensor: Tensor) -> Tensor:
+    """A tensor without memory that has the other's version, now and later."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return with_version_of(tensor, tensor.new_empty(0))
+    witness = tensor.detach()
+    assert witness is not tensor
+    for name in tensor.__tensor_flatten__()[0]:
+        if isinstance(getattr(witness, name), Tensor):
+            setattr(witness, name, None)
+    return witness

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from memkernels.offload import offload_activations
+
 DIM = 64
 
 
@@ -47,6 +49,11 @@ def build(**options):
 
 def batch(seed=1, tokens=96):
     return torch.randn(2, tokens, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def disk(path, **options):
+    """Everything of 1 KiB and more to disk, through so little memory that it must be read again."""
+    return offload_activations("disk", **({"path": path, "min_bytes": 1 << 10, "max_host_bytes": 1 << 19} | options))
 
 
 def step(model, x, offload=None, backward=None):

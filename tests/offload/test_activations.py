@@ -14,25 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from offloaded_model import assert_same_bits, batch, build, step
+from offloaded_model import assert_same_bits, batch, build, disk, step
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from memkernels import patch
 from memkernels.offload import offload_activations
 from memkernels.offload.layers import LayerWatch
-from memkernels.quant import quantize_nf4
 from memkernels.testing import peak_bytes, run_in_child
 
 pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
 
 KB, MB = 1 << 10, 1 << 20
-
-
-def disk(tmp_path, **options):
-    """Everything of 1 KiB and more to disk, through so little memory that it must be read again."""
-    return offload_activations("disk", **({"path": tmp_path, "min_bytes": KB, "max_host_bytes": MB // 2} | options))
 
 
 def in_use(offload):
@@ -320,80 +314,6 @@ def test_the_last_layers_of_lists_of_lists_are_known():
     assert seen == [False, False, False, True]
 
 
-def test_versions_are_told_apart(tmp_path):
-    """What is written to after it moved keeps its value; what stayed raises, as without offload."""
-
-    def compute(x, later):
-        h = x * 1
-        first = h * h.detach()
-        h.detach().mul_(2)
-        return (first + later * h.detach()).sum()
-
-    x, later = torch.randn(2, 64, 64).unbind()
-    x, later = x.requires_grad_(), later.requires_grad_()
-    with disk(tmp_path):
-        loss = compute(x, later)
-    loss.backward()
-    assert torch.equal(x.grad, x.detach()) and torch.equal(later.grad, 2 * x.detach())
-    with disk(tmp_path, min_bytes=MB):
-        loss = compute(x, later)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_quantised_tensors(tmp_path):
-    class Multiply(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight):
-            ctx.save_for_backward(weight)
-            return x @ weight.dequantize().t()
-
-        @staticmethod
-        def backward(ctx, dy):
-            (weight,) = ctx.saved_tensors
-            assert type(weight).__name__ == "NF4Tensor" and weight.shape == (256, 128)
-            return dy @ weight.dequantize(), None
-
-    offload, x = disk(tmp_path, min_bytes=2 * KB), torch.randn(8, 128, requires_grad=True)
-    weight = quantize_nf4(torch.randn(256, 128))
-    with offload:
-        y = Multiply.apply(x, weight.clone())
-    assert offload.statistics["moved"] == 1  # the codes; the rest is small
-    y.sum().backward()
-    assert torch.equal(x.grad, torch.ones(8, 256) @ weight.dequantize())
-    offload, x.grad = disk(tmp_path), None
-    with offload:
-        y = Multiply.apply(x, nn.Parameter(weight, requires_grad=False))
-    y.sum().backward()
-    assert offload.statistics["moved"] == 0
-
-
-@pytest.fixture
-def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_dtensors(tmp_path, mesh):
-    from torch.distributed.tensor import DTensor, Shard
-
-    def compute(offload):
-        x = DTensor.from_local(batch().flatten(0, 1), mesh, [Shard(0)]).requires_grad_()
-        if offload is None:
-            y = (x * 2).sin().exp()
-        else:
-            with offload:
-                y = (x * 2).sin().exp()
-        y.sum().backward()
-        assert isinstance(x.grad, DTensor)
-        return [y.detach().full_tensor(), x.grad.full_tensor()]
-
-    offload = disk(tmp_path)
-    assert_same_bits(compute(offload), compute(None))
-    assert offload.statistics["moved"] == 2
-
-
 def test_a_second_gradient(tmp_path):
     def compute():
         x = batch().requires_grad_()
@@ -439,6 +359,29 @@ def test_compiled_models(tmp_path):
         for _ in range(2):
             assert_same_bits(step(compiled, x, offload), expected)
         assert offload.statistics["moved"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_entering_again_compiles_nothing_again(tmp_path):
+    compiled = CompileCounterWithBackend("aot_eager")
+    model, x = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), backend=compiled), torch.randn(4, 8)
+    for offload in (disk(tmp_path), disk(tmp_path)):
+        for _ in range(6):
+            with offload:
+                model(x).sum().backward()
+    assert compiled.frame_count == 1
+
+
+def test_hooks_that_are_disabled_leave_nothing_behind(tmp_path):
+    offload = disk(tmp_path)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not now"), pytest.raises(RuntimeError, match="not now"):
+        offload.__enter__()
+    assert not nn.modules.module._has_any_global_hook()
+    x = torch.randn(64, 64, requires_grad=True)
+    with offload:
+        y = x.exp()
+    assert offload.statistics["moved"] == 1 and not nn.modules.module._has_any_global_hook()
+    y.sum().backward()
 
 
 def test_the_second_step_reads_ahead_in_the_order_of_the_first(tmp_path):

@@ -1,8 +1,14 @@
 """Fewer bits for what moves: gradients are those of the rounded values."""
 
+import contextlib
+
 import pytest
 import torch
+import torch.nn.functional as F
+from offloaded_model import disk
 
+from memkernels import ops
+from memkernels.nn import Attention
 from memkernels.offload import offload_activations
 from memkernels.offload.compression import Codec, codec_for
 
@@ -60,6 +66,73 @@ def test_gradients_are_those_of_the_rounded_values(tmp_path, compress, dtype, nb
         expected = codec.decode(codec.encode(raw), raw.numel()).view(dtype).view(100, 200)
     assert torch.equal(gradient, expected)
     assert (codec is None) == torch.equal(gradient, y)
+
+
+def rounded(tensor, compress):
+    """What comes of a tensor that was compressed."""
+    codec = codec_for(compress, tensor)
+    raw = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    values = codec.decode(codec.encode(raw), raw.numel()).view(tensor.dtype)
+    return values.as_strided(tensor.shape, tensor.stride())
+
+
+@pytest.mark.parametrize("compress", ["bf16", "fp8"])
+@pytest.mark.parametrize("attention", ["memkernels", "torch"])
+def test_attentions_statistics_are_exact(tmp_path, attention, compress):
+    """lse of about 10, kept as values are, would scale all weights of a row by up to exp(10 / 16)."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [4 * torch.randn(1, 512, 2, 16, generator=generator) for _ in range(3)]
+    dout = torch.randn(1, 512, 2, 16, generator=generator)
+
+    def gradients(q, k, v, offload):
+        q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
+        with offload or contextlib.nullcontext():
+            if attention == "memkernels":
+                out = ops.attention(*(t * 1 for t in (q, k, v)), causal=True)
+            else:
+                moved = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+                out = F.scaled_dot_product_attention(*moved, is_causal=True).transpose(1, 2)
+        out.backward(dout)
+        return q.grad, k.grad, v.grad
+
+    def of_rounded_values():
+        class Rounds(torch.autograd.graph.saved_tensors_hooks):
+            def __init__(self):
+                super().__init__(lambda t: rounded(t, compress) if t.dim() == 4 else t, lambda t: t)
+
+        return Rounds()
+
+    offload = disk(tmp_path, compress=compress)
+    found = gradients(*leaves, offload)
+    expected = gradients(*leaves, of_rounded_values())
+    assert offload.statistics["moved"] == 5
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert not torch.equal(found[2], gradients(*leaves, None)[2])
+
+
+def test_statistics_of_norms_and_tables_are_exact(tmp_path):
+    x, table = spread(20000).view(1000, 20).requires_grad_(), torch.randn(1000, 20).cos()
+    with disk(tmp_path, compress="fp8") as offload:
+        y = F.layer_norm(x * table, (20,))
+    saved = y.grad_fn
+    assert offload.statistics["moved"] == 4  # the table, the norm's argument, its means and their deviations
+    h = (x * table).detach()
+    assert torch.equal(saved._saved_input, rounded(h, "fp8"))
+    _, mean, rstd = torch.native_layer_norm(h, (20,), None, None, 1e-5)
+    assert torch.equal(saved._saved_result1, mean) and torch.equal(saved._saved_result2, rstd)
+
+
+def test_what_blocks_keep_of_their_own_is_compressed(tmp_path):
+    torch.manual_seed(0)
+    layer, x = Attention(64, 4), torch.randn(1, 256, 64, requires_grad=True)
+    written = []
+    for compress in (None, "fp8"):
+        offload = disk(tmp_path, compress=compress, keep_last_layers=0)
+        with offload:
+            layer(x * 1)
+        written.append(offload.statistics["disk_bytes_written"])
+    values, statistics = 2 * 256 * 64, 4 * 256  # x and out; lse
+    assert written == [4 * (values + statistics), values * (128 + 4) // 128 + 4 * statistics]
 
 
 def test_views_share_what_was_compressed_and_other_dtypes_do_not(tmp_path):

@@ -261,6 +261,17 @@ def test_what_is_sent_ahead_and_dropped_is_held_until_it_arrived(cuda):
     assert engine.pending() == 0 and kept._slab.statistics()["in_use"] == 0
 
 
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_what_was_written_to_on_the_device_is_not_handed_out_again(cuda, tmp_path, tier):
+    kept = TieredStore(tier, path=None if tier == "host" else tmp_path)
+    stored = kept.put(noise(0))
+    first = kept.load(stored)
+    assert kept.load(stored).data_ptr() == first.data_ptr()
+    first.zero_()
+    again = kept.load(stored)
+    assert again.data_ptr() != first.data_ptr() and torch.equal(again, noise(0))
+
+
 def test_another_stream_gets_a_copy_of_its_own(cuda):
     kept = TieredStore("host")
     stored = kept.put(noise(0))

@@ -1,5 +1,8 @@
 """Which saved tensors are read ahead: those before in forward, later those that followed in the step before."""
 
+import threading
+import time
+
 import torch
 
 from memkernels.offload.order import Order, Tape
@@ -58,3 +61,28 @@ def test_freed_tensors_and_the_one_in_use_are_passed_over():
     assert tape.alive
     del kept
     assert not tape.alive and tape.upcoming(3, 2) == []
+
+
+def test_threads_share_an_order():
+    class Slow(dict):
+        def __delitem__(self, key):
+            time.sleep(0.05)
+            super().__delitem__(key)
+
+    order, failed = Order(), []
+    order._learned = Slow()
+    for length in range(16):
+        order.exchange(length, {})
+
+    def exchange(length):
+        try:
+            order.exchange(length, {})
+        except KeyError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=exchange, args=(16 + i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and list(order._learned) == list(range(3, 19))

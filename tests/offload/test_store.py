@@ -150,3 +150,70 @@ def test_what_could_not_be_written_stays_in_memory(tmp_path):
     stored.extent = SimpleNamespace(writing=SimpleNamespace(done=lambda: True, wait=fail))
     for _ in range(2):
         assert torch.equal(store.load(stored), values)
+
+
+class Faulty:
+    """A file of which the next transfers fail."""
+
+    def __init__(self, file):
+        self._file = file
+        self.writes = self.reads = 0  # that are to fail
+
+    def write(self, block, after=None):
+        if self.writes == 0:
+            return self._file.write(block, after=after)
+        self.writes -= 1
+        return SimpleNamespace(nbytes=block.nbytes, writing=SimpleNamespace(done=lambda: True, wait=self._fail))
+
+    def read(self, extent, block):
+        if self.reads == 0:
+            return self._file.read(extent, block)
+        self.reads -= 1
+        raise RuntimeError("no threads")
+
+    @staticmethod
+    def _fail():
+        raise OSError(28, "disk tier: No space left on device")
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    store = TieredStore("disk", path=tmp_path, max_host_bytes=2 * MB)
+    store._file = Faulty(store._file)
+    return store
+
+
+def test_a_read_that_does_not_begin_leaves_nothing_that_seems_read(faulty):
+    stored = [faulty.put(noise(MB, seed)) for seed in range(4)]
+    faulty._file.reads = 1
+    with pytest.raises(RuntimeError, match="no threads"):
+        faulty.load(stored[0])
+    assert torch.equal(faulty.load(stored[0]), noise(MB, 0))
+
+
+def test_what_could_not_be_written_is_written_again(faulty):
+    faulty._file.writes = 1
+    stored = [faulty.put(noise(MB, seed)) for seed in range(5)]
+    assert stored[0].block is None
+    for seed in range(5):
+        assert torch.equal(faulty.load(stored[seed]), noise(MB, seed))
+
+
+def test_an_error_of_writing_ends_when_the_disk_has_room(faulty):
+    stored = [faulty.put(noise(MB, 0))]
+    faulty._file.writes = 4
+    stored += [faulty.put(noise(MB, 1))]
+    stored += [faulty.put(noise(MB, 2))]
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            faulty.put(noise(MB, 3))
+    stored += [faulty.put(noise(MB, seed)) for seed in range(3, 6)]
+    for seed in range(6):
+        assert torch.equal(faulty.load(stored[seed]), noise(MB, seed))
+
+
+def test_memory_that_there_is_not_is_an_error_that_names_the_tier(tmp_path):
+    store = TieredStore("disk", path=tmp_path)
+    wanted = store._slab.limit + MB
+    with pytest.raises(MemoryError, match=f"tier 'disk' in {tmp_path}: {wanted} bytes wanted; host memory: "):
+        store._allocate(wanted)
