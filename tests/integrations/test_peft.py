@@ -9,7 +9,7 @@ from training_step import assert_same_step, exact_step
 from training_step import train_step as step
 
 import memkernels
-from memkernels.nn import row_squares
+from memkernels.integrations import peft_lora
 from memkernels.ops.lora_linear import reference as lora_reference
 from memkernels.ops.lora_linear import weight as lora_weight
 from memkernels.testing import assert_within_factor_two, saved_bytes
@@ -304,12 +304,17 @@ def test_a_model_of_no_known_family(options):
 
 
 def test_norms_of_frozen_rows_are_computed_once(monkeypatch):
-    model, x = network(use_dora=True), torch.randn(5, 20)
+    model, x, squares = network(use_dora=True), torch.randn(5, 20), []
     memkernels.patch(model)
-    model(x)
+
+    def watched(*arguments):
+        squares.append(arguments[-1])
+        return lora_weight.LoRAWeight(*arguments)
+
     with monkeypatch.context() as patched:
-        patched.delattr(row_squares, "row_squares")
-        model(x)
+        patched.setattr(peft_lora, "LoRAWeight", watched)
+        model(x), model(x)
+    assert isinstance(squares[0], torch.Tensor) and squares[0] is squares[2] and squares[1] is squares[3]
     with torch.no_grad():
         for index in (0, 2):
             model.base_model.model[index].base_layer.weight.mul_(2)
