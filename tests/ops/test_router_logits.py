@@ -54,11 +54,10 @@ def test_logits_match_the_reference(implementation, tokens, seed, dtype):
         check_op(router_logits, reference.router_logits, inputs, strided_grads=True, jitter=JITTER, seed=seed)
 
 
-@dtypes
-def test_several_tiles_of_tokens(dtype):
+def test_several_tiles_of_tokens():
     inputs = {
-        "x": random_tensor(150, 8200, dtype=dtype),
-        "weight": random_tensor(3, 8200, dtype=dtype, seed=1, scale=0.01),
+        "x": random_tensor(70, 8200, dtype=torch.bfloat16),
+        "weight": random_tensor(3, 8200, dtype=torch.bfloat16, seed=1, scale=0.01),
     }
     check_op(router_logits, reference.router_logits, inputs, jitter=JITTER, seed=SEED)
 
