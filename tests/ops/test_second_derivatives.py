@@ -6,6 +6,7 @@ import torch.utils.checkpoint
 
 from memkernels import ops, quant
 from memkernels.ops.rotary import reference as rotary_reference
+from memkernels.ops.router_logits.op import router_logits
 from memkernels.testing import random_tensor
 
 D, HEADS = 16, 2
@@ -55,6 +56,7 @@ OPS = {
     "moe_mlp": moe_mlp,
     "moe_dispatch": lambda x, w: ops.moe_dispatch(x, IDS, 2)[0],
     "moe_combine": lambda x, w: ops.moe_combine(x, plan(1), w[:4, :1]),
+    "router_logits": lambda x, w: router_logits(x, w[:3]),
     "grouped_matmul": lambda x, w: ops.grouped_matmul(x, w[:8].view(2, 4, D), plan(1)),
 }
 
