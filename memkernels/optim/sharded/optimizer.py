@@ -253,8 +253,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             TypeError: torch's GradScaler called it, which would have each rank judge its own gradients.
             ValueError: max_norm or loss_scale is not positive.
             RuntimeError: a parameter was frozen when the optimizer was made, or has other memory since.
-            OSError: with offload, of this rank's disk; ValueError where it is another's. As `offload_states` has it,
-                parameters have made the step in part: go on from the last checkpoint.
+            OSError: with offload, of this rank's disk; ValueError where it is another's. Ranks' parts made the step,
+                all or some, and are not gathered: go on from the last checkpoint.
             RankFailure: another rank has ended.
         """
         check_step(max_norm, loss_scale)
