@@ -3,8 +3,8 @@
 // uniform in [1 - width, 1 + width], w the upper 24 bits of an element's word.
 #include <cmath>
 
+#include "common/checks.h"
 #include "common/kernel_table.h"
-#include "common/tensors.h"
 #include "cpu/outputs.h"
 #include "cpu/row_words.h"
 
@@ -12,13 +12,15 @@ namespace memkernels::cpu {
 namespace {
 
 Tensor row_noise(const Tensor& x_in, const Tensor& seed, double width, int64_t first_row) {
+  check_dim("x", x_in, 2);
+  check_one_element("seed", seed, ScalarType::Long);
   const Tensor x = as_contiguous(x_in);
   Tensor out = new_output(x, x.sizes(), ScalarType::Float);
   const int64_t rows = x.size(0), size = x.size(1);
   const auto key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
   const auto step = static_cast<float>(std::ldexp(width, -23)), least = static_cast<float>(1.0 - width);
   float* to = out.mutable_data_ptr<float>();
-  dispatch_floating(x.scalar_type(), [&]<typename T>() {
+  dispatch_floating("x", x, [&]<typename T>() {
     const T* from = x.const_data_ptr<T>();
     for_each_row(rows, size, [=](int64_t row) {
       const T* x_row = from + row * size;

@@ -282,14 +282,16 @@ def _fp8_blocks() -> list[Call]:
     return [Call("fp8_encode_", right, wrong), Call("fp8_decode_", right, wrong)]
 
 
-def _row_dropout() -> list[Call]:
+def _row_words() -> list[Call]:
     mask = {"seed": torch.tensor(3), "dropout_p": 0.25, "first_row": 2}
     of_mask = {"seed": [(0,), (2,), INT32], "dropout_p": [-0.5, 1.0, float("nan")]}
     of_x = {"x": [(70,), (3, 70, 1), DOUBLE], "dtype": [BFLOAT16, DOUBLE]}
+    noise = {"x": _floats(3, 70), "seed": mask["seed"], "width": 0.1, "first_row": 2}
     of_y = {"y": [(210,), (3, 70, 1), _floats(70, 3).t(), DOUBLE]}
     of_term = {"term": [(2, 70), (3, 69), (210,), (70, 3), (0, 70), BFLOAT16, DOUBLE]}
     return [
         Call("row_dropout", {"x": _floats(3, 70), **mask, "dtype": torch.float32}, of_mask | of_x),
+        Call("row_noise", noise, {"x": of_x["x"], "seed": of_mask["seed"]}),
         Call("row_dropout_add_", {"y": _floats(3, 70), "term": _floats(3, 70), **mask}, of_mask | of_y | of_term),
     ]
 
@@ -345,5 +347,5 @@ def _optimizers() -> list[Call]:
 
 CALLS = [
     *(*_moe(), *_expert_activation(), *_gated_activation(), *_norms(), *_rotary(), *_attention(), *_cross_entropy()),
-    *(*_nf4(), *_fp8_blocks(), *_row_dropout(), *_optimizers()),
+    *(*_nf4(), *_fp8_blocks(), *_row_words(), *_optimizers()),
 ]
