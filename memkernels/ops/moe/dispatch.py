@@ -57,7 +57,8 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, y_grouped, weights, row_of_pair, offsets):
         ctx.rows = y_grouped.shape[0]
         kept = y_grouped if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept, weights.detach(), row_of_pair, offsets)
+        weights_value = None if weights is None else weights.detach()
+        ctx.save_for_backward(kept, weights_value, row_of_pair, offsets)
         return torch.ops.memkernels.moe_combine(y_grouped, weights, row_of_pair)
 
     @staticmethod
