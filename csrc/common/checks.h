@@ -56,6 +56,16 @@ inline void check_one_element(const char* name, const Tensor& tensor, ScalarType
   STD_TORCH_CHECK(tensor.numel() == 1, name, ": expected one element, got ", tensor.numel());
 }
 
+// Kernels read what they are given on the device of the operator's first tensor.
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& first) {
+  STD_TORCH_CHECK(tensor.get_device_index() == first.get_device_index(), name, ": expected device number ",
+                  first.get_device_index(), ", that of the first tensor, got ", tensor.get_device_index());
+}
+
+inline void check_device(const char* name, const std::optional<Tensor>& tensor, const Tensor& first) {
+  if (tensor.has_value()) check_device(name, *tensor, first);
+}
+
 inline void check_probability(const char* name, double p) {
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, name, ": expected a probability in [0, 1), got ", p);
 }

@@ -15,6 +15,10 @@ struct alignas(sizeof(T) * Size) Pack {
   T value[Size];
 };
 
+__device__ __forceinline__ bool is_aligned(const void* address, int bytes) {
+  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
+}
+
 // Calls body(pack, column) for packs that cover row[0, cols) once, by the `threads` threads that share the row.
 // Packs are 16 bytes on 16-byte boundaries; what lies before the first boundary and after the last one, of which a row
 // may start and end anywhere, comes as packs of a single element. The body gets a reference to global memory: one read

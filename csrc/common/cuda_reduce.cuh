@@ -13,11 +13,23 @@ namespace memkernels::cuda {
 constexpr unsigned int kFullWarp = 0xFFFFFFFFu;
 
 struct Sum {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+  template <typename V>
+  __device__ __forceinline__ V operator()(V a, V b) const {
+    return a + b;
+  }
 };
 
 struct Max {
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// The magnitude of a value as an integer, by which a NaN is above infinity.
+__device__ __forceinline__ uint32_t magnitude_bits(float value) {
+  return __float_as_uint(value) & 0x7FFFFFFFu;
+}
+
+struct Larger {
+  __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
 };
 
 // The number to subtract from values of which `max` is the maximum, before exp: -inf only if all of them are, and then

@@ -7,10 +7,9 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <optional>
 #include <type_traits>
 
-#include "tensors.h"
+#include "checks.h"
 
 namespace memkernels::cuda {
 
@@ -18,16 +17,6 @@ namespace memkernels::cuda {
 template <typename T>
 using DeviceType = std::conditional_t<std::is_same_v<T, torch::headeronly::BFloat16>, __nv_bfloat16,
                                       std::conditional_t<std::is_same_v<T, torch::headeronly::Half>, __half, T>>;
-
-// Kernels read what they are given on the device of the operator's first tensor.
-inline void check_device(const char* name, const Tensor& tensor, const Tensor& first) {
-  STD_TORCH_CHECK(tensor.get_device_index() == first.get_device_index(), name, ": expected device number ",
-                  first.get_device_index(), ", that of the first tensor, got ", tensor.get_device_index());
-}
-
-inline void check_device(const char* name, const std::optional<Tensor>& tensor, const Tensor& first) {
-  if (tensor.has_value()) check_device(name, *tensor, first);
-}
 
 #ifdef MEMKERNELS_SIMT
 

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace memkernels {
 
 constexpr int kNf4Codes = 16;
@@ -15,12 +17,6 @@ constexpr int64_t kNf4MaxBlock = 4096;
 constexpr int64_t kNestedBlock = 256;
 // Absolute maxima below this count as this when they divide: the reciprocal stays finite.
 constexpr float kLeastAbsmax = 1e-38f;
-
-#ifdef __CUDACC__
-  #define MEMKERNELS_HOST_DEVICE __host__ __device__
-#else
-  #define MEMKERNELS_HOST_DEVICE
-#endif
 
 // One float a code.
 struct Nf4Table {

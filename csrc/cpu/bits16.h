@@ -1,7 +1,7 @@
-// 16-bit words of memory as 32-bit lanes, and bfloat16 with more than its bits: rounded at random, or with the rest of
-// a float32 beside it.
+// 16-bit words of memory as 32-bit lanes, and 16 random bits for each element of an optimizer's tensors.
 #pragma once
 
+#include "common/random_place.h"
 #include "cpu/philox_vec.h"
 
 namespace memkernels::cpu {
@@ -30,36 +30,15 @@ inline void store_bits(void* p, IntVec v) {
 #endif
 }
 
-// A float32 as the bfloat16 nearest to it, `high` (of two as near the one of larger magnitude), and `low`, its own low
-// 16 bits, which say too whether `high` was rounded up. Nothing is lost; a NaN becomes the quiet one.
-inline Vec join(IntVec high, IntVec low) {
-  return bits_as<Vec>((high << 16) + ((low ^ 0x8000) - 0x8000));
-}
-
-inline void split(Vec v, void* high, void* low) {
-  const IntVec bits = v == v ? bits_as<IntVec>(v) : IntVec{} + 0x7fc00000;
-  store_bits(high, (bits + 0x8000) >> 16);
-  store_bits(low, bits);
-}
-
-// A generator's place in an optimizer: the elements of one tensor in one step, from its element `origin` on.
-struct RandomPlace {
-  uint64_t seed;
-  uint32_t tensor, parameter, step;
-  int64_t origin;
-};
-
-// 16 random bits for each of 256 neighbours, the first of them a multiple of 256, as the origin is: those of element e
-// of the tensor are half e / 16 % 2 (the low one first) of word e % 128 / 32 of Philox at the counter (e / 128 * 16 +
-// e % 16, tensor, parameter, step).
+// The random bits of 256 neighbours.
 class RandomBits {
  public:
   void fill(const RandomPlace& place, int64_t first) {
-    const int64_t counter = (place.origin + first) / 8;
+    const uint32_t counter = place.counter(first);
     UIntVec lanes;
     for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<uint32_t>(lane);
     for (int64_t part = 0; part < 32; part += kLanes) {
-      UIntVec words[4] = {lanes + static_cast<uint32_t>(counter + part), UIntVec{} + place.tensor,
+      UIntVec words[4] = {lanes + counter + static_cast<uint32_t>(part), UIntVec{} + place.tensor,
                           UIntVec{} + place.parameter, UIntVec{} + place.step};
       philox(words, place.seed);
       for (int64_t word = 0; word < 4; ++word) {
@@ -78,13 +57,6 @@ class RandomBits {
  private:
   uint32_t words_[2][4][16];
 };
-
-// v in bfloat16: up or down with the probabilities whose mean is v, as 16 random bits added below the last one carry or
-// do not.
-inline void store_stochastic(BFloat16* p, Vec v, IntVec random) {
-  const IntVec bits = bits_as<IntVec>(v);
-  store_bits(p, v == v ? (bits + random) >> 16 : (bits >> 16) | 0x40);
-}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace memkernels::cpu

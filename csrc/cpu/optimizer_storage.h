@@ -6,19 +6,17 @@
 // its elements n of the tensor's take.
 #pragma once
 
+#include "common/bfloat16_bits.h"
 #include "common/dynamic_code.h"
+#include "common/optimizer_slots.h"
 #include "cpu/absmax.h"
 #include "cpu/bits16.h"
 #include "cpu/bytes.h"
-#include "cpu/lookup.h"
 #include "cpu/nibbles.h"
+#include "cpu/vec_lanes.h"
 
 namespace memkernels::cpu {
 inline namespace CPU_CAPABILITY {
-
-constexpr int64_t kRun = 256;
-// Absolute maxima below this count as this when they divide: the reciprocal stays finite.
-constexpr float kLeastDivisor = 1e-38f;
 
 struct PlainFloat {
   float* data;
@@ -48,7 +46,7 @@ struct StochasticBFloat16 {
   StochasticBFloat16 at(int64_t first) const { return {data + first, place}; }
   void begin(int64_t first, int64_t) { random.fill(place, first); }
   Vec get(int64_t i) const { return load(data + i); }
-  void put(int64_t i, Vec v) { store_stochastic(data + i, v, random.at(i)); }
+  void put(int64_t i, Vec v) { store_bits(data + i, rounded_at_random<VecLanes>(v, random.at(i))); }
   void end() {}
 };
 
@@ -63,58 +61,18 @@ struct SplitFloat {
   }
   SplitFloat at(int64_t first) const { return {high + first, low + first}; }
   void begin(int64_t, int64_t) {}
-  Vec get(int64_t i) const { return join(load_bits(high + i), load_bits(low + i)); }
-  void put(int64_t i, Vec v) { split(v, high + i, low + i); }
+  Vec get(int64_t i) const { return join<VecLanes>(load_bits(high + i), load_bits(low + i)); }
+  void put(int64_t i, Vec v) {
+    const Halves<IntVec> halves = split<VecLanes>(v);
+    store_bits(high + i, halves.high);
+    store_bits(low + i, halves.low);
+  }
   void end() {}
-};
-
-// Codes of a value over its block's absmax. `byte` is the number that is stored.
-template <int kBits, bool kSigned>
-struct Dynamic {
-  static constexpr const auto& kCode = kDynamicCode<kBits, kSigned>;
-
-  static Vec decode(IntVec byte) {
-    IntVec number = byte;
-    if constexpr (kSigned) {
-      const IntVec offset = byte - kCode.kZero;
-      number = offset < 0 ? -offset : offset;
-    }
-    const Vec t = __builtin_convertvector(number, Vec) + (0.5f + kCode.kShift);
-    const IntVec bits = bits_as<IntVec>(t);
-    const Vec cells = bits_as<Vec>(bits & 0x7f800000);
-    const Vec magnitude = (18.0f * t - 16.0f * cells) * lookup(kCode.scale, bits >> 23);
-    if constexpr (!kSigned) return magnitude;
-    return bits_as<Vec>(bits_as<IntVec>(magnitude) | ((byte - kCode.kZero) & static_cast<int32_t>(0x80000000)));
-  }
-
-  static IntVec encode(Vec v) {
-    const Vec magnitude = max(bits_as<Vec>(bits_as<IntVec>(v) & 0x7fffffff), broadcast(5e-10f));
-    const IntVec binade = bits_as<IntVec>(magnitude) >> 23;
-    const IntVec class_ = lookup(kCode.first_class, binade) - (magnitude > lookup(kCode.border, binade));
-    const Vec exact = magnitude * lookup(kCode.slope, class_) + lookup(kCode.shift, class_);
-    IntVec number = __builtin_convertvector(min(exact, lookup(kCode.last, class_)), IntVec);
-    if constexpr (!kSigned) {
-      // What is not zero is not stored as zero: of a second moment it would leave eps alone in the denominator.
-      const IntVec least = (v > 0.0f) & 1;
-      return number > least ? number : least;
-    }
-    // One has no negative counterpart.
-    const IntVec negative = number < kCode.kZero ? number : IntVec{} + kCode.kZero;
-    return kCode.kZero + (v < 0.0f ? -negative : number);
-  }
-};
-
-// The sixteenths from 1/16 to 1: no zero, as Li et al. require of second moments.
-struct Linear4 {
-  static Vec decode(IntVec byte) { return (__builtin_convertvector(byte, Vec) + 1.0f) * 0.0625f; }
-  static IntVec encode(Vec v) {
-    return __builtin_convertvector(max(min(v * 16.0f - 0.5f, broadcast(15.0f)), Vec{}), IntVec);
-  }
 };
 
 template <bool kSigned>
 struct Codes8 {
-  using Code = Dynamic<8, kSigned>;
+  static constexpr const auto& kCode = kStateCode<8, kSigned>;
   uint8_t* codes;
   float* absmax;
   float values[kRun];
@@ -131,7 +89,7 @@ struct Codes8 {
   void begin(int64_t, int64_t count) {
     const float scale = *absmax;
     for (int64_t i = 0; i < kRun; i += kLanes) {
-      store(values + i, Code::decode(load_bytes(codes + i)) * scale);
+      store(values + i, kCode.template decode<VecLanes>(load_bytes(codes + i)) * scale);
     }
     std::fill(values + count, values + kRun, 0.0f);
   }
@@ -141,14 +99,14 @@ struct Codes8 {
     *absmax = absolute_maximum(values, kRun);
     const float inverse = 1.0f / std::max(*absmax, kLeastDivisor);
     for (int64_t i = 0; i < kRun; i += kLanes) {
-      store_bytes(codes + i, Code::encode(load(values + i) * inverse));
+      store_bytes(codes + i, kCode.template encode<VecLanes>(load(values + i) * inverse));
     }
   }
 };
 
 template <bool kSigned>
 struct Codes4 {
-  using Code = std::conditional_t<kSigned, Dynamic<4, true>, Linear4>;
+  static constexpr const auto& kCode = kStateCode<4, kSigned>;
   uint8_t* packed;
   float* absmax;
   float values[kRun];
@@ -166,7 +124,9 @@ struct Codes4 {
     float code[16];
     IntVec bytes;
     for (int64_t lane = 0; lane < kLanes; ++lane) bytes[lane] = static_cast<int32_t>(lane);
-    for (int64_t i = 0; i < 16; i += kLanes) store(code + i, Code::decode(bytes + static_cast<int32_t>(i)));
+    for (int64_t i = 0; i < 16; i += kLanes) {
+      store(code + i, kCode.template decode<VecLanes>(bytes + static_cast<int32_t>(i)));
+    }
     for (int64_t block = 0; block < kRun / kBlock4; ++block) {
       const NibbleValues<float> of_block(code, absmax[block]);
       of_block.expand(packed + block * kBlock4 / 2, values + block * kBlock4, kBlock4 / 2);
@@ -182,8 +142,8 @@ struct Codes4 {
       absmax[block] = absolute_maximum(from, kBlock4);
       const float inverse = 1.0f / std::max(absmax[block], kLeastDivisor);
       for (int64_t i = 0; i < kBlock4; i += 2 * kLanes) {
-        store_nibbles(to + i / 2, Code::encode(load(from + i) * inverse),
-                      Code::encode(load(from + i + kLanes) * inverse));
+        store_nibbles(to + i / 2, kCode.template encode<VecLanes>(load(from + i) * inverse),
+                      kCode.template encode<VecLanes>(load(from + i + kLanes) * inverse));
       }
     }
   }

@@ -14,6 +14,8 @@
   #include <immintrin.h>
 #endif
 
+#include "common/lanes.h"
+
 namespace memkernels::cpu {
 inline namespace CPU_CAPABILITY {
 
@@ -90,14 +92,6 @@ inline bool any(IntVec mask) {
   int32_t bits = 0;
   for (int64_t i = 0; i < kLanes; ++i) bits |= mask[i];
   return bits != 0;
-}
-
-template <typename To, typename From>
-inline To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
 }
 
 // load: kLanes elements at p, widened to float.

@@ -24,10 +24,6 @@ constexpr int kNf4Threads = 256;
 constexpr int kChunksPerThread = 4;  // of a dequantised row, their loads in flight together
 constexpr int64_t kRowPiece = int64_t{32} * kChunk * kChunksPerThread;  // elements of a row that a warp dequantises
 
-__device__ __forceinline__ bool is_aligned(const void* address, int bytes) {
-  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
-}
-
 // Where code i of a word begins: the first of two neighbours is the high half of their byte.
 __device__ __forceinline__ constexpr int nibble(int i) {
   return i / 2 * 8 + (i % 2 == 0 ? 4 : 0);
@@ -82,11 +78,6 @@ __device__ __forceinline__ void load_chunk(const T* values, int64_t count, float
   }
 }
 
-// The larger magnitude, as integers, so that a NaN is above infinity.
-struct LargerMagnitude {
-  __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
-};
-
 // Threads of a thread block of nf4_quantize_kernel: those of one NF4 block, or several warps' worth of small ones.
 template <int Threads>
 constexpr int kQuantizeThreads = Threads <= 32 ? kNf4Threads : Threads;
@@ -107,11 +98,11 @@ __global__ void __launch_bounds__(kQuantizeThreads<Threads>)
   load_chunk(values + first, count, v);
   uint32_t largest = 0;
 #pragma unroll
-  for (float value : v) largest = LargerMagnitude()(largest, __float_as_uint(value) & 0x7FFFFFFFu);
+  for (float value : v) largest = Larger()(largest, magnitude_bits(value));
   if constexpr (Threads <= 32) {
-    largest = warp_reduce<Threads>(largest, LargerMagnitude());
+    largest = warp_reduce<Threads>(largest, Larger());
   } else {
-    largest = block_reduce<Threads>(largest, LargerMagnitude());
+    largest = block_reduce<Threads>(largest, Larger());
   }
   if (count <= 0) return;
 

@@ -31,6 +31,13 @@ def _over_ranks(square: Tensor, division: Any) -> Tensor:
     return square
 
 
-def clip_factor(norm: Tensor, max_norm: float) -> float:
-    """min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` has it; NaN for NaN."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0).item()
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` has it; where the norm is. NaN for NaN."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def divided(scale: float | Tensor, by: float | Tensor) -> float | Tensor:
+    """scale / by, float32 on its device where `by` is a tensor on a GPU; of one on CPU the number is taken."""
+    if isinstance(by, Tensor) and by.device.type != "cpu":
+        return scale / by.float().reshape(())
+    return scale / float(by)

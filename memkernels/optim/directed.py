@@ -25,7 +25,7 @@ class Stored(NamedTuple):
     step: int
     place: int
     origin: int
-    scale: float
+    scale: float | Tensor
 
 
 class DirectedOptimizer(LowMemoryOptimizer):
@@ -40,7 +40,7 @@ class DirectedOptimizer(LowMemoryOptimizer):
     def _step_along(self, of: Stored, group: dict[str, Any]) -> None:
         """The step of one parameter."""
 
-    def _step_in_memory(self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float) -> None:
+    def _step_in_memory(self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float | Tensor) -> None:
         for place, param in chosen.items():
             assert param.grad is not None
             state = self._state_of(param, group)
@@ -58,8 +58,8 @@ class DirectedOptimizer(LowMemoryOptimizer):
 
 
 def through_moment(
-    of: Stored, key: str, values: Tensor, group: dict[str, Any], *, scale: float, momentum: float, dampening: float,
-    nesterov: bool,
+    of: Stored, key: str, values: Tensor, group: dict[str, Any], *, scale: float | Tensor, momentum: float,
+    dampening: float, nesterov: bool,
 ) -> Tensor:  # fmt: skip
     """b = momentum b + (1 - dampening) scale values, the moment `key`; returns it, or with nesterov scale values +
     momentum b. In float32."""

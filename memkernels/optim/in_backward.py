@@ -49,7 +49,7 @@ class StepInBackward:
         self.max_norm = max_norm
         self.grad_norm: Tensor | None = None
         self._on_gradient: Callable[[int, int, Tensor], None] | None = self._step
-        self._scale = 1.0
+        self._scale: float | Tensor = 1.0
         self._squares: list[Tensor] = []
         self._handles = []
         index = 0

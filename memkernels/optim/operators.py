@@ -5,7 +5,8 @@ parameter for the first moment, then for the second, as `codes` stores them; abs
 remainders: empty, or for each parameter the int16 that make an exact float32 of bfloat16, none where it is rounded.
 steps: those of this call, from 1 on. indices: each parameter's place among all of the optimizer's, for the random bits;
 origins: for them too, what the first element is of the whole parameter, of which this may be a part: a multiple of 256.
-The gradient is multiplied by grad_scale first: the clipping factor over the loss's scale, negative to maximise.
+The gradient is multiplied by grad_scale and grad_factor first: together the clipping factor over the loss's scale,
+negative to maximise. grad_factor is one float32 on the parameters' device, which the host does not wait for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from memkernels.optim import reference
 
 _GROUP = (
     "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!)[] absmax, Tensor(d!)[] remainders,"
-    " int[] steps, int[] indices, int[] origins, int seed, int state_bits, float grad_scale, float lr"
+    " int[] steps, int[] indices, int[] origins, int seed, int state_bits, float grad_scale,"
+    " Tensor? grad_factor, float lr"
 )
 
 
@@ -33,14 +35,16 @@ define("square_sum(Tensor[] tensors) -> Tensor", lambda tensors: tensors[0].new_
 
 
 def step_group(name: str, signed: Sequence[bool], group: Sequence[Any], options: dict[str, Any]) -> None:
-    """Calls the operator `name`_ with `group`, its arguments up to grad_scale, and `options`, those after it in order.
+    """Calls the operator `name`_ with `group`, its arguments up to grad_scale, and `options`, those from lr on.
 
-    `signed` says of each moment which code it takes.
+    `signed` says of each moment which code it takes. The last of `group` may be a tensor, grad_factor.
     """
+    *tensors, scale = group
+    scales = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     if has_kernel(f"{name}_", group[0][0]):
-        getattr(torch.ops.memkernels, f"{name}_")(*group, *options.values())
+        getattr(torch.ops.memkernels, f"{name}_")(*tensors, *scales, *options.values())
     else:
-        reference.step_group(getattr(reference, name), signed, *group, **options)
+        reference.step_group(getattr(reference, name), signed, *tensors, *scales, **options)
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from memkernels.optim import checks
-from memkernels.optim.clipping import clip_factor, total_norm
+from memkernels.optim.clipping import clip_factor, divided, total_norm
 from memkernels.optim.codes import new_moment
 from memkernels.optim.loading import Loaded, prepare
 from memkernels.optim.local import as_parameter, first_element, local_of
@@ -94,6 +94,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             max_norm: the gradients are multiplied by min(1, max_norm / (norm + 1e-6)), where norm is that of all of
                 them together, which `grad_norm` holds afterwards. They are read once more for it, and not written.
             loss_scale: what the loss was multiplied by: the gradients are divided by it, before they are clipped.
+                A tensor on a GPU is not waited for, and not checked.
                 With `torch.amp.GradScaler`, `scaler.step(optimizer)` hands its scale over itself, and steps whose
                 gradients are not finite are skipped.
 
@@ -109,18 +110,20 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         found_inf, amp_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and found_inf.item() > 0:
             return loss
-        scale = 1.0 / (float(loss_scale) * (1.0 if amp_scale is None else float(amp_scale)))
+        scale = divided(1.0, loss_scale)
+        if amp_scale is not None:
+            scale = divided(scale, amp_scale)
         self._check_gradients()
         if max_norm is not None:
             grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.grad_norm = total_norm(grads) * scale
-            scale *= clip_factor(self.grad_norm, max_norm)
+            scale = scale * clip_factor(self.grad_norm, max_norm)
         self.step_scaled(scale)
         return loss
 
     @torch.no_grad()
-    def step_scaled(self, scale: float) -> None:
-        """A step whose gradients are multiplied by `scale`, and not checked."""
+    def step_scaled(self, scale: float | Tensor) -> None:
+        """A step whose gradients are multiplied by `scale`, a number or one float32 beside them, and not checked."""
         first = 0
         for group in self.param_groups:
             chosen = {first + i: p for i, p in enumerate(group["params"]) if p.grad is not None}
@@ -131,7 +134,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             self.tiers.end_step()
 
     @torch.no_grad()
-    def step_parameter(self, group: int, index: int, scale: float) -> None:
+    def step_parameter(self, group: int, index: int, scale: float | Tensor) -> None:
         """The step of one parameter, by its group's number and its own place in the optimizer: `step_in_backward`'s."""
         chosen = self.param_groups[group]
         place = index - sum(len(before["params"]) for before in self.param_groups[:group])
@@ -144,7 +147,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             self.tiers.end_step()
 
     def _step_group(
-        self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float, then: Sequence[Tensor] = ()
+        self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float | Tensor, then: Sequence[Tensor] = ()
     ) -> None:
         """A step of parameters of a group, by their places in the optimizer, all with a gradient; `then` come next."""
         if self.tiers is None:
@@ -155,7 +158,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             with self.tiers.fetched(self, param, [*params[i + 1 :], *then]):
                 self._step_in_memory(group, {index: param}, scale)
 
-    def _step_in_memory(self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float) -> None:
+    def _step_in_memory(self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float | Tensor) -> None:
         moments = self.moments(group)
         states = [self._state_of(p, group) for p in chosen.values()]
         states = [{key: local_of(value) for key, value in state.items()} for state in states]

@@ -59,9 +59,11 @@ def step_group(
     seed: int,
     state_bits: int,
     grad_scale: float,
+    grad_factor: Tensor | None = None,
     **options: float,
 ) -> None:
     """Calls `update` on the values of each parameter and stores what it returns; the arguments are an operator's."""
+    scale = grad_scale if grad_factor is None else grad_scale * grad_factor
     for i, (param, grad, step, index, origin) in enumerate(zip(params, grads, steps, indices, origins, strict=True)):
         random = functools.partial(
             rounding.random_bits, param.numel(), seed, index=index, step=step, device=param.device, origin=origin
@@ -73,7 +75,7 @@ def step_group(
             codes.decode(moments[j], absmax[j] if absmax else None, state_bits, sign, param.shape)
             for j, sign in zip(at, signed, strict=True)
         ]
-        new, *new_moments = update(value, grad.float() * grad_scale, *values, step=step, **options)
+        new, *new_moments = update(value, grad.float() * scale, *values, step=step, **options)
         if exact:
             for stored, part in zip((param, remainders[i]), rounding.split(new), strict=True):
                 stored.copy_(part)

@@ -42,9 +42,12 @@ least. e bytes an element.
 | `moe_count_kernel` | 4 or 8 a choice | 4 an expert and 1024 choices |
 | `moe_scan_kernel` | 4 an expert and 1024 choices | as many, 8 an expert |
 | `moe_place_kernel` | 4 or 8 a choice, 4 an expert and 1024 choices | 8 a choice |
+| `optimizer_kernel` | e a gradient, p a parameter, s for all of its moments | p and s a parameter |
+| `square_sum_kernel` | e an element | 8 per 8192 elements |
 
 A choice's weight adds 4 bytes. The plan's ids are read twice, since no choice can be placed before all are counted: 8
-bytes beside a row of thousands.
+bytes beside a row of thousands. p is 4 of float32 and of bfloat16 with the remainder, and 2 of bfloat16 that is
+rounded; s is, for each moment, 4, 2, 1 + 4 / 256 or 1/2 + 4 / 128.
 
 ## Resources
 
@@ -146,7 +149,7 @@ def _readable(symbol: str) -> str:
     if shutil.which("c++filt") is None:
         return symbol
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\b(?:void |memkernels::cuda::)", "", name)
+    name = re.sub(r"\b(?:void |memkernels::(?:cuda::)?)", "", name)
     return re.sub(r"\((?:int|bool|unsigned int)\)", "", name).split("(")[0]
 
 

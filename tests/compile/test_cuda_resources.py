@@ -19,31 +19,54 @@ from memkernels.testing.cuda_resources import (
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed; it compiles the CUDA kernels here")
 
-SOURCES = sorted(Path(__file__).parent.glob("*.cu"))
 # Two blocks of 512 threads share the 65,536 registers of a multiprocessor, so that one loads while the other reduces.
 MAX_REGISTERS = 64
+# Five blocks of 128 of the optimizers' threads, none of which waits for another warp.
+MAX_OPTIMIZER_REGISTERS = 96
 MAX_SHARED_BYTES = 4096
-# For rectangles and rows that no 16-byte boundary fits; and the plan of a dispatch, of single ids and counts.
-UNALIGNED = re.compile("nf4_dequantize_kernelI.*Lb0E|moe_.*Li1E|moe_(count|scan|place)_kernel")
+# For rectangles and rows that no 16-byte boundary fits; the plan of a dispatch, of single ids and counts; the sum of
+# few partial sums; and optimizers whose parameters and states have 16 bits at most, of which lanes have quads.
+UNALIGNED = re.compile(
+    "nf4_dequantize_kernelI.*Lb0E|moe_.*Li1E|moe_(count|scan|place)_kernel|square_sum_total_kernel"
+    "|optimizer_kernelI(?!.*PlainFloat)"
+)
+SOURCES = sorted(Path(__file__).parent.glob("*.cu"))
+# What the gate compiles for; `make test-slow` for all. Of optimizers that is AdamW, where it takes the most registers:
+# Lion's and SGD's kernels differ from it by a moment less and a shorter formula.
+IN_GATE = {"adamw": ("120",), "lion": (), "sgd": (), "square_sum": ()}
+USUALLY_IN_GATE = ("80", "90a", "120")
+
+
+def marks(in_gate: bool) -> tuple[pytest.MarkDecorator, ...]:
+    return () if in_gate else (pytest.mark.slow,)
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(name, marks=() if name in ("80", "90a", "120") else pytest.mark.slow) for name in ARCHITECTURES],
+    ("source", "architecture"),
+    [
+        pytest.param(path, name, id=f"{path.stem}-{name}", marks=marks(name in IN_GATE.get(path.stem, USUALLY_IN_GATE)))
+        for path in SOURCES
+        for name in ARCHITECTURES
+    ],
 )
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_stay_within_budget(source: Path, architecture: str) -> None:
     resources = compile_resources(source, architecture)
     assert resources
+    most = {True: MAX_OPTIMIZER_REGISTERS, False: MAX_REGISTERS}
     over = [
         one
         for one in resources
-        if one.spill_bytes or one.stack_bytes or one.registers > MAX_REGISTERS or one.shared_bytes > MAX_SHARED_BYTES
+        if one.spill_bytes
+        or one.stack_bytes
+        or one.registers > most[one.kernel.startswith("optimizer_kernel")]
+        or one.shared_bytes > MAX_SHARED_BYTES
     ]
     assert not over, "\n" + table(over)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source", [pytest.param(path, id=path.stem, marks=marks(IN_GATE.get(path.stem) != ())) for path in SOURCES]
+)
 def test_kernels_load_or_store_16_bytes_at_once(source: Path, tmp_path: Path) -> None:
     command = [find_nvcc(), "-std=c++20", f"-I{ROOT / 'csrc'}", "-arch=sm_80", "-ptx", "-o", tmp_path / "a.ptx", source]
     subprocess.run(command, check=True, capture_output=True, timeout=300)

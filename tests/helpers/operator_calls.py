@@ -17,6 +17,7 @@ CUDA_OPERATORS = (
     *("cross_entropy_stats", "cross_entropy_grad_"),
     *("nf4_quantize", "nf4_dequantize_"),
     *("moe_plan", "moe_dispatch", "moe_combine", "moe_combine_bwd"),
+    *("adamw_", "lion_", "sgd_", "square_sum"),
 )
 
 
@@ -319,6 +320,7 @@ def _optimizers() -> list[Call]:
         "indices": [[], [0], [0, 1, 2]],
         "origins": [[], [0], [0, 1], [0, -256]],
         "state_bits": [0, 2, 64],
+        "grad_factor": [(2,), DOUBLE],
     }
     calls = []
     for operator, moments, bits in [*(("adamw_", 2, bits) for bits in (32, 16, 8)), ("lion_", 1, 4), ("sgd_", 1, 8)]:
@@ -339,7 +341,8 @@ def _optimizers() -> list[Call]:
             first, none = lists["remainders"]
             wrong["remainders"] = [[first], [first[:-1].clone(), none], [strided(first), none], [first, first]]
         scalars = {"steps": [1, 2], "indices": [0, 1], "origins": [0, 256], "seed": 3, "state_bits": bits}
-        right = lists | scalars | {"grad_scale": 1.0, "lr": 0.1} | options[operator]
+        scales = {"grad_scale": 1.0, "grad_factor": torch.ones(()), "lr": 0.1}
+        right = lists | scalars | scales | options[operator]
         calls.append(Call(operator, right, wrong | numbers))
     tensors = [_floats(5), _floats(7).bfloat16()]
     return [*calls, Call("square_sum", {"tensors": tensors}, {"tensors": [[tensors[0], tensors[1].double()]]})]

@@ -536,6 +536,7 @@ def test_operator_passes_opcheck_and_refuses_what_does_not_fit(bits):
         0,
         bits,
         1.0,
+        torch.ones(()),
         0.1,
         0.9,
         0.99,
@@ -552,6 +553,8 @@ def test_operator_passes_opcheck_and_refuses_what_does_not_fit(bits):
         (4, [torch.ones(300, dtype=torch.int16)], r"remainders\[0\]: a float32 parameter has none"),
         (7, [128], r"origins\[0\]: expected a multiple of 256, got 128"),
         (9, 5, "state_bits: expected 32, 16, 8 or 4, got 5"),
+        (11, torch.ones(2), "grad_factor: expected one element, got 2"),
+        (11, torch.ones((), dtype=torch.float64), "grad_factor: expected dtype Float, got Double"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.memkernels.adamw_(*arguments[:at], wrong, *arguments[at + 1 :])

@@ -63,6 +63,12 @@ def test_kernels(run_program: Run, name: str, build: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("build", ["thread", "address"])  # test_optimizers.py has the plain one
+def test_optimizer_kernels(run_program: Run, build: str) -> None:
+    result = run_program("optimizer", build)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("barrier", [0, 1])
 def test_removed_syncthreads_is_a_race(run_program: Run, barrier: int) -> None:
     result = run_program("block_reduce", "thread", define=f"REMOVE_SYNC={barrier}")

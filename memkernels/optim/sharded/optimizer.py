@@ -228,7 +228,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         check_number("max_norm", max_norm, 1e-38)
         norm = self._norm_of_sums() / self._ranks
-        factor = clip_factor(norm, max_norm)
+        factor = clip_factor(norm, max_norm).item()
         if norm.isfinite() and factor < 1.0:
             self._multiply_gradients(factor)
         return norm
@@ -268,7 +268,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.skipped = not self.grad_norm.isfinite().item()
         if not self.skipped:
             if max_norm is not None:
-                scale *= clip_factor(self.grad_norm, max_norm)
+                scale *= clip_factor(self.grad_norm, max_norm).item()
             self._step(scale)
         self.zero_grad()
         return loss

@@ -1,0 +1,40 @@
+// What one step of an optimizer works on: the arrays of every parameter of a group.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "random_place.h"
+
+namespace memkernels {
+
+constexpr int kMaxMoments = 2;
+// Elements that are worked on together, and that a parameter may be cut at: a multiple of both sizes of blocks.
+constexpr int64_t kRun = 256;
+
+struct Slot {
+  void* parameter;
+  const void* grad;
+  void* moments[kMaxMoments];
+  float* absmax[kMaxMoments];
+  int16_t* remainder;  // null where there is none
+  int64_t size, origin;
+  bool bfloat16;
+  uint32_t index, step;
+};
+
+struct Group {
+  std::vector<Slot> slots;
+  int64_t state_bits;
+  uint64_t seed;
+  // The gradients are multiplied by both; grad_factor, which may be null, is where the kernel runs.
+  float grad_scale;
+  const float* grad_factor;
+};
+
+// Of a slot's parameter (tensor 0) or its moments (from 1 on).
+MEMKERNELS_HOST_DEVICE inline RandomPlace random_place(const Slot& slot, uint64_t seed, uint32_t tensor) {
+  return {seed, tensor, slot.index, slot.step, slot.origin};
+}
+
+}  // namespace memkernels
