@@ -12,6 +12,19 @@
 
 namespace memkernels::cuda {
 
+// Bytes of a kernel's arguments, on every CUDA.
+constexpr size_t kKernelArguments = 4096;
+
+// The i with first[i] <= at < first[i + 1], of parts that several owners have in turn; N a power of two, first[0] = 0.
+template <int N>
+__device__ __forceinline__ int owner_of(const int64_t (&first)[N], int64_t at) {
+  static_assert((N & (N - 1)) == 0);
+  int owner = 0;
+#pragma unroll
+  for (int step = N / 2; step > 0; step /= 2) owner += at >= first[owner + step] ? step : 0;
+  return owner;
+}
+
 // Launches `blocks` blocks of `threads` threads; none if there are no blocks. Raises std::runtime_error when CUDA
 // refuses the launch.
 template <typename... Params, typename... Args>

@@ -32,6 +32,14 @@ struct Larger {
   __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
 };
 
+template <int N>
+__device__ __forceinline__ uint32_t largest_of(const float (&values)[N]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (float value : values) largest = Larger()(largest, magnitude_bits(value));
+  return largest;
+}
+
 // The number to subtract from values of which `max` is the maximum, before exp: -inf only if all of them are, and then
 // exp(-inf - 0) is the 0 that is wanted where exp(-inf - -inf) would be NaN.
 __device__ __forceinline__ float exp_shift(float max) {

@@ -96,9 +96,7 @@ __global__ void __launch_bounds__(kQuantizeThreads<Threads>)
 
   float v[kChunk];
   load_chunk(values + first, count, v);
-  uint32_t largest = 0;
-#pragma unroll
-  for (float value : v) largest = Larger()(largest, magnitude_bits(value));
+  uint32_t largest = largest_of(v);
   if constexpr (Threads <= 32) {
     largest = warp_reduce<Threads>(largest, Larger());
   } else {

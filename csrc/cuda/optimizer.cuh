@@ -33,15 +33,6 @@ struct SlotTable {
   float grad_scale;
 };
 
-// Whose chunk it is.
-template <typename Update>
-__device__ __forceinline__ int slot_of(const SlotTable<Update>& table, int64_t chunk) {
-  int slot = 0;
-#pragma unroll
-  for (int step = kSlots / 2; step > 0; step /= 2) slot += chunk >= table.first_chunk[slot + step] ? step : 0;
-  return slot;
-}
-
 // A warp's step of a run. `moments` are theirs, in order.
 template <typename Update, typename Grad, typename Parameter, typename... Moments>
 __device__ __forceinline__ void update_run(const Update& update, const Run& run, float grad_scale, const Grad* grad,
@@ -85,7 +76,7 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks)
   __syncthreads();
   const float grad_scale = table.grad_scale * (table.grad_factor == nullptr ? 1.0f : *table.grad_factor);
   const int64_t chunk = blockIdx.x;
-  const int at = slot_of(table, chunk);
+  const int at = owner_of(table.first_chunk, chunk);
   const Slot& slot = table.slots[at];
   const int64_t first = (chunk - table.first_chunk[at]) * kChunkElements;
   const auto each = [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
@@ -100,7 +91,7 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks)
 template <typename Parameter, typename... Moments, typename Rule>
 void launch_slots(const std::vector<const Slot*>& slots, const Group& group, const Rule& rule, cudaStream_t stream) {
   using Table = SlotTable<decltype(rule.at(1))>;
-  static_assert(sizeof(Table) <= 4096, "the arguments of a kernel on every CUDA");
+  static_assert(sizeof(Table) <= kKernelArguments);
   for (size_t first = 0; first < slots.size(); first += kSlots) {
     Table table{};
     table.seed = group.seed;

@@ -189,14 +189,6 @@ struct SplitFloat {
   }
 };
 
-// The largest magnitude of a quad.
-__device__ __forceinline__ uint32_t largest_of(const float (&values)[kQuad]) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (float value : values) largest = Larger()(largest, magnitude_bits(value));
-  return largest;
-}
-
 __device__ __forceinline__ float inverse_of(float absmax) {
   return 1.0f / (absmax < kLeastDivisor ? kLeastDivisor : absmax);
 }

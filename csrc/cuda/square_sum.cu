@@ -1,6 +1,8 @@
 // The sum of the squares of all elements of several CUDA tensors.
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
 #include "../common/cuda_tensors.h"
 #include "square_sum.cuh"
 
@@ -8,9 +10,7 @@ namespace memkernels::cuda {
 namespace {
 
 Tensor square_sum(std::vector<Tensor> tensors) {
-  std::vector<Array<float>> wide;
-  std::vector<Array<__half>> half;
-  std::vector<Array<__nv_bfloat16>> bfloat16;
+  std::tuple<std::vector<Array<float>>, std::vector<Array<__half>>, std::vector<Array<__nv_bfloat16>>> arrays;
   int64_t parts = 0;
   const StreamOf stream(tensors[0]);
   for (Tensor& tensor : tensors) {
@@ -21,21 +21,13 @@ Tensor square_sum(std::vector<Tensor> tensors) {
       using Element = DeviceType<T>;
       const Array<Element> array{reinterpret_cast<const Element*>(tensor.const_data_ptr<T>()), tensor.numel()};
       parts += array.parts();
-      if constexpr (std::is_same_v<Element, float>) wide.push_back(array);
-      if constexpr (std::is_same_v<Element, __half>) half.push_back(array);
-      if constexpr (std::is_same_v<Element, __nv_bfloat16>) bfloat16.push_back(array);
+      std::get<std::vector<Array<Element>>>(arrays).push_back(array);
     });
   }
   const Tensor sums = torch::stable::new_empty(tensors[0], {parts}, ScalarType::Double);
   Tensor result = torch::stable::new_empty(tensors[0], {}, ScalarType::Double);
   double* next = sums.mutable_data_ptr<double>();
-  const auto run = [&](const auto& arrays) {
-    launch_square_sum(arrays, next, stream);
-    for (const auto& array : arrays) next += array.parts();
-  };
-  run(wide);
-  run(half);
-  run(bfloat16);
+  std::apply([&](const auto&... of) { ((next = launch_square_sum(of, next, stream)), ...); }, arrays);
   launch_square_sum_total(sums.const_data_ptr<double>(), parts, result.mutable_data_ptr<double>(), stream);
   return result;
 }

@@ -39,9 +39,7 @@ template <typename T>
 __global__ void __launch_bounds__(kSquareThreads)
     square_sum_kernel(const __grid_constant__ ArrayTable<T> table, double* sums) {
   const int64_t part = blockIdx.x;
-  int at = 0;
-#pragma unroll
-  for (int step = kArrays / 2; step > 0; step /= 2) at += part >= table.first_part[at + step] ? step : 0;
+  const int at = owner_of(table.first_part, part);
   const int64_t first = (part - table.first_part[at]) * kPartElements;
   const int64_t left = table.arrays[at].size - first;
   float sum = 0.0f;
@@ -67,10 +65,10 @@ static __global__ void __launch_bounds__(kSquareThreads)
   if (threadIdx.x == 0) *result = sum;
 }
 
-// sums: as many as the arrays have parts.
+// sums: as many as the arrays have parts; returns what is behind them.
 template <typename T>
-void launch_square_sum(const std::vector<Array<T>>& arrays, double* sums, cudaStream_t stream) {
-  static_assert(sizeof(ArrayTable<T>) <= 4000, "the arguments of a kernel on every CUDA");
+double* launch_square_sum(const std::vector<Array<T>>& arrays, double* sums, cudaStream_t stream) {
+  static_assert(sizeof(ArrayTable<T>) + sizeof(sums) <= kKernelArguments);
   for (size_t first = 0; first < arrays.size(); first += kArrays) {
     ArrayTable<T> table{};
     int64_t parts = 0;
@@ -83,6 +81,7 @@ void launch_square_sum(const std::vector<Array<T>>& arrays, double* sums, cudaSt
     launch(square_sum_kernel<T>, parts, kSquareThreads, stream, table, sums);
     sums += parts;
   }
+  return sums;
 }
 
 inline void launch_square_sum_total(const double* sums, int64_t parts, double* result, cudaStream_t stream) {

@@ -34,7 +34,9 @@ class Targets:
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         expressions = [rf"(?:.*?\.)?{of}" for of in patterns or () if of] or [r".*?\.[^.]*"]
         matches = (re.match(rf"{expression}\.(?P<number>\d+)\.", name) for expression in expressions)
-        return next((int(match["number"]) for match in matches if match), None)
+        # The first that matches counts, as in PEFT: without a number where it has alternatives that end before one.
+        number = next((match["number"] for match in matches if match), None)
+        return None if number is None else int(number)
 
 
 def matches(name: str, targets: Iterable[str]) -> bool:

@@ -90,6 +90,10 @@ class Benchmark:
             raise ValueError(f"baseline must be one of providers {self.providers}, got {self.baseline!r}")
         if unknown := set(self.modes) - set(TIME_MODES):
             raise ValueError(f"modes must be among {TIME_MODES}, got {sorted(unknown)}")
+        if (self.held is None) == (self.setup is _no_steps):
+            raise ValueError("setup or held: expected one of the two")
+        if self.held is not None and self.modes:
+            raise ValueError(f"modes: expected none of what `held` measures, got {self.modes}")
         labels = [case.label for case in self.cases]
         if len(set(labels)) != len(labels):
             raise ValueError(f"cases must differ in name or dtype, got {labels}")

@@ -37,7 +37,7 @@ def experts_forward(
     activation: str,
     recompute: bool,
 ) -> Tensor:
-    """`ops.moe_mlp`; transformers' own where a weight is not a plain one."""
+    """`ops.moe_mlp`; where it cannot, what the class has: by `experts_implementation` an error."""
     if _why_not(experts) is not None:
         return type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
     return _moe_mlp(experts, hidden_states, top_k_index, top_k_weights, activation, recompute)
@@ -52,7 +52,8 @@ def experts_implementation(experts: Any, hidden_states: Tensor, top_k_index: Ten
     left = _why_not(experts)
     if left is not None:
         raise ValueError(f"experts_implementation: memkernels does not compute {type(experts).__name__}: {left}.")
-    activation = activation_name(experts.act_fn) or ""
+    activation = activation_name(experts.act_fn)
+    assert activation is not None
     return _moe_mlp(experts, hidden_states, top_k_index, top_k_weights, activation, recompute=True)
 
 

@@ -266,7 +266,10 @@ class TieredStore:
             if stored.block is None and not stored.in_use:
                 held = sum(other.nbytes for other in self._waiting() if other is not beside)
                 if held == 0 or held + stored.nbytes <= self._staging:
-                    self._begin_reading(stored)
+                    try:
+                        self._begin_reading(stored)
+                    except MemoryError:  # it is read when it is wanted
+                        return
 
     def _send_ahead(self, then: list[Stored]) -> None:
         """Begins to copy to their devices those that are in host memory."""

@@ -14,5 +14,12 @@ def compressible(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """Says of what a Function saves that offload keeps every bit of it, though it may require a gradient."""
+    if not torch.compiler.is_compiling():
+        tensor._memkernels_compressible = False  # type: ignore[attr-defined]
+    return tensor
+
+
 def is_compressible(tensor: Tensor) -> bool:
-    return tensor.requires_grad or hasattr(tensor, "_memkernels_compressible")
+    return getattr(tensor, "_memkernels_compressible", tensor.requires_grad)

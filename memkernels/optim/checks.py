@@ -29,11 +29,9 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, b
 
 
 def check_step(max_norm: Any, loss_scale: Any) -> None:
-    """The arguments of a step, above 0; max_norm may be None. A loss_scale on a GPU is not waited for."""
+    """The arguments of a step, above 0; max_norm may be None."""
     if max_norm is not None:
         check_number("max_norm", max_norm, 1e-38)
-    if isinstance(loss_scale, Tensor) and loss_scale.numel() == 1 and loss_scale.device.type != "cpu":
-        return
     check_number("loss_scale", loss_scale, 1e-38)
 
 

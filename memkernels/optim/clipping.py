@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,8 +36,13 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+def is_on_gpu(number: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of one element that the host would have to wait for."""
+    return isinstance(number, Tensor) and number.numel() == 1 and number.device.type != "cpu"
+
+
 def divided(scale: float | Tensor, by: float | Tensor) -> float | Tensor:
     """scale / by, float32 on its device where `by` is a tensor on a GPU; of one on CPU the number is taken."""
-    if isinstance(by, Tensor) and by.device.type != "cpu":
+    if is_on_gpu(by):
         return scale / by.float().reshape(())
     return scale / float(by)

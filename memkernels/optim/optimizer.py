@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from memkernels.optim import checks
-from memkernels.optim.clipping import clip_factor, divided, total_norm
+from memkernels.optim.clipping import clip_factor, divided, is_on_gpu, total_norm
 from memkernels.optim.codes import new_moment
 from memkernels.optim.loading import Loaded, prepare
 from memkernels.optim.local import as_parameter, first_element, local_of
@@ -102,7 +103,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             TypeError: a gradient is sparse, complex, or of another dtype than its parameter.
             ValueError: max_norm or loss_scale is not positive.
         """
-        checks.check_step(max_norm, loss_scale)
+        checks.check_step(max_norm, 1.0 if is_on_gpu(loss_scale) else loss_scale)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -125,13 +126,12 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
     def step_scaled(self, scale: float | Tensor) -> None:
         """A step whose gradients are multiplied by `scale`, a number or one float32 beside them, and not checked."""
         first = 0
-        for group in self.param_groups:
-            chosen = {first + i: p for i, p in enumerate(group["params"]) if p.grad is not None}
-            if chosen:
-                self._step_group(group, chosen, scale)
-            first += len(group["params"])
-        if self.tiers is not None:
-            self.tiers.end_step()
+        with nullcontext() if self.tiers is None else self.tiers.step():
+            for group in self.param_groups:
+                chosen = {first + i: p for i, p in enumerate(group["params"]) if p.grad is not None}
+                if chosen:
+                    self._step_group(group, chosen, scale)
+                first += len(group["params"])
 
     @torch.no_grad()
     def step_parameter(self, group: int, index: int, scale: float | Tensor) -> None:
@@ -141,10 +141,9 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         param = chosen["params"][place]
         checks.check_gradient(f"params[{index}]", param, param.grad)
         # Backward comes to those before it next.
-        self._step_group(chosen, {index: param}, scale, chosen["params"][:place][::-1])
-        self._opt_called = True  # as schedulers ask of a step
-        if self.tiers is not None:
-            self.tiers.end_step()
+        with nullcontext() if self.tiers is None else self.tiers.step():
+            self._step_group(chosen, {index: param}, scale, chosen["params"][:place][::-1])
+            self._opt_called = True  # as schedulers ask of a step
 
     def _step_group(
         self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float | Tensor, then: Sequence[Tensor] = ()

@@ -119,9 +119,18 @@ class StateTiers:
             self._move(optimizer, param)
 
     @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step: raises at its end the first error for which states stayed in memory."""
+        self._failure = None
+        yield
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    @contextmanager
     def fetched(self, optimizer: LowMemoryOptimizer, param: Tensor, then: Sequence[Tensor]) -> Iterator[None]:
         """Within it the state of `param` is tensors in memory, which may change; those of `then` come next. Where they
-        cannot move back afterwards they stay, and `end_step` tells."""
+        cannot move back afterwards they stay, and `step` tells."""
         state, flat = optimizer.state.get(param), None
         if isinstance(state, TieredState):
             states = map(optimizer.state.get, then)
@@ -135,12 +144,6 @@ class StateTiers:
                 self._move(optimizer, param, flat)
             except (OSError, MemoryError) as error:
                 self._failure = self._failure or error
-
-    def end_step(self) -> None:
-        """Raises the first error for which states stayed in memory."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
 
     def _move(self, optimizer: LowMemoryOptimizer, param: Tensor, flat: Tensor | None = None) -> None:
         state = optimizer.state.get(param)

@@ -349,7 +349,7 @@ def test_an_adapter_of_another_model(tmp_path):
 @pytest.mark.parametrize("targets", [["q_proj", "layers.1.mlp.up_proj"], r".*\.[01]\.self_attn\.[qk]_proj", "q_proj"])
 @pytest.mark.parametrize("excluded", [None, ["layers.0.self_attn.q_proj"], r".*layers\.0.*"])
 @pytest.mark.parametrize("numbers", [None, [], 1, [0, 2]], ids=str)
-@pytest.mark.parametrize("pattern", [None, "", "layers", ["blocks", "experts", "layers"]], ids=str)
+@pytest.mark.parametrize("pattern", [None, "", "layers", "layers|blocks", ["blocks", "experts", "layers"]], ids=str)
 def test_targets_are_those_of_peft(targets, excluded, numbers, pattern):
     options = dict(
         zip(

@@ -80,6 +80,24 @@ def test_what_is_read_ahead_is_ready(tmp_path):
     assert store.statistics.loads_ready == 1 and store.statistics.disk_bytes_read == 3 * MB
 
 
+def test_reading_ahead_waits_where_memory_is_short(tmp_path, monkeypatch):
+    store = TieredStore("disk", path=tmp_path, max_host_bytes=4 * MB)
+    stored = [store.put(noise(MB, seed)) for seed in range(8)]
+    del stored[4:]  # those still in memory
+    allocate, left = store._allocate, [1]
+
+    def short(nbytes):
+        if not left:
+            raise MemoryError("none left")
+        left.pop()
+        return allocate(nbytes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_allocate", short)
+        assert torch.equal(store.load(stored[2], then=[stored[1]]), noise(MB, 2))
+    assert torch.equal(store.load(stored[1]), noise(MB, 1))
+
+
 def test_bytes_in_use_are_shared(tmp_path):
     store = TieredStore("disk", path=tmp_path, max_host_bytes=MB)
     stored = [store.put(noise(MB, seed)) for seed in range(3)]

@@ -1,5 +1,7 @@
 """The adapter's operators on GPUs, one by one: masks, layouts, addresses, and when they are taken."""
 
+import importlib
+import types
 from dataclasses import replace
 
 import pytest
@@ -133,6 +135,11 @@ def test_terms_of_sums_are_of_one_size_whatever_the_tokens(monkeypatch, tokens, 
     kernels = pytest.importorskip("memkernels.ops.lora_linear.triton")
     programs, rank, launch = 2 * 132, 64, {"__getitem__": lambda self, grid: lambda *_, **__: None}
     monkeypatch.setattr(kernels, "num_programs", lambda x, size, block: min(programs, -(-size // block)))
+    with monkeypatch.context() as patched:
+        properties = types.SimpleNamespace(multi_processor_count=132)
+        patched.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        on_gpu = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+        assert importlib.import_module("memkernels.ops.launch").num_programs(on_gpu, 1 << 20, 1) == programs
     for name in ("_lora_narrow_kernel", "_lora_factor_grad_kernel"):
         monkeypatch.setattr(kernels, name, type("NotLaunched", (), launch)())
     tile = NARROW_TILES["nvidia"][dtype.itemsize]

@@ -100,6 +100,19 @@ def test_a_gradient_that_depends_on_nothing_is_a_constant(name):
     assert torch.equal(second, torch.ones_like(x))
 
 
+@pytest.mark.parametrize("name", ["moe_mlp", "moe_combine"])
+def test_a_second_backward_for_routing_weights_is_an_error(name):
+    x, weights = random_tensor(4, D, dtype=torch.float32), random_tensor(4, 2, dtype=torch.float32, seed=2)
+    if name == "moe_combine":
+        y = ops.moe_combine(x.repeat(2, 1), plan(2), weights)
+    else:
+        w = random_tensor(12, D, dtype=torch.float32, seed=1, scale=0.3).detach()
+        y = ops.moe_mlp(x, plan(2), weights, w[:8].view(2, 4, D), w[8:].view(2, D, 2))
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="its gradients have no derivative of their own"):
+        torch.autograd.grad(dx.square().sum() + weights.sum(), weights)
+
+
 def test_the_error_names_the_op_under_checkpointing_too():
     """Which allows saved tensors to be read once."""
     x, w = random_tensor(4, D, dtype=torch.float32), random_tensor(20, D, dtype=torch.float32, seed=1)

@@ -183,6 +183,29 @@ def test_what_cannot_be_written_stays_in_memory_and_all_parameters_make_the_step
     assert not isinstance(optimizer.state[params[0]], dict)
 
 
+def test_a_failure_of_a_step_that_raised_is_not_that_of_the_next(folder, monkeypatch):
+    model, optimizer = build()
+    offload_states(optimizer, "disk", min_bytes=KB, path=folder)
+    train(model, optimizer, 2)
+
+    def full(source):
+        raise OSError(28, "disk tier: No space left on device")
+
+    def damaged(stored, then):
+        raise OSError("disk tier: checksum does not match")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer.tiers.store, "put", full)
+        with pytest.raises(OSError, match="does not match"), optimizer.tiers.step():
+            with optimizer.tiers.fetched(optimizer, next(iter(model.parameters())), []):
+                pass
+            patched.setattr(optimizer.tiers.store, "load", damaged)
+            with optimizer.tiers.fetched(optimizer, list(model.parameters())[2], []):
+                pass
+    optimizer.zero_grad()
+    train(model, optimizer, 1, first=2)
+
+
 def test_writes_that_fail_later_are_made_again(folder):
     class Faulty:
         """A file whose first writes seem to go well."""

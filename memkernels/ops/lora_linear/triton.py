@@ -1,4 +1,5 @@
-"""The adapter's operators on GPUs: each product reads x or dy once, and makes the dropout mask anew where it reads x.
+"""The adapter's operators on GPUs: each product reads x or dy once for every 64 of the rank, and makes the dropout mask
+anew where it reads x.
 
 Where a result has too few tiles to fill the GPU, what is summed is cut in parts, whose terms are added in a fixed
 order: without atomics, so the same bits on every run. Tiles times parts are then at most `num_programs`, two a

@@ -10,6 +10,7 @@ from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
 from memkernels.ops.once_differentiable import once_differentiable
+from memkernels.ops.saved import exact
 
 
 def _dispatch_fake(x, weights, row_of_pair, offsets, rows):
@@ -57,8 +58,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, y_grouped, weights, row_of_pair, offsets):
         ctx.rows = y_grouped.shape[0]
         kept = y_grouped if ctx.needs_input_grad[1] else None
-        weights_value = None if weights is None else weights.detach()
-        ctx.save_for_backward(kept, weights_value, row_of_pair, offsets)
+        ctx.save_for_backward(kept, None if weights is None else exact(weights), row_of_pair, offsets)
         return torch.ops.memkernels.moe_combine(y_grouped, weights, row_of_pair)
 
     @staticmethod

@@ -31,7 +31,7 @@ from memkernels.ops.moe.weights import (
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.philox import seed_tensor
 from memkernels.ops.projection import split_by
-from memkernels.ops.saved import compressible
+from memkernels.ops.saved import compressible, exact
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _MoEMLP(torch.autograd.Function):
             gate_up_projection, down = layer.bind(tensors)
             gate_up = gate_up_projection.forward(x, plan.token_of_row, groups)
             kept = None if layer.recompute else compressible(gate_up)
-            ctx.save_for_backward(x, expert_weights.detach(), *plan, kept, *tensors)
+            ctx.save_for_backward(x, exact(expert_weights), *plan, kept, *tensors)
             h = torch.ops.memkernels.expert_activation_fwd(
                 gate_up, _row_weight(expert_weights, plan), layer.gated, layer.activation
             )

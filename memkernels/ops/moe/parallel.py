@@ -222,12 +222,12 @@ def start_moe_mlp(
         check_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
         narrow, expert_weights = x.to(dtype), expert_weights.float()
         trained = [tensor.requires_grad for tensor in (x, expert_weights, w_gate_up, w_down)]
+        sent = dispatch_rows(narrow, plan), _WeightsOfRows.apply(expert_weights, plan.row_of_pair, plan.pair_of_row)
     fields = [dtype, *(torch.is_grad_enabled() and needed for needed in trained), recompute]
     exchange, expert_of_row = agree(group, plan.offsets.diff(), fields)
     journey, rows = _Journey(exchange), plan.pair_of_row.shape[0]
-    received, received_weights = _ToExperts.apply(
-        journey, dispatch_rows(narrow, plan), _WeightsOfRows.apply(expert_weights, plan.row_of_pair, plan.pair_of_row)
-    )
+    received, received_weights = _ToExperts.apply(journey, *sent)
+    del sent
     try:
         local = moe_plan(expert_of_row[:, None], experts)
         weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
