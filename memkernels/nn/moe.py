@@ -79,7 +79,7 @@ class MoE(torch.nn.Module):
         expert_dropout: `dropout_p` of `ops.moe_mlp` in training.
         recompute: as `ops.moe_mlp`.
         expert_mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension: its ranks hold the experts in equal
-            parts, and tokens travel to them and back, beside the work of `shared`.
+            parts, and tokens travel to them and back, beside the work of other experts and of `shared`.
 
     With `expert_mesh` (expert parallelism; GShard, arXiv 2006.16668) each rank calls the layer with tokens of its own,
     as many as it has, none for one, and all ranks call it and its backward pass alike. The router and `shared` are the

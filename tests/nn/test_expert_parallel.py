@@ -1,6 +1,7 @@
 """Experts on several ranks, 2 and 4 gloo processes, against one process that has all experts and all tokens."""
 
 import time
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from memkernels import nn, ops
 from memkernels.ops.moe import parallel
-from memkernels.ops.moe.exchange import InFlight
+from memkernels.ops.moe.journey import Journey
 from memkernels.ops.moe.parallel import start_moe_mlp
 from memkernels.testing import assert_within_factor_two, poisoned_memory, random_tensor, saved_bytes
 
@@ -38,30 +39,32 @@ def gradients_of(y, dy, leaves):
     return dict(zip(LEAVES, grads, strict=True))
 
 
-def choices(tokens, experts):
-    """(T, K) of so many experts; some go nowhere."""
+def choices(tokens, experts, nowhere=E):
+    """(T, K), or of all experts where these are fewer; some go nowhere."""
     ids = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(experts)).argsort(1)[:, :K]
-    ids[::5, 1] = E
+    ids[::5, 1] = nowhere
     return ids
 
 
-def bit_for_bit(mesh, dtype, gated, recompute, experts, capacity, autocast=False):
+def bit_for_bit(mesh, dtype, gated, recompute, experts, capacity, autocast=False, num_experts=E):
     """With one process's choices, of so many experts: those of some ranks receive nothing."""
     sizes = TOKENS[: mesh.size()]
-    ids = choices(sum(sizes), experts)
-    plan = ops.moe_plan(part(mesh, ids, sizes), E, capacity=capacity)
-    dropped = torch.cat([ops.moe_plan(own, E, capacity=capacity).row_of_pair < 0 for own in ids.split(sizes)])
+    ids = choices(sum(sizes), experts, num_experts)
+    plan = ops.moe_plan(part(mesh, ids, sizes), num_experts, capacity=capacity)
+    rows = [ops.moe_plan(own, num_experts, capacity=capacity).row_of_pair for own in ids.split(sizes)]
+    kept = ids.masked_fill(torch.cat(rows) < 0, num_experts)
     drawn = {
-        "x": draw("x", sum(sizes), D, dtype=dtype), "expert_weights": draw("weights", sum(sizes), K),
-        "w_gate_up": draw("gate_up", E, 2 * N if gated else N, D, dtype=dtype),
-        "w_down": draw("down", E, D, N, dtype=dtype),
+        "x": draw("x", sum(sizes), D, dtype=dtype), "expert_weights": draw("weights", *ids.shape),
+        "w_gate_up": draw("gate_up", num_experts, 2 * N if gated else N, D, dtype=dtype),
+        "w_down": draw("down", num_experts, D, N, dtype=dtype),
     }  # fmt: skip
-    of_rank = {"x": sizes, "expert_weights": sizes, "w_gate_up": E // mesh.size(), "w_down": E // mesh.size()}
+    own_experts = num_experts // mesh.size()
+    of_rank = {"x": sizes, "expert_weights": sizes, "w_gate_up": own_experts, "w_down": own_experts}
     whole = {name: tensor.clone().requires_grad_() for name, tensor in drawn.items()}
     own = {name: part(mesh, tensor, of_rank[name]).clone().requires_grad_() for name, tensor in drawn.items()}
     dy = draw("dy", sum(sizes), D, dtype=torch.bfloat16 if autocast else dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = ops.moe_mlp(expert_ids=ids.masked_fill(dropped, E), **whole, recompute=recompute)
+        expected = ops.moe_mlp(expert_ids=kept, **whole, recompute=recompute)
     with poisoned_memory():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = start_moe_mlp(plan=plan, group=mesh.get_group(), **own, recompute=recompute).finish()
@@ -222,10 +225,14 @@ def ranks_that_differ_are_told_all(mesh):
 
 
 def what_fails_after_the_exchange_fails_on_all(mesh):
-    """In the shared experts, or in the rank's own: then the others get what they wait for first."""
+    """In the shared experts, or in one half of the rank's own: then the others get what they wait for first."""
     layer, x = make_layer(nn.TopKRouter, mesh), draw("x", 4, D).requires_grad_()
     fails = mock.Mock(side_effect=MemoryError("no memory for it"))
-    for broken in (mock.patch.object(layer.shared, "forward", fails), mock.patch.object(parallel, "moe_mlp", fails)):
+    second_fails = mock.Mock(side_effect=lambda x, *_, **__: x * 1.0 if second_fails.call_count == 1 else fails())
+    for broken in (
+        mock.patch.object(layer.shared, "forward", fails), mock.patch.object(parallel, "moe_mlp", fails),
+        mock.patch.object(parallel, "moe_mlp", second_fails),
+    ):  # fmt: skip
         if mesh.get_local_rank() == 1:
             with broken, pytest.raises(MemoryError, match="no memory for it"):
                 layer(x)
@@ -235,28 +242,57 @@ def what_fails_after_the_exchange_fails_on_all(mesh):
     layer(x)[0].sum().backward()
 
 
-def shared_experts_run_beside_the_exchange(mesh):
-    layer, events = make_layer(nn.TopKRouter, mesh), []
-    exchange, wait, shared = dist.all_to_all_single, InFlight.wait, layer.shared.forward
+# What rank 1 sends to or from the experts' first half, 0, or their second, and what the other ranks have done by then.
+HELD_UNTIL = {
+    ("x", 1): "experts 0", ("y", 0): "experts 1", ("y", 1): "shared", ("dy", 1): "shared backward",
+    ("dy", 0): "experts 1 backward", ("dx", 1): "experts 0 backward",
+}  # fmt: skip
 
-    def recorded(name, function):
-        def call(*args, **kwargs):
-            events.append(name)
-            return function(*args, **kwargs)
+
+def work_is_done_beside_the_exchange(mesh, folder):
+    """Rank 1 sends nothing before the others did what needs nothing of it: ranks that waited for it would wait on."""
+    rank, store = mesh.get_local_rank(), dist.FileStore(f"{folder}-events")
+    layer, x = make_layer(nn.TopKRouter, mesh), draw("x", 20, D).requires_grad_()
+    leaves, moe_mlp, shared = (x, *layer.parameters()), parallel.moe_mlp, layer.shared.forward
+    expected = layer(x)[0]
+    expected = expected, *torch.autograd.grad(expected.sum(), leaves)
+    calls = []
+
+    def done(event):
+        store.set(f"{event} {rank}", "done")
+
+    def experts(received, *args, **kwargs):
+        event = f"experts {len(calls)}"
+        calls.append(event)
+        received.register_hook(lambda _: done(f"{event} backward"))
+        y = moe_mlp(received, *args, **kwargs)
+        done(event)
+        return y
+
+    def shared_experts(x):
+        y = shared(x)
+        done("shared")
+        return y
+
+    def held(send):
+        def call(journey, name, part, rows):
+            if rank == 1 and (name, part) in HELD_UNTIL:
+                events = [f"{HELD_UNTIL[name, part]} {other}" for other in range(mesh.size()) if other != 1]
+                store.wait(events, timedelta(seconds=120))
+            send(journey, name, part, rows)
 
         return call
 
     with (
-        mock.patch.object(dist, "all_to_all_single", recorded("start", exchange)),
-        mock.patch.object(InFlight, "wait", recorded("wait", wait)),
-        mock.patch.object(layer.shared, "forward", recorded("shared", shared)),
-    ):
-        layer.shared.register_full_backward_hook(lambda *_: events.append("shared backward"))
-        y, _ = layer(draw("x", 9, D).requires_grad_())
-        assert events == ["start", "start", "start", "wait", "wait", "start", "shared", "wait", "wait"]
-        events.clear()
-        y.sum().backward()
-        assert events == ["start", "start", "shared backward", "wait", "wait", "start", "start", "wait", "wait"]
+        mock.patch.object(Journey, "send", held(Journey.send)),
+        mock.patch.object(Journey, "send_back", held(Journey.send_back)),
+        mock.patch.object(parallel, "moe_mlp", experts), mock.patch.object(layer.shared, "forward", shared_experts),
+    ):  # fmt: skip
+        layer.shared.register_full_backward_hook(lambda *_: done("shared backward"))
+        y = layer(x)[0]
+        actual = y, *torch.autograd.grad(y.sum(), leaves)
+    assert calls == ["experts 0", "experts 1"]
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 def what_is_kept(mesh):
@@ -275,7 +311,7 @@ def what_is_kept(mesh):
 
         kept[recompute] = saved_bytes(forward, exclude=(x, weights, *plan, w_gate_up, w_down))
     received = plan.offsets[::experts].diff()[mesh.get_local_rank()].item() * mesh.size()
-    offsets = 4 * 2 * (experts + 1)
+    offsets = 4 * 2 * (experts + 2)  # two halves, each with an end
     assert kept[True] == 12 * received + offsets
     assert kept[False] == kept[True] + 4 * received * (D + 2 * N)
 
@@ -288,6 +324,9 @@ def all_cases(folder):
         (torch.bfloat16, False, False, 3, None), (torch.float32, True, True, 3, 1),
     ):  # fmt: skip
         bit_for_bit(mesh, *case)
+    for own_experts in (1, 3):
+        experts = own_experts * mesh.size()
+        bit_for_bit(mesh, torch.float32, True, True, experts, None, num_experts=experts)
     for router in (nn.TopKRouter, nn.SwitchRouter):
         layer_equals_one_process(mesh, router)
     training_equals_one_process(mesh)
@@ -295,7 +334,7 @@ def all_cases(folder):
     state_dict_loads_on_any_number_of_ranks(mesh, folder)
     ranks_that_differ_are_told_all(mesh)
     what_fails_after_the_exchange_fails_on_all(mesh)
-    shared_experts_run_beside_the_exchange(mesh)
+    work_is_done_beside_the_exchange(mesh, folder)
     what_is_kept(mesh)
 
 

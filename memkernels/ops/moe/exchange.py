@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 
 import torch
 import torch.distributed as dist
@@ -20,56 +21,64 @@ FIELDS = (
 
 
 class InFlight:
-    """Rows on their way to this rank. What this rank sent lives until they are here."""
+    """Tensors on their way to this rank. What this rank sent lives until they are here."""
 
-    def __init__(self, rows: Tensor, sent: Tensor, work: dist.Work):
+    def __init__(self, rows: Tensor, sent: Tensor, works: Sequence[dist.Work]):
         self.rows = rows
         self.sent: Tensor | None = sent
-        self.work = work
+        self.works = works
 
     def wait(self) -> Tensor:
-        self.work.wait()
-        self.sent = None
+        """What has come; again without waiting."""
+        for work in self.works:
+            work.wait()
+        self.sent, self.works = None, ()
         return self.rows
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """How many rows of one call go from this rank to the experts of each rank, and how many come from each.
+    """Which rows of one call go from this rank to some of the experts of each rank, and which come for its own.
 
     Args:
         group: the ranks.
-        sent: rows to each rank, in the order of the grouped rows.
-        received: rows from each rank.
+        sent: of the grouped rows, those for each rank.
+        received: of the received rows, which are in the order of the ranks, those from each.
     """
 
     group: dist.ProcessGroup
-    sent: list[int]
-    received: list[int]
+    sent: list[slice]
+    received: list[slice]
+
+    @property
+    def num_received(self) -> int:
+        return self.received[-1].stop
 
     def to_experts(self, grouped: Tensor) -> InFlight:
-        """Of grouped rows (R, d), those that belong to an expert; ends in those of this rank's experts."""
-        rows = grouped.new_empty(sum(self.received), grouped.shape[1])
-        sent = grouped[: sum(self.sent)].contiguous()
-        return self._start(rows, sent, self.received, self.sent)
+        """Of grouped rows (R, d), those of these experts; ends in the received rows."""
+        rows = grouped.new_empty(self.num_received, grouped.shape[1])
+        return self._start(rows, self.received, grouped.contiguous(), self.sent)
 
-    def from_experts(self, rows: Tensor, num_rows: int) -> InFlight:
-        """What the experts made of the received rows; ends in R = num_rows grouped rows, zero where without expert."""
-        grouped, kept = rows.new_empty(num_rows, rows.shape[1]), sum(self.sent)
-        grouped[kept:].zero_()
-        flight = self._start(grouped[:kept], rows.contiguous(), self.sent, self.received)
-        flight.rows = grouped
-        return flight
+    def from_experts(self, rows: Tensor, grouped: Tensor) -> InFlight:
+        """What the experts made of the received rows, to where these came from; ends in grouped, (R, d)."""
+        return self._start(grouped, self.sent, rows.contiguous(), self.received)
 
-    def _start(self, rows: Tensor, sent: Tensor, received_splits: list[int], sent_splits: list[int]) -> InFlight:
-        # As bytes, since backends differ in the dtypes they take.
-        into, of = rows.view(torch.uint8), sent.view(torch.uint8)
-        work = dist.all_to_all_single(into, of, received_splits, sent_splits, group=self.group, async_op=True)
-        return InFlight(rows, sent, work)
+    def _start(self, into: Tensor, places: list[slice], of: Tensor, sources: list[slice]) -> InFlight:
+        """A send to each rank and a receipt from each, out of the rows and into them; what stays here is copied."""
+        own, calls = dist.get_rank(self.group), []
+        into[places[own]] = of[sources[own]]
+        for rank, (place, source) in enumerate(zip(places, sources, strict=True)):
+            for call, rows in ((dist.irecv, into[place]), (dist.isend, of[source])):
+                if rank != own and rows.numel():
+                    # As bytes, since backends differ in the dtypes they take.
+                    calls.append(dist.P2POp(call, rows.view(torch.uint8), group=self.group, group_peer=rank))
+        return InFlight(into, of, dist.batch_isend_irecv(calls) if calls else ())
 
 
-def agree(group: dist.ProcessGroup, counts: Tensor, fields: Sequence[object]) -> tuple[Exchange, Tensor]:
-    """The exchange of a call: every rank tells every other its rows for each of the other's experts, and its `FIELDS`.
+def agree(
+    group: dist.ProcessGroup, counts: Tensor, fields: Sequence[object], sizes: Sequence[int]
+) -> list[tuple[Exchange, Tensor]]:
+    """The exchanges of a call: every rank tells every other its rows for each of the other's experts, and its `FIELDS`.
 
     The host waits here for the device, since it must know the sizes of what it receives.
 
@@ -77,9 +86,11 @@ def agree(group: dist.ProcessGroup, counts: Tensor, fields: Sequence[object]) ->
         group: the ranks; rank r holds experts r E / ranks to (r + 1) E / ranks.
         counts: (E,), int32 or int64: this rank's rows of each expert.
         fields: the values of `FIELDS`, each a torch.dtype or a bool.
+        sizes: of the parts of a rank's experts, each of which has an exchange of its own: how many experts.
 
     Returns:
-        The exchange, and for each row that this rank will receive, which of its own experts it is for, (rows,), int64.
+        Of each part of the experts the exchange, and for each row that this rank will receive, which of the part's
+        experts it is for, (rows,), int64.
 
     Raises:
         ValueError: the ranks' fields differ; on every rank.
@@ -95,10 +106,19 @@ def agree(group: dist.ProcessGroup, counts: Tensor, fields: Sequence[object]) ->
             told = ", ".join(str(_decoded(value)) for value in values)
             raise ValueError(f"{argument}: the ranks of expert_mesh differ in {of_it}: {told}.")
     rows_sent, rows_received = ([header[1 + len(FIELDS) :] for header in headers] for headers in (sent, received))
-    rows = torch.tensor(rows_received)
-    experts = torch.arange(rows.shape[1]).repeat(rows.shape[0]).repeat_interleave(rows.flatten())
-    exchange = Exchange(group, [sum(row) for row in rows_sent], [sum(row) for row in rows_received])
-    return exchange, experts.to(counts.device)
+    offsets = list(accumulate(chain.from_iterable(rows_sent), initial=0))
+    parts = []
+    for first, last in pairwise(accumulate(sizes, initial=0)):
+        begins = range(0, len(offsets) - 1, sum(sizes))
+        of_ranks = [sum(rows[first:last]) for rows in rows_received]
+        exchange = Exchange(
+            group, [slice(offsets[begin + first], offsets[begin + last]) for begin in begins],
+            [slice(begin, end) for begin, end in pairwise(accumulate(of_ranks, initial=0))],
+        )  # fmt: skip
+        rows = torch.tensor(rows_received)[:, first:last].flatten()
+        experts = torch.arange(last - first).repeat(len(rows_received)).repeat_interleave(rows)
+        parts.append((exchange, experts.to(counts.device)))
+    return parts
 
 
 @contextmanager
@@ -116,7 +136,7 @@ def tell(group: dist.ProcessGroup, device: torch.device, *, failed: bool) -> InF
     """Whether this rank failed after `agree`, to every rank: ends in (ranks,), uint8, 1 for those that did."""
     own = torch.full((1,), failed, dtype=torch.uint8, device=device)
     flags = own.new_empty(dist.get_world_size(group))
-    return InFlight(flags, own, dist.all_gather_into_tensor(flags, own, group=group, async_op=True))
+    return InFlight(flags, own, [dist.all_gather_into_tensor(flags, own, group=group, async_op=True)])
 
 
 def _exchange_headers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TypeVar
 
@@ -15,29 +15,13 @@ from memkernels.ops.autocast import as_product_dtype, check_product_dtype, produ
 from memkernels.ops.checks import check_shape
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.moe.dispatch import check_tokens, check_weights, dispatch_rows, moe_combine
-from memkernels.ops.moe.exchange import Exchange, InFlight, agree, failing_together, tell
+from memkernels.ops.moe.exchange import agree, failing_together, tell
+from memkernels.ops.moe.journey import Journey, SentAgain
 from memkernels.ops.moe.op import moe_mlp
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
 from memkernels.ops.once_differentiable import once_differentiable
 
 Result = TypeVar("Result")
-
-
-class _Journey:
-    """The rows of one call that are in flight between one Function and the next."""
-
-    def __init__(self, exchange: Exchange):
-        self.exchange = exchange
-        self.received: InFlight | None = None
-        self.received_weights: InFlight | None = None
-        self.y: InFlight | None = None
-        self.dy: InFlight | None = None
-        self.x: InFlight | None = None
-
-    def take(self, name: str) -> Tensor:
-        flight = getattr(self, name)
-        setattr(self, name, None)
-        return flight.wait()
 
 
 class _WeightsOfRows(torch.autograd.Function):
@@ -58,49 +42,71 @@ class _WeightsOfRows(torch.autograd.Function):
 
 
 class _ToExperts(torch.autograd.Function):
-    """The grouped rows and their weights, on their way to the experts, which wait for them. Saves nothing."""
+    """Starts the grouped rows' and their weights' way to the experts. Saves nothing.
+
+    What it and `_FromExperts` return is empty: it tells autograd what comes after what. In backward, of nodes that are
+    ready the one made last runs first, so that each exchange has a node where it starts and one where it ends.
+    """
 
     @staticmethod
     def forward(ctx, journey, x_grouped, row_weight):
-        ctx.journey, ctx.rows = journey, x_grouped.shape[0]
-        journey.received = journey.exchange.to_experts(x_grouped)
-        journey.received_weights = journey.exchange.to_experts(row_weight)
-        return journey.received.rows, journey.received_weights.rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx, dweights):
-        if ctx.journey.x is not None:  # without a row here nothing was kept that it stands for
-            ctx.journey.take("x")
-        from_experts = ctx.journey.exchange.from_experts
-        needed = zip((dx, dweights), ctx.needs_input_grad[1:], strict=True)
-        flights = [from_experts(grad, ctx.rows) if need else None for grad, need in needed]
-        return None, *(None if flight is None else flight.wait() for flight in flights)
-
-
-class _FromExperts(torch.autograd.Function):
-    """The experts' rows, on their way back. `_Combine` waits for them, and in backward starts what this waits for."""
-
-    @staticmethod
-    def forward(ctx, journey, y, num_rows):
         ctx.journey = journey
-        journey.y = journey.exchange.from_experts(y, num_rows)
-        return journey.y.rows
+        for part in journey.parts:
+            journey.send("x", part, x_grouped)
+            journey.send("weights", part, row_weight)
+        return x_grouped.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        return None, ctx.journey.take("dy"), None
+        needed = zip(("dx", "dweights"), ctx.needs_input_grad[1:], strict=True)
+        return None, *(ctx.journey.take_back(name) if need else None for name, need in needed)
+
+
+class _AtExperts(torch.autograd.Function):
+    """The received rows of a part of the experts and their weights, once they are here; what `_ToExperts` waits for in
+    backward starts here. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx, journey, part, needed, _):
+        ctx.journey, ctx.part, ctx.needed = journey, part, needed
+        return journey.take("x", part), journey.take("weights", part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dweights):
+        for name, grad, need in zip(("dx", "dweights"), (dx, dweights), ctx.needed, strict=True):
+            if need:
+                ctx.journey.send_back(name, ctx.part, grad)
+        return None, None, None, dx.new_empty(0)
+
+
+class _FromExperts(torch.autograd.Function):
+    """Starts the way back of a part's results. `_Combine` starts what this waits for in backward. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx, journey, part, y):
+        ctx.journey, ctx.part = journey, part
+        journey.send_back("y", part, y)
+        return y.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        if again := ctx.journey.flights.get(("x", ctx.part)):
+            again.wait()  # not only where `SentAgain` takes it, which is nowhere for a part that received no row
+        return None, None, ctx.journey.take("dy", ctx.part)
 
 
 class _Combine(torch.autograd.Function):
-    """`moe_combine` of the rows in flight. Saves the plan and, to send it again in backward, x unless it is None."""
+    """`moe_combine` of what is back. Saves the plan and, to send it again in backward, x unless it is None."""
 
     @staticmethod
-    def forward(ctx, journey, y_grouped, x, *plan):
+    def forward(ctx, journey, y_grouped, x, row_of_pair, pair_of_row, offsets, counts, *_):
         ctx.journey = journey
+        plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts)
         ctx.save_for_backward(x, *plan)
-        return moe_combine(journey.take("y"), DispatchPlan(*plan))
+        return moe_combine(y_grouped, plan)
 
     @staticmethod
     @once_differentiable
@@ -108,43 +114,48 @@ class _Combine(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         plan, journey = DispatchPlan(*tensors), ctx.journey
         dy_grouped = dispatch_rows(dy.contiguous(), plan)
-        journey.dy = journey.exchange.to_experts(dy_grouped)
-        if x is not None:
-            journey.x = journey.exchange.to_experts(dispatch_rows(x, plan))
-        return None, dy_grouped, None, *(None for _ in tensors)
-
-
-class _SentAgain(torch.autograd.graph.saved_tensors_hooks):
-    """Within, what autograd would keep of the received rows is given up, and taken from the journey in backward."""
-
-    def __init__(self, received: Tensor, journey: _Journey):
-        place, shape = received.data_ptr(), received.shape
-
-        def pack(tensor: Tensor) -> Tensor | _Journey:
-            return journey if tensor.data_ptr() == place and tensor.shape == shape and tensor.numel() else tensor
-
-        def unpack(kept: Tensor | _Journey) -> Tensor:
-            return kept.take("x") if isinstance(kept, _Journey) else kept
-
-        super().__init__(pack, unpack)
+        x_grouped = None if x is None else dispatch_rows(x, plan)
+        for part in reversed(journey.parts):  # as they are waited for
+            journey.send("dy", part, dy_grouped)
+            if x_grouped is not None:
+                journey.send("x", part, x_grouped)
+        return *(None for _ in range(7)), *(dy.new_empty(0) for _ in journey.parts)
 
 
 class PendingMoE:
-    """A call whose results are on their way back from the experts."""
+    """A call whose results are on their way back from the experts.
 
-    def __init__(self, journey: _Journey, y_grouped: Tensor, x: Tensor | None, plan: DispatchPlan):
+    Args:
+        journey: that of the call.
+        group: its ranks.
+        ends: what `_FromExperts` returned of each part of the experts.
+        x: (T, d), in the dtype of the products, detached.
+        plan: of the dispatch.
+        recompute: x is dispatched again in backward.
+    """
+
+    def __init__(
+        self,
+        journey: Journey,
+        group: dist.ProcessGroup,
+        ends: Sequence[Tensor],
+        x: Tensor,
+        plan: DispatchPlan,
+        recompute: bool,
+    ):
         self.journey = journey
-        self.y_grouped = y_grouped
+        self.group = group
+        self.ends = ends
         self.x = x
         self.plan = plan
+        self.recompute = recompute
 
     def beside(self, work: Callable[..., Result], *arguments: Tensor) -> Result:
         """work(*arguments) beside the exchange. What raises within raises here, and on the other ranks in `finish`."""
         try:
             return work(*arguments)
         except Exception:
-            self.journey.take("y")
-            tell(self.journey.exchange.group, self.y_grouped.device, failed=True).wait()
+            _give_up(self.journey, self.group, self.x)
             raise
 
     @_disable_dynamo
@@ -154,11 +165,18 @@ class PendingMoE:
         Raises:
             RuntimeError: another rank failed in its experts or in `beside`; on a GPU a device-side assertion.
         """
-        failed = tell(self.journey.exchange.group, self.y_grouped.device, failed=False).wait()
+        told = tell(self.group, self.x.device, failed=False)
+        y_grouped = self.journey.take_back("y")
         torch._assert_async(
-            (failed == 0).all(), "expert_mesh: another rank failed beside the exchange; its own error says why."
+            (told.wait() == 0).all(), "expert_mesh: another rank failed beside the exchange; its own error says why."
         )
-        return _Combine.apply(self.journey, self.y_grouped, self.x, *self.plan)
+        return _Combine.apply(self.journey, y_grouped, self.x if self.recompute else None, *self.plan, *self.ends)
+
+
+def _give_up(journey: Journey, group: dist.ProcessGroup, x: Tensor) -> None:
+    """Where this rank fails after `agree`: the other ranks get what they wait for, and are told."""
+    journey.give_up(x)
+    tell(group, x.device, failed=True).wait()
 
 
 @_disable_dynamo
@@ -192,14 +210,18 @@ def start_moe_mlp(
             (r + 1) E / ranks.
         w_down: (E / ranks, d, n).
         group: its ranks hold E experts in equal parts.
-        activation, dropout_p: as `ops.moe_mlp`; each rank draws a seed of its own.
+        activation, dropout_p: as `ops.moe_mlp`; each half of a rank's experts draws a seed of its own.
         recompute: keep x alone; else what each rank received and its pre-activation.
 
     Returns:
-        What waits for the experts' results and combines them. What it runs `beside`, the shared experts for one, runs
-        beside the exchange of the results, and its backward beside the exchange of dy and, with `recompute`, of x. The
-        exchange of x runs beside what the experts need in front of their products: the plan of the received rows and,
-        under autocast, the cast of the weights.
+        What waits for the experts' results and combines them.
+
+    A rank that holds several experts has them in two halves, with an exchange each. (Whole experts: a product of fewer
+    of an expert's rows may round differently.) In forward the second half's x travels beside the first half's products,
+    the first half's y beside the second's, and the second's y beside what is run `beside`: the shared experts, for one.
+    In backward dy and, with `recompute`, x travel beside the backward of that, those of the first half also beside the
+    second's products, and the second half's dx beside the first's. The first half's x and dx wait for their arrival, as
+    do those of a lone expert. The halves' gradients of a weight are joined: for a moment they and the whole are there.
 
     Raises:
         TypeError, ValueError: of arguments, as `ops.moe_mlp`; on this rank, and a RuntimeError on the others.
@@ -224,23 +246,31 @@ def start_moe_mlp(
         trained = [tensor.requires_grad for tensor in (x, expert_weights, w_gate_up, w_down)]
         sent = dispatch_rows(narrow, plan), _WeightsOfRows.apply(expert_weights, plan.row_of_pair, plan.pair_of_row)
     fields = [dtype, *(torch.is_grad_enabled() and needed for needed in trained), recompute]
-    exchange, expert_of_row = agree(group, plan.offsets.diff(), fields)
-    journey, rows = _Journey(exchange), plan.pair_of_row.shape[0]
-    received, received_weights = _ToExperts.apply(journey, *sent)
+    # Parts of whole experts: each product is then of the rows that it has in one process, and rounds alike.
+    sizes = [experts] if experts == 1 else [experts - experts // 2, experts // 2]
+    exchanges, expert_of_row = zip(*agree(group, plan.offsets.diff(), fields, sizes), strict=True)
+    journey, narrow = Journey(exchanges, plan.pair_of_row.shape[0]), narrow.detach()
+    needed, start, ends = [tensor.requires_grad for tensor in sent], _ToExperts.apply(journey, *sent), []
     del sent
     try:
-        local = moe_plan(expert_of_row[:, None], experts)
+        plans = [moe_plan(expert[:, None], size) for expert, size in zip(expert_of_row, sizes, strict=True)]
         weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
-        journey.take("received")
-        journey.take("received_weights")
-        with _SentAgain(received, journey) if recompute else nullcontext():
-            y = moe_mlp(
-                received, local, received_weights, **weights, activation=activation, dropout_p=dropout_p,
-                recompute=recompute,
-            )  # fmt: skip
+        of_parts = zip(plans, *(_parts(weight, sizes) for weight in weights.values()), strict=True)
+        for part, (local, *weights_of_part) in enumerate(of_parts):
+            received, received_weights = _AtExperts.apply(journey, part, needed, start)
+            with SentAgain(received, journey, part) if recompute else nullcontext():
+                y = moe_mlp(
+                    received, local, received_weights, *weights_of_part, activation=activation, dropout_p=dropout_p,
+                    recompute=recompute,
+                )  # fmt: skip
+            del received, received_weights
+            ends.append(_FromExperts.apply(journey, part, y))
     except Exception:
-        exchange.from_experts(received.detach(), rows).wait()  # what the other ranks wait for
-        tell(group, received.device, failed=True).wait()
+        _give_up(journey, group, narrow)
         raise
-    y_grouped = _FromExperts.apply(journey, y, rows)
-    return PendingMoE(journey, y_grouped, narrow.detach() if recompute else None, plan)
+    return PendingMoE(journey, group, ends, narrow, plan, recompute)
+
+
+def _parts(weight: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Of a weight (E / ranks, ...), that of each part; a whole one as it is, since `split` copies in backward."""
+    return (weight,) if len(sizes) == 1 else weight.split(sizes)
