@@ -7,17 +7,21 @@ Both read Python's standard library byte by byte. In the sparse model every othe
 sixteen experts, of which a token goes to one, each of the dense layer's size (Fedus et al. 2021, arXiv 2101.03961). The
 capacity factor is what an expert takes over what it would if all were loaded alike; what is beyond it is dropped. The
 table says at which step each model reached the dense one's last held-out loss, and the plot shows the losses and what
-the experts of one layer were sent over time. All models see the same batches.
+the experts of one layer were sent over time. All models see the same batches. The table is written as switch.md, the
+plot as switch.png, and what every checkpoint found as switch.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import datetime
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,6 +34,7 @@ from memkernels.demo.data import standard_library, windows
 from memkernels.demo.requirements import unmet
 
 CAPACITY_FACTORS = (1.0, 1.25, 2.0)
+_ROOT = Path(__file__).parents[1]
 # Coefficients of the paper (section 2.2) and of ST-MoE (arXiv 2202.08906).
 _LOAD_BALANCE, _Z_LOSS = 1e-2, 1e-3
 
@@ -67,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains, prints and draws; returns 1 where no sparse model beat the dense one, 2 where it cannot run."""
     parser = argparse.ArgumentParser(description="Train a small Switch Transformer beside its dense twin.")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="training steps of each model")
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the plot")
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the table, the plot and the CSV")
     args = parser.parse_args(arguments)
     if args.steps < 1:
         print(f"train_switch: --steps: expected a positive number, got {args.steps}", file=sys.stderr)
@@ -80,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text, held_out = standard_library()
     curves = [train(shape, factor, settings, text, held_out) for factor in (None, *CAPACITY_FACTORS)]
     print(table(curves))
-    print(draw(curves, args.output))
+    for path in (write_table(curves, args.output), write_checkpoints(curves, args.output), draw(curves, args.output)):
+        print(path)
     dense, *sparse = curves
     return 0 if any(curve.losses[-1] < dense.losses[-1] for curve in sparse) else 1
 
@@ -148,6 +154,48 @@ def table(curves: Sequence[Curve]) -> str:
     return format_table(
         ["", "parameters", "held-out loss", "steps to the dense model's", "tokens dropped", "step, median"], rows
     )
+
+
+def write_table(curves: Sequence[Curve], folder: Path) -> Path:
+    """switch.md: the table, and what it is from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "switch.md"
+    path.write_text(f"""# A small Switch Transformer beside its dense twin
+
+Written by `python examples/train_switch.py --steps {curves[0].steps[-1]} --output {folder}` on {machine.describe()};
+torch {torch.__version__}, commit {machine.commit(_ROOT)}, {datetime.date.today()}. Losses are of held-out text, in
+nats a byte; every checkpoint is in [switch.csv](switch.csv).
+
+```
+{table(curves)}
+```
+
+![Held-out loss of each model, and the fraction of tokens sent to each expert, by step](switch.png)
+""")
+    return path
+
+
+def write_checkpoints(curves: Sequence[Curve], folder: Path) -> Path:
+    """switch.csv: at each checkpoint of each model its held-out loss, and for the steps since the checkpoint before the
+    median milliseconds, the fraction of tokens dropped in all mixtures, and that sent to each expert of the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "switch.csv"
+    experts = max(len(load) for curve in curves for load in curve.load[:1])
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        head = ["model", "parameters", "step", "held_out_loss", "median_ms", "dropped"]
+        writer.writerow([*head, *(f"expert_{expert}" for expert in range(experts))])
+        for curve in curves:
+            for loss, (begin, end) in zip(curve.losses, pairwise([0, *curve.steps]), strict=True):
+                since = slice(begin, end)
+                values = [loss, 1e3 * statistics.median(curve.seconds[since])]
+                if curve.load:
+                    load = torch.stack(curve.load[since]).mean(0)
+                    values += [statistics.fmean(curve.dropped[since]), *load.tolist()]
+                cells = [f"{value:.6g}" for value in values]
+                padding = [""] * (len(head) - 3 + experts - len(cells))
+                writer.writerow([curve.name, curve.parameters, end, *cells, *padding])
+    return path
 
 
 def draw(curves: Sequence[Curve], folder: Path) -> Path:

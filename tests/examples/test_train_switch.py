@@ -1,5 +1,6 @@
 """The Switch example at a small size: what it trains, counts, prints and draws."""
 
+import csv
 import importlib
 from pathlib import Path
 
@@ -43,6 +44,20 @@ def test_sparse_and_dense_learn_and_are_compared(example, shape, tmp_path):
     printed = example.table(curves)
     assert all(curve.name in printed for curve in curves)
     assert example.draw(curves, tmp_path).stat().st_size > 10_000
+    assert printed in example.write_table(curves, tmp_path).read_text()
+    with example.write_checkpoints(curves, tmp_path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [(curve, place) for curve in curves for place in range(3)]
+    for row, (curve, place) in zip(rows, expected, strict=True):
+        assert (row["model"], int(row["step"])) == (curve.name, curve.steps[place])
+        assert float(row["held_out_loss"]) == pytest.approx(curve.losses[place], rel=1e-5)
+        load = [row[f"expert_{expert}"] for expert in range(4)]
+        if curve is dense:
+            assert row["dropped"] == "" and load == [""] * 4
+        else:
+            since = slice(10 * place, 10 * place + 10)
+            assert float(row["dropped"]) == pytest.approx(sum(curve.dropped[since]) / 10, rel=1e-5)
+            assert list(map(float, load)) == pytest.approx(torch.stack(curve.load[since]).mean(0).tolist(), rel=1e-5)
 
 
 def test_a_byte_is_predicted_from_those_before_it(example, shape):
