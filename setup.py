@@ -3,7 +3,8 @@
 `memkernels/_C_cpu.so`: every csrc/cpu kernel once per instruction set that it gains by; the choice falls at run time.
 `memkernels/_C_cuda.so`: every csrc/cuda kernel for each architecture of TORCH_CUDA_ARCH_LIST, wherever nvcc is found.
 Both use the LibTorch stable ABI, so one build serves every torch from 2.10 on and needs no GPU.
-`memkernels/_runtime.*.so`: csrc/runtime, what offload needs, for the Python that builds it.
+`memkernels/_runtime.*.so`: csrc/runtime, what offload needs, for the Python that builds it. It takes in liburing where
+its headers and its static library are.
 
 Environment: MEMKERNELS_BUILD (none, or several of cpu, cuda, runtime), TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CUDA_HOME.
 """
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -54,6 +56,8 @@ NVCC_FLAGS = [
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 ]
 RUNTIME_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-pthread"]
+# The static library, so that what is built runs where liburing is not installed.
+LIBURING_LINK = ["-l:liburing.a", "-Wl,--exclude-libs,liburing.a"]
 # The kernels with matrix products of their own: the others gain nothing by AMX.
 AMX_SOURCES = ("attention_bwd", "attention_fwd")
 
@@ -93,6 +97,14 @@ def missing_for_runtime():
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h is missing; install Python's headers (Debian: apt-get install python3-dev)."
     return None
+
+
+def has_liburing(cxx):
+    """Whether a shared library can be made of it here."""
+    program = "#include <liburing.h>\nint depth(io_uring* ring) { return io_uring_queue_init(1, ring, 0); }\n"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [cxx, "-shared", "-fPIC", "-x", "c++", "-", *LIBURING_LINK, "-o", str(Path(folder, "linked.so"))]
+        return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
 
 
 def gencode_flags(arch_list):
@@ -194,8 +206,11 @@ class build_native(build_ext):
             outputs["_C_cuda.so"] = self.cuda_library(script, cxx, nvcc, includes, link, flags)
             info |= {"nvcc": version_of(nvcc), "cuda_architectures": arches, "cuda_flags": flags}
         if "runtime" in libraries:
-            outputs[RUNTIME] = self.runtime_library(script, cxx)
-            info |= {"python": platform.python_version(), "runtime_flags": RUNTIME_FLAGS}
+            liburing = has_liburing(cxx)
+            flags = [*RUNTIME_FLAGS, *(["-DMEMKERNELS_LIBURING"] if liburing else [])]
+            outputs[RUNTIME] = self.runtime_library(script, cxx, flags, LIBURING_LINK if liburing else [])
+            info |= {"python": platform.python_version(), "runtime_flags": flags}
+            info["io_uring"] = "by liburing" if liburing else "no liburing found (Debian: apt-get install liburing-dev)"
         script.run(ninja, jobs)
         for name, built in outputs.items():
             target = destination / name
@@ -245,18 +260,18 @@ class build_native(build_ext):
         script.build("_C_cuda.so", "link_cuda", objects)
         return script.build_dir / "_C_cuda.so"
 
-    def runtime_library(self, script, cxx):
+    def runtime_library(self, script, cxx, flags, link):
         import pybind11
 
         headers = pybind11.get_include(), sysconfig.get_path("include")
         includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem {path}" for path in headers)]
-        command = f"{cxx} -MMD -MF $out.d {quoted(RUNTIME_FLAGS)} {' '.join(includes)} -c $in -o $out"
+        command = f"{cxx} -MMD -MF $out.d {quoted(flags)} {' '.join(includes)} -c $in -o $out"
         script.rule("cxx_runtime", command, depfile=True)
         sources = sorted((ROOT / "csrc" / "runtime").glob("*.cpp"))
         objects = [Path("runtime") / f"{source.stem}.o" for source in sources]
         for source, output in zip(sources, objects, strict=True):
             script.build(output, "cxx_runtime", [source])
-        script.rule("link_runtime", f"{cxx} -shared -pthread $in -o $out", depfile=False)
+        script.rule("link_runtime", f"{cxx} -shared -pthread $in {' '.join(link)} -o $out", depfile=False)
         script.build(RUNTIME, "link_runtime", objects)
         return script.build_dir / RUNTIME
 

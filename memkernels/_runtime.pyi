@@ -44,10 +44,11 @@ class SpillFile:
     """A file in `folder` that has no name, mode 0600, and goes with the process, however that ends.
 
     It grows by preallocated steps of 256 MiB, holds a CRC32C for each 64 KiB, and is written and read by `threads`
-    threads, 4 MiB each at a time, reads first.
+    threads, 4 MiB at a time, reads first: each thread hands four such parts to the kernel at once through io_uring,
+    or moves one where there is no io_uring.
     """
 
-    def __init__(self, folder: str, *, threads: int) -> None: ...
+    def __init__(self, folder: str, *, threads: int, io_uring: bool = True) -> None: ...
     def write(self, block: SlabBlock, after: Copy | None = None) -> Extent:
         """Begins to write a block, once the copy that fills it is done; it may be dropped at once.
 
@@ -58,6 +59,10 @@ class SpillFile:
         """Begins to read an extent, whose writing is done, into a block of the same size."""
 
     def fileno(self) -> int: ...
+    @property
+    def io_uring(self) -> bool:
+        """Whether transfers go through io_uring."""
+
     @property
     def direct(self) -> bool:
         """Whether transfers go past the page cache; without it the file system does not offer that."""
@@ -105,6 +110,9 @@ class CopyEngine:
     def in_stream(self) -> int: ...
     def pending(self) -> int:
         """Copies that are not done."""
+
+def io_uring_missing() -> str | None:
+    """Why transfers cannot go through io_uring here; None where they can."""
 
 def crc32c(data: object, *, hardware: bool = True) -> int:
     """CRC32C of a buffer, by the processor's instruction where it has one, or by tables."""

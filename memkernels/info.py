@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from memkernels import __version__, _library, ops
+from memkernels.offload.runtime import load_runtime
 from memkernels.ops.rms_norm import reference
 
 _BUILD_INFO = Path(__file__).parent / "build_info.json"
@@ -85,7 +86,15 @@ def _devices() -> dict[str, str]:
         lines[f"cuda:{index}"] = f"{properties.name}, {capability}, {properties.total_memory / 1e9:.0f} GB"
     if not torch.cuda.is_available():
         lines["gpu"] = "none that torch can use"
-    return lines
+    return lines | {"disk": _disk_tier()}
+
+
+def _disk_tier() -> str:
+    try:
+        missing = load_runtime().io_uring_missing()
+    except ImportError as error:
+        return f"no offload: {error}"
+    return "offload through io_uring" if missing is None else f"offload by threads without io_uring: {missing}"
 
 
 def _operators() -> dict[str, str]:

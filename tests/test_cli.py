@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from memkernels import _library, info
 from memkernels.cli import main
@@ -21,6 +22,16 @@ def test_info_says_why_an_implementation_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(_library, "missing", lambda operator, device: "_C_cpu.so is not built: run pip.")
     main(["info"])
     assert "cpu: plain PyTorch, since _C_cpu.so is not built: run pip;" in capsys.readouterr().out
+
+
+def test_info_says_what_moves_bytes_to_disk(capsys, monkeypatch):
+    runtime = SimpleNamespace(io_uring_missing=lambda: None)
+    monkeypatch.setattr(info, "load_runtime", lambda: runtime)
+    main(["info"])
+    assert "offload through io_uring" in capsys.readouterr().out
+    runtime.io_uring_missing = lambda: "built without liburing"
+    main(["info"])
+    assert "offload by threads without io_uring: built without liburing" in capsys.readouterr().out
 
 
 def test_info_reports_a_wrong_result(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 // memkernels._runtime: objects with a life time, for the Python that builds it. Its types stand in _runtime.pyi.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <string>
@@ -9,6 +10,7 @@
 #include "runtime/errors.h"
 #include "runtime/pinned_slab.h"
 #include "runtime/spill_file.h"
+#include "runtime/uring.h"
 
 namespace py = pybind11;
 using namespace memkernels::runtime;
@@ -87,15 +89,18 @@ PYBIND11_MODULE(_runtime, m) {
       .def_readonly("writing", &Extent::writing);
 
   py::class_<SpillFile>(m, "SpillFile")
-      .def(py::init<const std::string&, int>(), py::arg("folder"), py::kw_only(), py::arg("threads"))
+      .def(py::init<const std::string&, int, bool>(), py::arg("folder"), py::kw_only(), py::arg("threads"),
+           py::arg("io_uring") = true)
       .def("write", &SpillFile::write, py::arg("block"), py::arg("after") = nullptr, WithoutGil())
       .def("read", &SpillFile::read, py::arg("extent"), py::arg("block"), WithoutGil())
       .def("fileno", [](const SpillFile& file) { return file.storage().descriptor(); })
+      .def_property_readonly("io_uring", &SpillFile::io_uring)
       .def_property_readonly("direct", [](const SpillFile& file) { return file.storage().direct(); })
       .def_property_readonly("in_memory", [](const SpillFile& file) { return file.storage().in_memory(); })
       .def_property_readonly("bytes_written", &SpillFile::bytes_written)
       .def_property_readonly("bytes_read", &SpillFile::bytes_read)
       .def("statistics", [](const SpillFile& file) { return as_dict(file.storage().statistics()); });
 
+  m.def("io_uring_missing", &io_uring_missing);
   m.def("crc32c", &crc32c, py::arg("data"), py::kw_only(), py::arg("hardware") = true);
 }

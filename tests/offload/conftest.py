@@ -19,9 +19,15 @@ def tmp_path(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def full_disk(tmp_path_factory):
+def no_io_uring(tmp_path_factory):
+    """Environment variables under which a process has no io_uring; see no_io_uring.cpp."""
+    return {"LD_PRELOAD": compile_library("no_io_uring.cpp", tmp_path_factory)}
+
+
+@pytest.fixture(scope="session")
+def full_disk(tmp_path_factory, no_io_uring):
     """Environment variables under which a process finds its disk full; see full_disk.cpp."""
-    return {"LD_PRELOAD": compile_library("full_disk.cpp", tmp_path_factory)}
+    return {"LD_PRELOAD": f"{compile_library('full_disk.cpp', tmp_path_factory)}:{no_io_uring['LD_PRELOAD']}"}
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 // For LD_PRELOAD: a disk that fills up. FULL_DISK_PREALLOCATES bytes can be preallocated, FULL_DISK_HOLDS written; a
-// write across that limit ends FULL_DISK_SHORT_BY bytes before it.
+// write across that limit ends FULL_DISK_SHORT_BY bytes before it. It knows nothing of io_uring.
 #include <sys/syscall.h>
 #include <unistd.h>
 

@@ -31,6 +31,13 @@ def bytes_of(nbytes, seed):
     return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator).numpy().tobytes()
 
 
+@pytest.fixture(params=[True, False], ids=["io_uring", "threads"])
+def io_uring(request):
+    if request.param and (missing := _runtime.io_uring_missing()):
+        pytest.skip(missing)
+    return request.param
+
+
 def run_python(code, *arguments, **environment):
     """A process that has the runtime as `_runtime`, without torch."""
     load = (
@@ -119,9 +126,10 @@ def test_a_block_outlives_its_slab():
     assert bytes(memoryview(block)) == content
 
 
-@pytest.mark.parametrize("nbytes", [1, 4096, 65536 * 3 + 5, 9 * MB + 1])
-def test_what_is_written_is_read(tmp_path, nbytes):
-    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=3)
+@pytest.mark.parametrize("nbytes", [1, 4096, 65536 * 3 + 5, 41 * MB + 1])
+def test_what_is_written_is_read(tmp_path, nbytes, io_uring):
+    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=3, io_uring=io_uring)
+    assert file.io_uring == io_uring
     block, content = filled(slab, nbytes, 1)
     extent = file.write(block)
     del block
@@ -132,8 +140,8 @@ def test_what_is_written_is_read(tmp_path, nbytes):
     assert file.bytes_written == file.bytes_read == -(-nbytes // 4096) * 4096
 
 
-def test_extents_are_reused_and_do_not_overlap(tmp_path):
-    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2)
+def test_extents_are_reused_and_do_not_overlap(tmp_path, io_uring):
+    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2, io_uring=io_uring)
     kept = {}
     for seed in range(60):
         block, content = filled(slab, 1 + 7919 * (seed % 13), seed)
@@ -148,8 +156,8 @@ def test_extents_are_reused_and_do_not_overlap(tmp_path):
     assert file.statistics()["in_use"] == 0 and file.statistics()["size"] == 256 * MB
 
 
-def test_threads_share_a_file(tmp_path):
-    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2)
+def test_threads_share_a_file(tmp_path, io_uring):
+    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2, io_uring=io_uring)
     wrong = []
 
     def work(seed):
@@ -171,8 +179,8 @@ def test_threads_share_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("position", [0, 70_000, 5 * MB])
-def test_damage_is_found_by_its_checksum(tmp_path, position):
-    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2)
+def test_damage_is_found_by_its_checksum(tmp_path, position, io_uring):
+    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2, io_uring=io_uring)
     block, content = filled(slab, 6 * MB, 3)
     extent = file.write(block)
     extent.writing.wait()
@@ -241,6 +249,49 @@ except OSError as error:
     assert "4194304 bytes wanted, " in said and " written, " in said and str(tmp_path) in said
 
 
+def test_a_transfer_that_stops_on_its_way_says_how_far_it_came(tmp_path, io_uring):
+    code = """
+import os, resource
+slab = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20)
+file = _runtime.SpillFile(sys.argv[1], threads=2, io_uring=sys.argv[2] == "True")
+block = slab.allocate(8 << 20)
+extent = file.write(block)
+extent.writing.wait()
+os.ftruncate(file.fileno(), 6 << 20)
+try:
+    file.read(extent, block).wait()
+except OSError as error:
+    print(error)
+del extent  # so that the same range is written
+resource.setrlimit(resource.RLIMIT_FSIZE, (6 << 20, 6 << 20))
+try:
+    file.write(block).writing.wait()
+except OSError as error:
+    print(error)
+"""
+    said, errors = run_python(code, tmp_path, io_uring).communicate(timeout=60)
+    read, written = said.splitlines()
+    assert "short read: Input/output error: 4194304 bytes wanted, 2097152 available" in read, errors
+    assert "short write: File too large: 4194304 bytes wanted, 2097152 written, " in written, errors
+
+
+def test_a_kernel_that_refuses_io_uring_leaves_threads(tmp_path, no_io_uring):
+    code = """
+print(_runtime.io_uring_missing())
+slab, file = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20), _runtime.SpillFile(sys.argv[1], threads=2)
+block, back = slab.allocate(9 << 20), slab.allocate(9 << 20)
+memoryview(block)[:9] = b"something"
+extent = file.write(block)
+extent.writing.wait()
+file.read(extent, back).wait()
+print(file.io_uring, bytes(memoryview(back)[:9]))
+"""
+    said, errors = run_python(code, tmp_path, **no_io_uring).communicate(timeout=60)
+    missing, moved = said.splitlines()
+    assert missing in ("the kernel refuses io_uring: Operation not permitted", "built without liburing"), errors
+    assert moved == "False b'something'"
+
+
 @pytest.mark.parametrize("ending", ["normal", "exception", "killed"])
 def test_nothing_is_left_behind(tmp_path, ending):
     code = """
@@ -263,10 +314,11 @@ if sys.argv[2] == "killed":
     assert not list(tmp_path.iterdir())
 
 
-def test_a_forked_child_ends_and_may_drop_what_it_inherited(tmp_path):
+def test_a_forked_child_ends_and_may_drop_what_it_inherited(tmp_path, io_uring):
     code = """
 import os
-slab, file = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20), _runtime.SpillFile(sys.argv[1], threads=2)
+slab = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20)
+file = _runtime.SpillFile(sys.argv[1], threads=2, io_uring=sys.argv[2] == "True")
 block = slab.allocate(1 << 20)
 extent = file.write(block)
 extent.writing.wait()
@@ -280,7 +332,7 @@ if child == 0:
     os._exit(7)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    said, errors = run_python(code, tmp_path).communicate(timeout=60)
+    said, errors = run_python(code, tmp_path, io_uring).communicate(timeout=60)
     error = f"disk tier: the file in {tmp_path} belongs to the process that opened it; a fork of it wanted to move"
     assert said.splitlines() == [f"{error} {MB} bytes.", "7"], errors
 

@@ -118,6 +118,21 @@ def test_build_info_holds_every_flag_that_compilers_were_given(clone, monkeypatc
         assert own_flags(call) == recorded[kind], kind
 
 
+def test_without_liburing_the_runtime_is_built_for_threads(clone, monkeypatch):
+    if load_setup(clone).missing_for_runtime():
+        pytest.skip("needs what the runtime needs")
+    monkeypatch.setenv("MEMKERNELS_BUILD", "runtime")
+    compiler = clone / "bin" / "cxx"
+    for found in (True, False):
+        assert any("-DMEMKERNELS_LIBURING" in call for call in build(clone).values()) == found
+        info = json.loads((clone / "memkernels" / "build_info.json").read_text())
+        assert ("-DMEMKERNELS_LIBURING" in info["runtime_flags"]) == found
+        assert info["io_uring"] == "by liburing" if found else info["io_uring"].startswith("no liburing found")
+        compiler.write_text(
+            compiler.read_text().replace("#!/bin/sh", '#!/bin/sh\ncase "$*" in *liburing.a*) exit 1;; esac')
+        )
+
+
 def own_flags(call):
     """A compiler's arguments without files and folders."""
     with_a_file = ("-MF", "-c", "-o", "-isystem", "-ccbin")
