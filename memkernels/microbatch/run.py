@@ -102,7 +102,8 @@ def micro_batch(
         ValueError: the batch is empty, its tensors differ in their leading dimension, it has no targets, `size` or
             `memory_limit` is not positive, the ranks have different sizes, a loss has dimensions, a checkpoint is
             reentrant, process_group is not the optimizer's or this rank not in it, the parameters have a
-            `ShardedOptimizer` that was not given, or `step_in_backward` outside of its `accumulate()`.
+            `ShardedOptimizer` that was not given, `step_in_backward` outside of its `accumulate()`, or
+            `offload_gradients`.
         RuntimeError: another rank failed, or an optimizer's `no_sync()` is around the call.
         RankFailure: another rank has ended, or did not answer within the group's timeout (`memkernels.optim`).
         torch.OutOfMemoryError, MemoryError or RuntimeError, as it came: a single row or sequence does not fit.
@@ -319,6 +320,11 @@ def _leaves(loss: Tensor, within_backward: bool) -> list[Tensor]:
                 raise ValueError(
                     "step: its parameters have optim.step_in_backward, which steps after each part: call micro_batch"
                     " within accumulate() of what that returned."
+                )
+            if any(getattr(hook, "offloads", False) for hook in _hooks(node.variable)):
+                raise ValueError(
+                    "step: its parameters have optim.offload_gradients, whose sums keep the parts that are dropped: run"
+                    " the parts in a loop of your own."
                 )
             found.append(node.variable)
         stack += [following for following, _ in node.next_functions]

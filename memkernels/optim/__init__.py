@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from memkernels.optim.adafactor import Adafactor
 from memkernels.optim.adamw import AdamW
+from memkernels.optim.gradient_tiers import offload_gradients
 from memkernels.optim.in_backward import StepInBackward, step_in_backward
 from memkernels.optim.lion import Lion
 from memkernels.optim.muon import Muon
@@ -30,6 +31,7 @@ __all__ = [
     "ShardedOptimizer",
     "StepInBackward",
     "load_checkpoint",
+    "offload_gradients",
     "offload_states",
     "save_checkpoint",
     "step_in_backward",

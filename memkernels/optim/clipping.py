@@ -12,13 +12,17 @@ from memkernels.optim.local import division_of, local_of
 from memkernels.optim.operators import square_sum
 
 
-def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all elements, 0-dim float32; of DTensors of all ranks' parts, on every rank."""
+def total_norm(grads: Sequence[Tensor], squares_of_others: Sequence[Tensor] = ()) -> Tensor:
+    """The Euclidean norm of all elements, 0-dim float32; of DTensors of all ranks' parts, on every rank.
+
+    Of gradients that are elsewhere `squares_of_others` has the sums of squares, 0-dim float64.
+    """
     by_division: dict[Any, list[Tensor]] = {}
     for grad in grads:
         division = division_of(grad)
         by_division.setdefault(division, []).append(local_of(grad))
     squares = [_over_ranks(square_sum(parts), division) for division, parts in by_division.items()]
+    squares += squares_of_others
     return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
 
 

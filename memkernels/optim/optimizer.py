@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from memkernels.optim.local import as_parameter, first_element, local_of
 from memkernels.optim.operators import step_group
 
 if TYPE_CHECKING:
+    from memkernels.optim.gradient_tiers import GradientTiers
     from memkernels.optim.tiers import StateTiers
 
 
@@ -46,6 +47,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     grad_norm: Tensor | None = None
     tiers: StateTiers | None = None  # where states are between steps, by `offload_states`
+    gradient_tiers: GradientTiers | None = None  # where gradients are until the step, by `offload_gradients`
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # Of a parameter that is a part of a larger one, which of its elements is the first: a multiple of 256.
@@ -88,7 +90,8 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         max_norm: float | None = None,
         loss_scale: float | Tensor = 1.0,
     ) -> Any:
-        """One step over the parameters that have a gradient; the gradients are not changed.
+        """One step over the parameters that have a gradient; the gradients are not changed. After `offload_gradients`
+        it consumes them.
 
         Args:
             closure: computes the loss and its gradients anew; its result is returned.
@@ -100,10 +103,13 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
                 gradients are not finite are skipped.
 
         Raises:
-            TypeError: a gradient is sparse, complex, or of another dtype than its parameter.
+            TypeError: a gradient is sparse, complex, or of another dtype than its parameter. Or torch's GradScaler
+                called it, which does not see the gradients that `offload_gradients` moved.
             ValueError: max_norm or loss_scale is not positive.
         """
         checks.check_step(max_norm, 1.0 if is_on_gpu(loss_scale) else loss_scale)
+        if self.gradient_tiers is not None and hasattr(self, "found_inf"):
+            raise TypeError("optimizer: its gradients are offloaded, and torch.amp.GradScaler does not see them.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -117,10 +123,17 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         self._check_gradients()
         if max_norm is not None:
             grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            self.grad_norm = total_norm(grads) * scale
+            squares = [] if self.gradient_tiers is None else self.gradient_tiers.squares()
+            self.grad_norm = total_norm(grads, squares) * scale
             scale = scale * clip_factor(self.grad_norm, max_norm)
         self.step_scaled(scale)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, as torch's optimizers do, and those that `offload_gradients` moved."""
+        super().zero_grad(set_to_none)
+        if self.gradient_tiers is not None:
+            self.gradient_tiers.drop()
 
     @torch.no_grad()
     def step_scaled(self, scale: float | Tensor) -> None:
@@ -128,7 +141,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         first = 0
         with nullcontext() if self.tiers is None else self.tiers.step():
             for group in self.param_groups:
-                chosen = {first + i: p for i, p in enumerate(group["params"]) if p.grad is not None}
+                chosen = {first + i: p for i, p in enumerate(group["params"]) if self._has_gradient(p)}
                 if chosen:
                     self._step_group(group, chosen, scale)
                 first += len(group["params"])
@@ -149,13 +162,21 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float | Tensor, then: Sequence[Tensor] = ()
     ) -> None:
         """A step of parameters of a group, by their places in the optimizer, all with a gradient; `then` come next."""
-        if self.tiers is None:
+        if self.tiers is None and self.gradient_tiers is None:
             self._step_in_memory(group, chosen, scale)
             return
         params = list(chosen.values())
         for i, (index, param) in enumerate(chosen.items()):
-            with self.tiers.fetched(self, param, [*params[i + 1 :], *then]):
+            following = [*params[i + 1 :], *then]
+            with ExitStack() as fetched:
+                if self.gradient_tiers is not None:
+                    fetched.enter_context(self.gradient_tiers.fetched(param, following))
+                if self.tiers is not None:
+                    fetched.enter_context(self.tiers.fetched(self, param, following))
                 self._step_in_memory(group, {index: param}, scale)
+
+    def _has_gradient(self, param: Tensor) -> bool:
+        return param.grad is not None if self.gradient_tiers is None else self.gradient_tiers.has(param)
 
     def _step_in_memory(self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float | Tensor) -> None:
         moments = self.moments(group)
