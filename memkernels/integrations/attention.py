@@ -57,7 +57,7 @@ def attention_forward(
 
 def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, family: Family) -> Tensor:
     packed = None if mask is None else sequences(mask)
-    options = _score_options(attention, family)
+    options = _score_options(attention, mask, family)
     if packed is not None:
         starts, longest = packed
         query, key, value = (state.flatten(0, 1) for state in (query, key, value))
@@ -81,9 +81,12 @@ def _attend_as_transformers(
     return attend(attention, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, **kwargs)
 
 
-def _score_options(attention: Any, family: Family) -> dict[str, Any]:
-    """How a causal attention module changes and hides scores, as `ops.attention` takes it."""
-    window = None if family.sliding_window is None else family.sliding_window(attention)
+def _score_options(attention: Any, mask: Tensor | None, family: Family) -> dict[str, Any]:
+    """How a causal attention module changes and hides scores, as `ops.attention` takes it.
+
+    Without a mask "sdpa" knows of no window: transformers gives none where the window is longer than the keys.
+    """
+    window = None if mask is None or family.sliding_window is None else family.sliding_window(attention)
     sinks = getattr(attention, "sinks", None)
     return {
         "causal": True, "scale": attention.scaling, "dropout_p": _dropout(attention, family),
@@ -126,7 +129,7 @@ def takes_block(attention: Any, x: Tensor, kwargs: dict) -> bool:
 
 
 def block_arguments(
-    attention: Any, position_embeddings: tuple[Tensor, Tensor] | None, family: Family
+    attention: Any, position_embeddings: tuple[Tensor, Tensor] | None, mask: Tensor | None, family: Family
 ) -> dict[str, Any]:
     """What `ops.attention_block` takes of attention that fits."""
     arguments = weights(attention, family.qkv, "qkv", _sizes(attention)) | weights(attention, (family.o,), "o", ())
@@ -134,7 +137,7 @@ def block_arguments(
         arguments[f"{name}_norm_weight"] = norm.weight
     if position_embeddings is not None:
         arguments |= dict(zip(("cos", "sin"), _tables(position_embeddings, family), strict=True))
-    return arguments | {"num_heads": attention.config.num_attention_heads} | _score_options(attention, family)
+    return arguments | {"num_heads": attention.config.num_attention_heads} | _score_options(attention, mask, family)
 
 
 def _tables(position_embeddings: tuple[Tensor, Tensor], family: Family) -> tuple[Tensor, Tensor]:

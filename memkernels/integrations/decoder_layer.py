@@ -88,7 +88,7 @@ def _attention_arguments(
         if position_embeddings is not None:
             tables = (table.expand(*x.shape[:2], -1).reshape(1, -1, table.shape[-1]) for table in position_embeddings)
             position_embeddings = (next(tables), next(tables))
-    arguments = block_arguments(_attention(layer, family), position_embeddings, family)
+    arguments = block_arguments(_attention(layer, family), position_embeddings, attention_mask, family)
     return arguments | norm_arguments(before, after, x, family) | options
 
 

@@ -87,6 +87,9 @@ class Family:
             final_logit_softcapping and ForCausalLMLoss.
         eager_attention: what computes attention where the configuration says "eager".
         outputs: what causal_lm returns; None: CausalLMOutputWithPast.
+        head_left: why head and loss are transformers' own.
+        multimodal: the family where `causal_lm` reads images too, and its base model builds a mask for each type of
+            layer: `model` is None there, and padding is computed.
         norm_offset: what a norm adds to its weight.
         norm_eps: the attribute of a norm.
         norms: attributes of a decoder layer: norms before and after attention, before and after the MLP.
@@ -119,6 +122,8 @@ class Family:
     eager_attention: Callable
     attention_left: str | None = None
     outputs: type | None = None
+    head_left: str | None = None
+    multimodal: Family | None = None
     experts: type[nn.Module] | None = None
     experts_left: str | None = None
     router_loss: Callable[..., Tensor | int] | None = None
@@ -164,6 +169,11 @@ def configured_window(attention: Any) -> int | None:
     return attention.config.sliding_window
 
 
+def release() -> tuple[int, ...]:
+    """Of transformers, which is loaded: major and minor."""
+    return tuple(int(part) for part in sys.modules["transformers"].__version__.split(".")[:2])
+
+
 def family_of(module: nn.Module) -> Family | CustomFamily | None:
     """The family whose file in transformers or PEFT defines the module's class. No other family's code is imported.
 
@@ -175,10 +185,11 @@ def family_of(module: nn.Module) -> Family | CustomFamily | None:
         return importlib.import_module("memkernels.integrations.peft").FAMILY
     if place[:2] != ["transformers", "models"] or place[2] not in FAMILIES:
         return None
-    version, (major, minor) = sys.modules["transformers"].__version__, FAMILIES[place[2]]
-    if tuple(int(part) for part in version.split(".")[:2]) < (major, minor):
+    major, minor = FAMILIES[place[2]]
+    if release() < (major, minor):
+        found = sys.modules["transformers"].__version__
         raise ValueError(
-            f"model: {place[2]} needs transformers {major}.{minor} or newer, found {version}: "
+            f"model: {place[2]} needs transformers {major}.{minor} or newer, found {found}: "
             "pip install --upgrade transformers"
         )
     return importlib.import_module(f"memkernels.integrations.{place[2]}").FAMILY

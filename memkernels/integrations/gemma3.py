@@ -1,11 +1,13 @@
-"""Gemma 3: an RMS norm over each head of q and k, and a sliding window in most layers."""
+"""Gemma 3: an RMS norm over each head of q and k, a sliding window in most layers, images that see themselves."""
+
+from dataclasses import replace
 
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 
 from memkernels.integrations import gemma
-from memkernels.integrations.family import Family, own_window
+from memkernels.integrations.family import Family, own_window, release
 
-FAMILY = Family(
+_TEXT = Family(
     norm=gemma3.Gemma3RMSNorm,
     attention=gemma3.Gemma3Attention,
     mlp=gemma3.Gemma3MLP,
@@ -18,3 +20,11 @@ FAMILY = Family(
     norms=gemma.NORMS,
     sliding_window=own_window,
 )
+_MULTIMODAL = replace(
+    _TEXT,
+    model=None,
+    causal_lm=gemma3.Gemma3ForConditionalGeneration,
+    outputs=gemma3.Gemma3CausalLMOutputWithPast,
+    head_left=None if release() >= (5, 24) else "before transformers 5.24 its loss is another: upgrade transformers",
+)
+FAMILY = replace(_TEXT, multimodal=_MULTIMODAL)

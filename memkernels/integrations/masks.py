@@ -8,7 +8,7 @@ the attention module's own. Only modules that `patch` replaced are ever given on
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -61,14 +61,17 @@ def _understands(layer: Any, family: Family) -> bool:
     )
 
 
-def told_mask(attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+def told_mask(
+    attention_mask: Tensor | dict[str, Tensor | None] | None, position_ids: Tensor | None, shape: tuple[int, int]
+) -> Tensor | None:
     """The told mask of (rows, length) tokens; None where the mask hides tokens, or what it says is not known yet.
 
+    Masks by type of layer, which transformers takes as they are, may show later tokens too: nothing is told of them.
     As transformers reads position_ids: without an attention_mask a sequence begins where they do not rise by one.
     """
     if torch.compiler.is_compiling() and (attention_mask is not None or position_ids is not None):
         return None
-    if attention_mask is not None and (attention_mask.dim() != 2 or not bool(attention_mask.all())):
+    if attention_mask is not None and not (_is_of_tokens(attention_mask) and bool(attention_mask.all())):
         return None
     device = None if position_ids is None else position_ids.device
     one_a_row = torch.empty(1, 1, 0, 0, dtype=torch.int32, device=device)
@@ -85,8 +88,13 @@ def told_mask(attention_mask: Tensor | None, position_ids: Tensor | None, shape:
     return starts.expand(1, 1, int(starts.diff().max()), -1)
 
 
-def is_told(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dim() == 4 and mask.dtype == torch.int32
+def _is_of_tokens(mask: Any) -> TypeGuard[Tensor]:
+    """Whether a mask is (B, S), which tokens are padding, and says no more."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def is_told(mask: Any) -> TypeGuard[Tensor]:
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int32
 
 
 def sequences(mask: Tensor) -> tuple[Tensor, int] | None:
@@ -102,7 +110,7 @@ def without_padding(model: Any, family: Family, kwargs: dict, target: Tensor, ig
     """
     mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
     others = (kwargs.get(name) is not None for name in ("position_ids", "inputs_embeds"))
-    if mask is None or mask.dim() != 2 or ids is None or any(others) or torch.compiler.is_compiling():
+    if not _is_of_tokens(mask) or ids is None or any(others) or torch.compiler.is_compiling():
         return kwargs, target
     visible = mask.to(ids.device, torch.bool)
     padded_right = (visible[:, 1:] <= visible[:, :-1]).all() & ~visible.all()

@@ -76,7 +76,9 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     torch.compile.
 
     Qwen2-VL, Qwen2.5-VL and Qwen3-VL train so with images and videos. In their vision towers attention within images
-    and windows, MLPs and, with `recompute`, blocks are replaced; embeddings of patches and mergers are not.
+    and windows, MLPs and, with `recompute`, blocks are replaced; embeddings of patches and mergers are not. Gemma 3
+    with images has transformers' masks, in which the tokens of an image see each other, its attention implementation
+    wherever a mask hides or shows more than causal attention, and its vision tower; padding is computed.
 
     BERT's encoder computes the visible tokens of a padded batch alone, for "sdpa" and "eager"; hidden positions of
     last_hidden_state are zero, in evaluation too, unless a label, the pooler, spans of answers, a hook or an output of
@@ -194,8 +196,10 @@ def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss
         return plan_layer(module, family, recompute)
     if kind is family.model:
         return plan_model(module, family)
-    if kind is family.causal_lm and loss:
-        return plan_loss(module, family)
+    multimodal = family.multimodal
+    for of in (family,) if multimodal is None else (family, multimodal):
+        if kind is of.causal_lm and loss:
+            return _left("head and loss", of.head_left) or plan_loss(module, of)
     return None
 
 

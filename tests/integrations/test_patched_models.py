@@ -46,6 +46,34 @@ def test_no_mask_is_built_and_no_padding_computed(make_model, make_batch, family
     assert seen[1].shape == (2, 1, 37, 37)
 
 
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [(family, "masked") for family in ("Qwen2", "Qwen3", "Gemma2", "Gemma3", "GptOss")]
+    + [(family, "none") for family in ("Qwen2", "Gemma3")],
+)
+def test_masks_by_type_of_layer(make_model, make_batch, family, window):
+    """Each layer has its own, in which some tokens see later ones, or "sdpa" has none: causal, without a window."""
+    batch, model = make_batch(), make_model(family)
+    causal = torch.ones(37, 37, dtype=torch.bool).tril()
+    both_ways = causal.clone()
+    both_ways[4:9, 4:9] = True
+    masks = {
+        "full_attention": both_ways,
+        "sliding_attention": None if window == "none" else both_ways & ~causal.tril(-9),
+    }
+    if family in ONLY_EAGER:
+        masks = {name: torch.zeros(37, 37).masked_fill(~mask, torch.finfo().min) for name, mask in masks.items()}
+    batch["attention_mask"] = {
+        name: None if mask is None else mask.expand(2, 1, -1, -1) for name, mask in masks.items()
+    }
+    plain = train_step(model, batch)
+    exact = exact_step(make_model(family), batch)
+    for recompute in ("none", "sublayer", "layer"):
+        memkernels.patch(model, recompute=recompute)
+        assert_same_step(train_step(model, batch), exact, plain)
+        memkernels.unpatch(model)
+
+
 @pytest.mark.parametrize("padding", [None, "left"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ONLY_EAGER])
 def test_eager_attention(make_model, make_batch, family, padding):

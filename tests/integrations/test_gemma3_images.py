@@ -1,0 +1,102 @@
+"""Patched Gemma 3 models that read images, whose tokens see each other, compute what the unpatched ones do."""
+
+import pytest
+import torch
+from training_step import assert_same_step, exact_step, train_step
+
+import memkernels
+
+TEXT = {
+    "hidden_size": 48, "intermediate_size": 104, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 20, "query_pre_attn_scalar": 20, "vocab_size": 101, "sliding_window": 16,
+    "sliding_window_pattern": 2, "initializer_range": 0.2, "final_logit_softcapping": 3.0, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 4,
+}  # fmt: skip
+IMAGE = 90
+TOKENS = {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": 91, "eoi_token_index": 92}
+
+
+def make(**config):
+    """A model in training mode, the same on every call."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install memkernels[hf]"
+    )
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=TEXT, vision_config=VISION, **TOKENS, **config)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "mm_input_projection" in name:  # which transformers fills with zeros
+            torch.nn.init.normal_(parameter, mean=float("layer_norm" in name), std=0.3)
+    return model.train()
+
+
+def make_batch(images=True, padding=None):
+    """Two sequences of up to 37 tokens, with two images and with one."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, IMAGE, (2, 37), generator=generator)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if images:
+        for row, begin in ((0, 2), (0, 30), (1, 11)):
+            ids[row, begin : begin + TOKENS["mm_tokens_per_image"]] = IMAGE
+        batch["labels"][ids == IMAGE] = -100
+        batch |= {
+            "token_type_ids": (ids == IMAGE).long(),
+            "pixel_values": torch.randn(3, 3, 16, 16, generator=generator),
+        }
+    if padding is not None:
+        mask = torch.ones_like(ids)
+        mask[1, slice(0, 9) if padding == "left" else slice(-9, None)] = 0
+        batch["attention_mask"] = mask
+        batch["labels"][mask == 0] = -100
+        ids[mask == 0] = TEXT["pad_token_id"]
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("images", "padding", "attention"),
+    [(True, None, "sdpa"), (True, "right", "eager"), (True, "left", "sdpa"), (False, None, "sdpa"),
+     (False, "right", "sdpa")],
+)  # fmt: skip
+def test_loss_and_gradients(images, padding, attention):
+    batch, make_it = make_batch(images, padding), lambda: make(attn_implementation=attention)
+    model = make_it()
+    plain, exact = train_step(model, batch), exact_step(make_it(), batch)
+    if images:
+        causal = batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+        assert not torch.isclose(train_step(model, causal)["loss"], plain["loss"])
+    for recompute in ("none", "sublayer", "layer"):
+        memkernels.patch(model, recompute=recompute)
+        assert_same_step(train_step(model, batch), exact, plain, labels=int((batch["labels"][:, 1:] != -100).sum()))
+        outputs = model(**batch)
+        assert outputs.logits is None
+        assert (outputs.image_outputs is not None) == images
+        memkernels.unpatch(model)
+
+
+def test_head_and_loss_are_replaced_or_left(monkeypatch):
+    model = make()
+    report = memkernels.patch(model)
+    assert report.replaced[""] == "head and loss" and report.left == {}
+    assert not any("vision_tower" in name for name in report.replaced)
+    batch = make_batch()
+    expected = make().eval()(**batch)
+    outputs = model.eval()(**batch)
+    torch.testing.assert_close(outputs.logits, expected.logits)
+    torch.testing.assert_close(outputs.loss, expected.loss)
+    memkernels.unpatch(model)
+    model.loss_function = lambda **_: None
+    assert memkernels.patch(model).left == {"": "the model has a loss function of its own"}
+
+
+def test_generation_after_training():
+    batch, model = make_batch(padding="left"), make()
+    prompt = {name: value for name, value in batch.items() if name != "labels"}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.eval().generate(**prompt, **options)
+    memkernels.patch(model, recompute="layer")
+    train_step(model.train(), batch)
+    assert torch.equal(model.eval().generate(**prompt, **options), expected)
