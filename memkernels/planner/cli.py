@@ -11,7 +11,8 @@ from memkernels.adapters.base import BASES
 from memkernels.integrations.patching import RECOMPUTE
 from memkernels.optim.checks import ROUNDINGS
 from memkernels.optim.codes import STATE_BITS
-from memkernels.planner.search import DTYPES, OFFLOAD, OPTIMIZERS, PLAIN, STAGES, plan
+from memkernels.planner.optimizers import OPTIMIZERS
+from memkernels.planner.search import DTYPES, OFFLOAD, PLAIN, STAGES, plan
 
 _MODULES = ("transformers", "rich", "matplotlib")
 

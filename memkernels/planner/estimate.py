@@ -42,8 +42,8 @@ class Estimate:
     Args:
         technique: the technique.
         parts: bytes at the highest moment of a step, by `PARTS`. Gradients are those that are complete, activations
-            what forward keeps for backward, transients what an op holds while it computes, buffers what is on its way
-            to other ranks or to the disk.
+            what forward keeps for backward, transients what an op, or the step of a parameter, holds while it
+            computes, buffers what is on its way to other ranks or to the disk.
         flops: operations of the forward and backward of the whole batch.
         extra_flops: those beyond recompute="none", over them.
         offload_bytes: written and read in a step.
@@ -94,6 +94,11 @@ def estimate(
         return _of_fsdp2(sizes, complete, ranks, sent, parts) if stage == 3 else of_buckets
 
     kept = [(of, _gradients(of, technique, sizes, parts, ranks), exchanged(of.gradients)) for of in step.moments]
+    if technique.step_in_backward:
+        kept += [(of, 0, 0) for of in step.updates]
+    elif step.update:
+        after = Moment(step.gradients, 0, step.update)
+        kept.append((after, _gradients(after, technique, sizes, parts, ranks), 0))
     if stage == 3:  # when backward ends, gradients outside of layers are copied and sent
         outside, trained = sizes.outside
         copies = _copies(trained, sizes, ranks, sent, parts)

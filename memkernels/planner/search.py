@@ -15,9 +15,9 @@ import torch
 from memkernels.adapters.base import check_base
 from memkernels.integrations.patching import RECOMPUTE
 from memkernels.nn.lora_linear import check_adapter
-from memkernels.optim import SGD, AdamW, Lion
 from memkernels.optim.codes import STATE_BITS
 from memkernels.planner.memory_size import parse_bytes
+from memkernels.planner.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from memkernels.planner.estimate import Estimate
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 PLAIN = "transformers"
 OFFLOAD = ("none", "disk")
 STAGES = (0, 1, 2, 3)
-OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "adamw": (AdamW, {}), "lion": (Lion, {}), "sgd": (SGD, {"momentum": 0.9}),
-}  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -116,7 +113,8 @@ def plan(
         lora: rank of adapters on all linear layers (`memkernels.lora`); None: every parameter is trained.
         base: "nf4" quantises what carries adapters.
         dtype: of the parameters, bfloat16 or float32; adapters are float32.
-        optimizer: adamw, lion or sgd, with momentum.
+        optimizer: adamw, lion, sgd, with momentum, adafactor, without a first moment, or muon: for the matrices within
+            layers, with adamw for all else. ZeRO divides no states of the last two.
         rounding: of bfloat16 parameters, as the optimizers take it.
         reduce_dtype: of gradients on their way between ranks, as `ShardedOptimizer` takes it, bfloat16 or float32; the
             parameters' by default.
@@ -150,7 +148,10 @@ def plan(
     if reduce_dtype is not None:
         _check_choice("reduce_dtype", reduce_dtype, DTYPES)
     widths = _choices("state_bits", state_bits, STATE_BITS, STATE_BITS)
-    stages = _choices("stage", stage, STAGES, STAGES if ranks > 1 else STAGES[:1])
+    divided = OPTIMIZERS[optimizer][0].elementwise
+    if stage and not divided:
+        raise ValueError(f"stage: expected 0 for {optimizer}, which ShardedOptimizer does not take, got {stage!r}.")
+    stages = _choices("stage", stage, STAGES, STAGES if ranks > 1 and divided else STAGES[:1])
     if micro_batch is not None and not 1 <= micro_batch <= batch:
         raise ValueError(f"micro_batch: expected a number of rows from 1 to batch={batch}, got {micro_batch!r}.")
     halves = [math.ceil(batch / 2**i) for i in range(batch.bit_length() + 1)]
@@ -167,9 +168,8 @@ def plan(
     from memkernels.planner.estimate import Technique, estimate
     from memkernels.planner.step import Job, trace_model, trace_step
 
-    job = Job(load_config(model), seq, DTYPES[dtype], lora, base, where)
-    kind, options = OPTIMIZERS[optimizer]
-    sizes = trace_model(job, kind, options | {"rounding": rounding}, tuple(widths))
+    job = Job(load_config(model), seq, DTYPES[dtype], lora, base, where, optimizer, rounding)
+    sizes = trace_model(job, tuple(widths))
     found = []
     for size in rows:
         plain = trace_step(job, size, "none", False)
@@ -193,7 +193,7 @@ def plan(
                          " micro_batch=batch.")  # fmt: skip
     fitting = sorted((of for of in found if of.peak <= limit), key=_cost)
     others = sorted((of for of in found if of.peak > limit), key=lambda of: of.peak)
-    return Plan(_title(job, sizes.count, batch, ranks, optimizer), limit, (*fitting, *others))
+    return Plan(_title(job, sizes.count, batch, ranks), limit, (*fitting, *others))
 
 
 def _cost(of: Estimate) -> tuple:
@@ -215,12 +215,12 @@ def _check_choice(name: str, given: Any, known: Any) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {given!r}.")
 
 
-def _title(job: Any, count: int, batch: int, ranks: int, optimizer: str) -> str:
+def _title(job: Any, count: int, batch: int, ranks: int) -> str:
     name = getattr(job.config, "name_or_path", "") or type(job.config).__name__
     adapters = "" if job.rank is None else f", adapters of rank {job.rank} on {job.base or 'its weights'}"
     dtype = str(job.dtype).removeprefix("torch.")
     each = f" on each of {ranks} ranks" if ranks > 1 else ""
     return (
-        f"{name}: {count / 1e9:.3g} billion parameters in {dtype}{adapters}; {optimizer}, {batch} x {job.seq} tokens a"
-        f" step{each}, by the code for {job.device.type}"
+        f"{name}: {count / 1e9:.3g} billion parameters in {dtype}{adapters}; {job.optimizer}, {batch} x {job.seq}"
+        f" tokens a step{each}, by the code for {job.device.type}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from memkernels.offload.layers import plain_parts
 from memkernels.optim.buckets import BUCKET_BYTES
 from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.planner.offload import offloading
+from memkernels.planner.optimizers import make_optimizers
 from memkernels.planner.stack import ShortenedStack
 from memkernels.planner.timeline import Timeline, timeline
 from memkernels.planner.trace import Trace
@@ -31,6 +32,8 @@ class Job:
         dtype: of the parameters and of what is computed.
         rank, base: as `memkernels.lora` takes r and base; no adapters without rank.
         device: whose code is traced.
+        optimizer: one of `OPTIMIZERS`.
+        rounding: of bfloat16 parameters, as the optimizers take it.
     """
 
     config: Any
@@ -39,6 +42,8 @@ class Job:
     rank: int | None
     base: str | None
     device: torch.device
+    optimizer: str = "adamw"
+    rounding: str = "stochastic"
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,7 @@ class Sizes:
     count: int
 
 
-def trace_model(
-    job: Job, optimizer: Callable[..., LowMemoryOptimizer], options: dict[str, Any], bits: tuple[int, ...]
-) -> Sizes:
+def trace_model(job: Job, bits: tuple[int, ...]) -> Sizes:
     """Sizes of a job's model and of the optimizer's states, for each of some state_bits."""
     from memkernels.optim.sharded.layout import make_buckets  # beside torch.distributed, which takes seconds to import
 
@@ -80,6 +83,11 @@ def trace_model(
         times = {of: count for layer, count in shortened.layers for of in (*layer.parameters(), *layer.buffers())}
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
+
+        def states(width: int) -> int:
+            optimizers = make_optimizers(job.optimizer, trained, times, state_bits=width, rounding=job.rounding)
+            return sum(_state_bytes(optimizer, times) for optimizer in optimizers)
+
         return Sizes(
             parameters=_bytes([*parameters, *model.buffers()], times),
             trained=_bytes(trained, times),
@@ -87,13 +95,14 @@ def trace_model(
             itemsize=trained[0].element_size(),
             outside=_all_and_trained(parameter for parameter in parameters if parameter not in times),
             largest_layer=max((_all_and_trained(layer.parameters()) for layer, _ in shortened.layers), default=(0, 0)),
-            states={width: _state_bytes(optimizer(trained, state_bits=width, **options), times) for width in bits},
+            states={width: states(width) for width in bits},
             count=sum(parameter.numel() * times.get(parameter, 1) for parameter in parameters),
         )
 
 
 def trace_step(job: Job, rows: int, recompute: str | None, offload: bool) -> Timeline:
-    """Forward and backward of `rows` rows, patched with `recompute`; None: transformers' own computation."""
+    """Forward, backward and the optimizer's step of `rows` rows, patched with `recompute`; None: transformers' own
+    computation."""
     trace = Trace(job.device)
     with trace.running():
         model = make_model(job)
@@ -102,9 +111,11 @@ def trace_step(job: Job, rows: int, recompute: str | None, offload: bool) -> Tim
         put_adapters(model, job)
         if recompute is not None:
             patch(model, recompute=recompute)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda parameter: trace.complete(parameter.grad))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        in_layers = {parameter for layer, _ in shortened.layers for parameter in layer.parameters()}
+        updates = _Updates(trace, make_optimizers(job.optimizer, trained, in_layers, rounding=job.rounding))
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(updates.on_gradient)
         ids = torch.zeros(rows, job.seq, dtype=torch.int64, device=job.device)
         trace.events.clear()
         with offloading(trace) if offload else nullcontext():
@@ -113,6 +124,30 @@ def trace_step(job: Job, rows: int, recompute: str | None, offload: bool) -> Tim
         loss.backward()
         del loss
         return timeline(shortened.events(), saved)
+
+
+class _Updates:
+    """Records that a parameter's gradient is complete, and what its step takes, which is the same after backward.
+
+    The steps of optimizers that treat elements apart take nothing.
+    """
+
+    def __init__(self, trace: Trace, optimizers: Iterable[LowMemoryOptimizer]) -> None:
+        self._trace = trace
+        self._places: dict[Tensor, tuple[LowMemoryOptimizer, int]] = {}
+        for optimizer in (of for of in optimizers if not of.elementwise):
+            (group,) = optimizer.param_groups
+            for place, parameter in enumerate(group["params"]):
+                optimizer._state_of(parameter, group)
+                self._places[parameter] = optimizer, place
+
+    def on_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._trace.complete(parameter.grad)
+        if parameter in self._places:
+            optimizer, place = self._places[parameter]
+            with self._trace.updating():
+                optimizer.step_parameter(0, place, 1.0)
 
 
 def make_model(job: Job) -> nn.Module:

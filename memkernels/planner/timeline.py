@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from memkernels.planner.trace import Event, Happening
@@ -28,19 +28,24 @@ class Timeline(NamedTuple):
         gradients: bytes when backward ends.
         flops: operations.
         moved: bytes that offload wrote; it reads as many.
+        update: bytes that the step of a parameter takes, at most.
+        updates: moments of steps within backward, the gradient of the parameter among the transients; as `moments`.
     """
 
     moments: list[Moment]
     gradients: int
     flops: int
     moved: int
+    update: int = 0
+    updates: Sequence[Moment] = ()
 
 
 def timeline(events: Iterable[Event], saved: set[int]) -> Timeline:
     """What `events` come to; `saved` are the storages that are alive when forward ends."""
     moments: list[Moment] = []
+    updates: list[Moment] = []
     totals: Counter[Happening] = Counter()
-    gradients = activations = transients = 0
+    gradients = activations = transients = update = newest = 0
     complete: set[int] = set()
     for happening, amount, storage in events:
         totals[happening] += amount
@@ -61,7 +66,12 @@ def timeline(events: Iterable[Event], saved: set[int]) -> Timeline:
             complete.add(storage)
             transients -= amount
             gradients += amount
-    return Timeline(_highest(moments), gradients, totals[Happening.COMPUTE], totals[Happening.MOVE])
+            newest = amount
+        elif happening is Happening.UPDATE:
+            update = max(update, amount)
+            updates.append(Moment(0, activations, transients + newest + amount))
+    flops, moved = totals[Happening.COMPUTE], totals[Happening.MOVE]
+    return Timeline(_highest(moments), gradients, flops, moved, update, _highest(updates))
 
 
 def _highest(moments: list[Moment]) -> list[Moment]:

@@ -25,11 +25,13 @@ _QUESTIONS = (aten.is_nonzero.default, aten.item.default, aten._local_scalar_den
 
 
 class Happening(Enum):
-    """What an event of a trace tells: memory taken or given back, a gradient complete, operations, bytes moved."""
+    """What an event of a trace tells: memory taken or given back, a gradient complete, memory that the step of its
+    parameter takes, operations, bytes moved."""
 
     ALLOCATE = "allocate"
     RELEASE = "release"
     COMPLETE = "complete"
+    UPDATE = "update"
     COMPUTE = "compute"
     MOVE = "move"
 
@@ -86,6 +88,17 @@ class Trace(TorchDispatchMode):
         """Records that backward has a parameter's whole gradient."""
         for storage in self.storages(gradient):
             self.events.append(Event(Happening.COMPLETE, gradient.untyped_storage().nbytes(), storage))
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Within it a parameter is stepped: one event, of what that takes at its highest."""
+        first = len(self.events)
+        yield
+        in_use = highest = 0
+        for event in self.events[first:]:
+            in_use += {Happening.ALLOCATE: event.amount, Happening.RELEASE: -event.amount}.get(event.happening, 0)
+            highest = max(highest, in_use)
+        self.events[first:] = [Event(Happening.UPDATE, highest)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

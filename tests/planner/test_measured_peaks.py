@@ -26,6 +26,10 @@ CASES = {
     "layers, 4 bits": {"recompute": "layer", "state_bits": 4},
     "layers, tied embeddings": {"recompute": "layer", "state_bits": 16, "tied": True},
     "layers, Lion": {"recompute": "layer", "state_bits": 32, "optimizer": "lion"},
+    "layers, Muon": {"recompute": "layer", "state_bits": 8, "optimizer": "muon"},
+    "Adafactor steps in backward": {
+        "recompute": "layer", "state_bits": 32, "optimizer": "adafactor", "step_in_backward": True,
+    },
     "steps in backward": {"recompute": "layer", "state_bits": 8, "step_in_backward": True},
     "a row at a time": {"recompute": "sublayer", "state_bits": 32, "micro_batch": 1, "optimizer": "sgd"},
     "adapters": {"recompute": "sublayer", "state_bits": 32, "lora": 8},
@@ -33,11 +37,14 @@ CASES = {
     "adapters on NF4": {"recompute": "layer", "state_bits": 32, "lora": 8, "base": "nf4"},
     "adapters on NF4, plain transformers": {"recompute": "transformers", "state_bits": 32, "lora": 8, "base": "nf4"},
     "plain transformers, to disk": {"recompute": "transformers", "state_bits": 8, "offload": "disk"},
-}
-QUICK = ("plain transformers", "layers, 4 bits", "adapters on NF4", "plain transformers, to disk")
+}  # fmt: skip
+QUICK = ("plain transformers", "layers, 4 bits", "layers, Muon", "adapters on NF4", "plain transformers, to disk")
 HAS_RUNTIME = importlib.util.find_spec("memkernels._runtime") is not None
 SHAPE = {"seq": 512, "batch": 2}
-OPTIMIZERS = {"adamw": (optim.AdamW, {}), "lion": (optim.Lion, {}), "sgd": (optim.SGD, {"momentum": 0.9})}
+OPTIMIZERS = {
+    "adamw": (optim.AdamW, {}), "lion": (optim.Lion, {}), "sgd": (optim.SGD, {"momentum": 0.9}),
+    "adafactor": (optim.Adafactor, {}), "muon": (optim.Muon, {}),
+}  # fmt: skip
 
 
 def config_of(tied=False):
@@ -69,11 +76,16 @@ def measure(case, path):
     options = options | {"state_bits": case["state_bits"], "rounding": case.get("rounding", "stochastic")}
     offload = memkernels.offload.offload_activations("disk", path=path) if "offload" in case else None
     ids = torch.zeros(SHAPE["batch"], SHAPE["seq"], dtype=torch.int64)
-    stepper = optimizer = None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    steppers, optimizers = [], []
     if case.get("step_in_backward"):
-        stepper = optim.step_in_backward(model, kind, **options)
+        steppers = [optim.step_in_backward(model, kind, **options)]
+    elif kind is optim.Muon:
+        matrices = {p for p in model.model.layers.parameters() if p.dim() == 2}
+        others = optim.AdamW([p for p in trained if p not in matrices], **options)
+        optimizers = [kind([p for p in trained if p in matrices], **options), others]
     else:
-        optimizer = kind([p for p in model.parameters() if p.requires_grad], **options)
+        optimizers = [kind(trained, **options)]
 
     def step():
         for rows in ids.split(case.get("micro_batch", SHAPE["batch"])):
@@ -84,13 +96,15 @@ def measure(case, path):
                     loss = model(input_ids=rows, labels=rows).loss
             loss.backward()
             del loss
-        if optimizer is not None:
+        for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        for parameter in trained:
+            parameter.grad = None
 
     step()
     above = peak_bytes(step)
-    states = (stepper.optimizer if stepper else optimizer).state.values()
+    optimizers += [stepper.optimizer for stepper in steppers]
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
     kept = [tensor for state in states for name, tensor in state.items() if name != "step"]
     kept += [part for p in model.parameters() for part in (p.parts if hasattr(p, "parts") else (p,))]
     blocks = offload._store._slab.statistics()["peak_in_use"] if offload else 0

@@ -15,7 +15,7 @@ from memkernels.planner.estimate import Technique, estimate
 from memkernels.planner.memory_size import format_bytes, parse_bytes
 from memkernels.planner.step import Job, Sizes, trace_step
 from memkernels.planner.timeline import Moment, Timeline, timeline
-from memkernels.planner.trace import Happening, Trace
+from memkernels.planner.trace import Event, Happening, Trace
 
 CPU = torch.device("cpu")
 
@@ -105,6 +105,63 @@ def test_a_timeline_tells_gradients_activations_and_transients_apart():
     assert found.gradients == 400 and found.flops == 2 * 2 * 50 * 10 * 10 and found.moved == 0
     top = max(found.moments, key=sum)
     assert top.activations == 2000 and top.gradients == 0 and top.transients >= 4000
+
+
+def test_the_step_of_a_parameter_takes_memory_within_backward_or_after_it():
+    events = [
+        (Happening.ALLOCATE, 40, 1), (Happening.ALLOCATE, 10, 2), (Happening.ALLOCATE, 8, 3),
+        (Happening.COMPLETE, 8, 3), (Happening.UPDATE, 50, -1), (Happening.RELEASE, 10, 2), (Happening.RELEASE, 40, 1),
+        (Happening.ALLOCATE, 6, 4), (Happening.COMPLETE, 6, 4), (Happening.UPDATE, 18, -1),
+    ]  # fmt: skip
+    step = timeline([Event(*event) for event in events], {1})
+    assert (step.update, step.updates, step.gradients) == (50, [Moment(0, 40, 10 + 8 + 50)], 14)
+    sizes = Sizes(14, 14, (8,), 1, (0, 0), (0, 0), {32: 5}, 14)
+
+    plain = Timeline([], 14, 1, 0)
+
+    def peak(within):
+        technique = Technique("none", "none", 0, 32, 1, within)
+        return estimate(technique, sizes, step, plain, batch=1, ranks=1, on_host=False).peak - 14 - 5
+
+    assert (peak(within=True), peak(within=False)) == (40 + 10 + 8 + 50, 14 + 50)
+
+
+def test_a_step_within_a_trace_is_one_event():
+    def function(trace):
+        parameter = torch.nn.Parameter(torch.zeros(30, 20))
+        parameter.grad = torch.zeros(30, 20)
+        optimizer = memkernels.optim.Adafactor([parameter])
+        optimizer._state_of(parameter, optimizer.param_groups[0])
+        trace.events.clear()
+        with trace.updating():
+            optimizer.step_parameter(0, 0, 1.0)
+        recorded.extend(trace.events)
+
+    recorded = []
+    traced(function)
+    ((happening, amount, _),) = recorded
+    tensors = 4 * 30 * 20  # in float32
+    assert happening is Happening.UPDATE and 2 * tensors < amount < 3.2 * tensors
+
+
+def test_muon_takes_the_matrices_of_layers(config):
+    options = {"memory": "1GB", "seq": 64, "dtype": "float32", "recompute": "layer", "offload": "none"}
+    options |= {"state_bits": 32, "step_in_backward": False, "ranks": 2}
+    found = {
+        name: memkernels.plan(config, optimizer=name, **options).estimates for name in ("adamw", "muon", "adafactor")
+    }
+    assert {of.technique.stage for of in found["adamw"]} == {0, 1, 2, 3}
+    states = {name: estimates[-1].parts["states"] for name, estimates in found.items()}
+    d, inner, layers, vocabulary = 64, 160, 6, 600
+    shapes = [(d, d), (d, d), (d // 2, d), (d // 2, d), (inner, d), (inner, d), (d, inner)]
+    of_layers = layers * sum(rows * columns for rows, columns in shapes)
+    others = 2 * vocabulary * d + (2 * layers + 1) * d
+    for name in ("muon", "adafactor"):
+        (estimate,) = found[name]
+        assert estimate.technique.stage == 0
+    assert states["muon"] == 4 * of_layers + 8 * others
+    of_means = layers * sum(sum(shape) for shape in shapes) + 2 * (vocabulary + d) + (2 * layers + 1) * d
+    assert states["adafactor"] == 4 * of_means
 
 
 @pytest.mark.parametrize("recompute", [None, "none", "sublayer", "layer"])
@@ -272,10 +329,11 @@ def test_nothing_of_a_plan_is_left_behind(config):
         ({"stage": 4}, "stage: expected one of 0, 1, 2, 3"),
         ({"state_bits": 5}, "state_bits: expected one of 32, 16, 8, 4"),
         ({"micro_batch": 3, "batch": 2}, "micro_batch: expected a number of rows from 1 to batch=2"),
-        ({"optimizer": "sophia"}, "optimizer: expected one of adamw, lion, sgd"),
+        ({"optimizer": "sophia"}, "optimizer: expected one of adamw, lion, sgd, adafactor, muon"),
         ({"dtype": "float64"}, "dtype: expected one of bfloat16, float32"),
         ({"reduce_dtype": "float16"}, "reduce_dtype: expected one of bfloat16, float32"),
         ({"device": "tpu"}, "device: expected cpu, or cuda"),
+        ({"optimizer": "muon", "stage": 2, "ranks": 2}, "stage: expected 0 for muon, which ShardedOptimizer does not"),
         ({"step_in_backward": True, "stage": 1, "ranks": 2}, "step_in_backward: it steps once a backward"),
     ],
 )
