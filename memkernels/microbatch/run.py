@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memkernels.optim.sharded import ShardedOptimizer
 
 Step = Callable[[Any, float], Tensor]
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -76,9 +77,10 @@ def micro_batch(
 
     With a `ShardedOptimizer`, which exchanges gradients within backward, pass it as `optimizer`, outside of its
     `no_sync`: every rank runs as many parts, with a loss of zero where its own are fewer, and what was exchanged before
-    memory ran out is dropped from the optimizer's sums. At stages 1 and 2 a rank whose part fails still takes part in
-    its exchange. At stage 3 it cannot, and so the ranks exchange one number before each of FSDP2's exchanges, by which
-    the others hear of it.
+    memory ran out is dropped from the optimizer's sums. At stages 1 and 2 a rank whose part fails, be it for memory of
+    the exchange itself, still takes part in its exchange, in memory that was set aside before. For a bucket larger than
+    `bucket_bytes`, and at stage 3, it cannot, and so the ranks exchange one number before each exchange of these, by
+    which the others hear of it.
 
     Args:
         step: takes a part and the number of targets, returns a loss without dimensions.
@@ -107,7 +109,8 @@ def micro_batch(
         RuntimeError: another rank failed, or an optimizer's `no_sync()` is around the call.
         RankFailure: another rank has ended, or did not answer within the group's timeout (`memkernels.optim`).
         torch.OutOfMemoryError, MemoryError or RuntimeError, as it came: a single row or sequence does not fit.
-            Gradients are then those from before the call, as after any other error.
+            Gradients are then those from before the call, as after any other error; those that `no_sync` left on the
+            ranks, where memory runs out while they are exchanged, are dropped.
     """
     if process_group is None:
         process_group = getattr(optimizer, "process_group", None)
@@ -224,7 +227,7 @@ class _Run:
         if self.group is not None:
             rounds = int(_reduced(rounds, dist.ReduceOp.MAX, self.group))
         try:
-            with nullcontext() if self.optimizer is None else self.optimizer.unchanged_by_failure(self._listen):
+            with self._unchanged_by_failure():
                 for index in range(rounds):
                     error = None
                     if index < len(pieces):
@@ -241,6 +244,12 @@ class _Run:
                 param.grad = grad if param.grad is None else grad.add_(param.grad)
         return torch.stack(losses).sum()
 
+    def _unchanged_by_failure(self) -> AbstractContextManager[None]:
+        """Within it an error leaves what the optimizer has of gradients as it was."""
+        if self.optimizer is None:
+            return nullcontext()
+        return self.optimizer.unchanged_by_failure(self._listen, self._together)
+
     def _part(
         self,
         part: Any,
@@ -251,6 +260,7 @@ class _Run:
     ) -> Exception | None:
         """Forward and backward of a part, its loss added to `losses`; the error where it fails."""
         optimizer = self.optimizer
+        backwards = 0 if optimizer is None else optimizer.backwards
 
         def forward_backward() -> None:
             loss = self.step(part, self.total)
@@ -260,22 +270,43 @@ class _Run:
                 if leaf not in before and not (optimizer is not None and _is_exchanged(leaf)):
                     before[leaf], leaf.grad = leaf.grad, None
             (loss if weight is None else loss * weight).backward()
+            if optimizer is not None and optimizer.backwards == backwards:  # the loss has none of its parameters
+                optimizer.end_backward()
             losses.append(loss.detach())
 
-        backwards = 0 if optimizer is None else optimizer.backwards
-        error: Exception | None = None
-        try:
+        def limited() -> None:
             if memory_limit is None:
                 forward_backward()
-            else:
-                taken = peak_bytes(forward_backward, device=parts.tensors(part)[0].device)
-                if taken > memory_limit:
-                    error = MemoryError(f"memory_limit: a part took {taken} bytes, of {memory_limit}.")
+                return
+            taken = peak_bytes(forward_backward, device=parts.tensors(part)[0].device)
+            if taken > memory_limit:
+                raise MemoryError(f"memory_limit: a part took {taken} bytes, of {memory_limit}.")
+
+        try:
+            limited()
+            return None
         except Exception as caught:
             error = caught.with_traceback(None)
-        if error is not None and optimizer is not None and optimizer.backwards == backwards:
-            optimizer.end_backward()
+        if optimizer is not None and optimizer.backwards == backwards:
+            try:
+                optimizer.abandon_backward(error)
+            except _Heard as heard:
+                return heard
         return error
+
+    def _together(self, function: Callable[[], _T]) -> _T:
+        """function() on every rank; where it fails on one, for memory too, every rank raises."""
+        results: list[_T] = []
+        error: Exception | None = None
+        try:
+            results.append(function())
+        except Exception as caught:
+            error = caught.with_traceback(None)
+        try:
+            self._agree(error)
+        except _TooLarge as too_large:  # whatever the size
+            raise too_large.error from None
+        return results[0]
 
     def _agree(self, error: Exception | None) -> None:
         """Raises what a part came to, on this rank or on another."""
@@ -283,9 +314,9 @@ class _Run:
         if outcome is not None:
             raise outcome
 
-    def _listen(self) -> None:
-        """Raises where another rank has failed within its part; every rank that has not comes to this as often."""
-        outcome = self._outcome(None)
+    def _listen(self, error: Exception | None) -> None:
+        """Raises where a rank has failed within its part, this one by `error`; all come to this as often until then."""
+        outcome = self._outcome(error)
         if outcome is not None:
             raise _Heard(outcome)
 

@@ -1,8 +1,10 @@
 """micro_batch with optim.ShardedOptimizer, at every stage: all ranks' gradients, through running out of memory."""
 
+import contextlib
 import functools
 import os
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -103,6 +105,9 @@ def parts_of_a_batch(folder, rows, stages=(1, 2, 3)):
             assert_values(model, optimizer, expected)
         memory_limit(stage, rank, rows, expected)
         alone(stage, rank)
+        if stage < 3:
+            no_memory_to_exchange(stage, rank, rows, expected)
+            no_gradient(stage, rank)
     dies(rank)
     (folder / "all").touch()
     os._exit(0)
@@ -125,6 +130,78 @@ def alone(stage, rank):
         micro_batch(broken, batch_of(2, rank), optimizer=optimizer)
     assert time.monotonic() - started < 60
     assert optimizer.clip_grad_norm_(1e9) == norm
+
+
+@contextlib.contextmanager
+def refusing(when):
+    """Has memory run out for buckets on their way, where when() says so."""
+    real = torch.empty
+
+    def empty(size, *rest, **options):
+        if isinstance(size, int) and size >= 256 and when():
+            raise torch.OutOfMemoryError("full")
+        return real(size, *rest, **options)
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
+
+
+def no_memory_to_exchange(stage, rank, rows, expected):
+    """On one rank, for large parts, for any, or from the start; in buckets alike or as large as their parameter."""
+    started = time.monotonic()
+    for bucket_bytes, reduce_dtype in ((8000, None), (4000, None), (4000, torch.bfloat16)):
+        make = functools.partial(
+            ShardedOptimizer, optimizer_class=optim.SGD, stage=stage, lr=1.0, bucket_bytes=bucket_bytes,
+            reduce_dtype=reduce_dtype,
+        )  # fmt: skip
+        model, sizes = Model(), []
+        optimizer, step = make(model), make_step(model, sizes)
+        with refusing(lambda sizes=sizes: rank == 1 and bool(sizes) and sizes[-1] > LIMIT):
+            micro_batch(step, batch_of(rows[rank], rank), optimizer=optimizer)
+        assert sizes[0] > LIMIT >= max(sizes[-2:])
+        loss_before(model, rank).backward()
+        optimizer.step()
+        if reduce_dtype is None:
+            assert_values(model, optimizer, expected)
+
+        error, message = (torch.OutOfMemoryError, "full") if rank else (MemoryError, "another rank ran out of memory")
+        for from_the_start in (False, True):
+            model, sizes, norm = Model(), [], 0.0
+            optimizer, step = make(model), make_step(model, sizes)
+            if bucket_bytes < 8000 and not from_the_start:  # otherwise there is memory for every bucket then
+                loss_before(model, rank).backward()
+                norm = optimizer.clip_grad_norm_(1e9)
+            refused = refusing(lambda sizes=sizes, now=from_the_start: rank == 1 and (now or bool(sizes)))
+            with refused, pytest.raises(error, match=message):
+                micro_batch(step, batch_of(2, rank), optimizer=optimizer)
+            assert optimizer.clip_grad_norm_(1e9) == norm and bool(sizes) != from_the_start
+            loss_before(model, rank).backward()  # as if nothing had been
+            optimizer.step()
+        gradients_of_no_sync(make, rank, error, message)
+    assert time.monotonic() - started < 60
+
+
+def gradients_of_no_sync(make, rank, error, message):
+    """Memory runs out while those are exchanged that were there before: none is left on any rank."""
+    model, sizes = Model(), []
+    optimizer = make(model)
+    with optimizer.no_sync():
+        loss_before(model, rank).backward()
+    reserve, reserved = optimizer._reducer.reserve, []
+    optimizer._reducer.reserve = lambda: reserved.append(reserve())
+    with refusing(lambda: rank == 1 and bool(reserved)), pytest.raises(error, match=message):
+        micro_batch(make_step(model, sizes), batch_of(2, rank), optimizer=optimizer)
+    assert not sizes and optimizer.clip_grad_norm_(1e9) == 0
+
+
+def no_gradient(stage, rank):
+    """A rank whose loss has none of the optimizer's parameters."""
+    model, other = Model(), torch.ones((), requires_grad=True)
+    optimizer = ShardedOptimizer(model, optim.SGD, stage=stage, lr=1.0, bucket_bytes=8000)
+    step = make_step(model, [])
+    micro_batch((lambda *_: other * 2) if rank else step, batch_of(2, rank), optimizer=optimizer)
+    assert optimizer.clip_grad_norm_(1e9) > 0
+    assert other.grad == (2 if rank else None)
 
 
 def dies(rank):

@@ -85,15 +85,17 @@ class FullyShardedOptimizer(ShardedOptimizer):
         """Nothing: FSDP2 gathers parameters when they are used."""
 
     @contextmanager
-    def unchanged_by_failure(self, listen: Callable[[], None]) -> Iterator[None]:
-        self._check_exchanging(self._syncing)
-        self._check_synced()
+    def unchanged_by_failure(
+        self, listen: Callable[[Exception | None], None], together: Callable[[Callable[[], Any]], Any]
+    ) -> Iterator[None]:
+        together(functools.partial(self._check_exchanging, self._syncing))
+        together(self._check_synced)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
         try:
-            with self._exchanges.after(listen):
+            with self._exchanges.after(functools.partial(listen, None)):
                 yield
         except BaseException:
             self._model.reset_iter_state()
@@ -110,7 +112,10 @@ class FullyShardedOptimizer(ShardedOptimizer):
         return 0
 
     def end_backward(self) -> None:
-        """Nothing: the others hear of it before the next of FSDP2's exchanges, which are those of its modules."""
+        """Nothing: FSDP2's exchanges are those of its modules."""
+
+    def abandon_backward(self, error: Exception) -> None:
+        """Nothing: the others hear of it before the next of FSDP2's exchanges."""
 
     def send_values(self) -> None:
         """Nothing: no other rank has this one's parts."""

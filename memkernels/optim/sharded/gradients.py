@@ -22,8 +22,12 @@ class Buffers:
         self._device = device
         self._free: dict[torch.dtype, list[Tensor]] = {}
 
+    def stays(self, size: int) -> bool:
+        """Whether memory of so many elements is kept once it is there."""
+        return size <= self._usual
+
     def borrow(self, size: int, dtype: torch.dtype) -> Tensor:
-        free = self._free.setdefault(dtype, []) if size <= self._usual else []
+        free = self._free.setdefault(dtype, []) if self.stays(size) else []
         memory = free.pop() if free else torch.empty(max(size, self._usual), dtype=dtype, device=self._device)
         return memory[:size]
 
@@ -49,12 +53,16 @@ class Gradients:
         """Bucket i as it is sent; every piece was taken."""
 
     @abstractmethod
+    def filler(self, i: int) -> Tensor:
+        """What a rank sends of bucket i whose gradients nobody will use."""
+
+    @abstractmethod
     def store(self, i: int, parts: Tensor) -> None:
         """Keeps the sum over the first dimension of parts (ranks, shard_size), which were sent to this rank."""
 
     @abstractmethod
     def sent(self, i: int, buffer: Tensor) -> None:
-        """What `to_send` gave is no longer needed."""
+        """What `to_send` or `filler` gave is no longer needed."""
 
     @abstractmethod
     def clear(self, only_sums: bool) -> None:
@@ -97,6 +105,9 @@ class WholeGradients(Gradients):
     def to_send(self, i: int) -> Tensor:
         flat = self._flat[i]
         return flat if flat.dtype == self.wire[i] else self._buffers.borrow(len(flat), self.wire[i]).copy_(flat)
+
+    def filler(self, i: int) -> Tensor:
+        return self.to_send(i)
 
     def store(self, i: int, parts: Tensor) -> None:
         flat, size = self._flat[i], self._buckets[i].shard_size
@@ -153,6 +164,9 @@ class PassingGradients(Gradients):
     def to_send(self, i: int) -> Tensor:
         self._taken.difference_update(piece.place for piece in self._buckets[i].pieces)
         return self._filling.pop(i)
+
+    def filler(self, i: int) -> Tensor:
+        return self._buffers.borrow(self._buckets[i].size, self.wire[i])
 
     def store(self, i: int, parts: Tensor) -> None:
         shard = self.shards[i]

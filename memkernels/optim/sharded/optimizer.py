@@ -198,18 +198,34 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._reducer.clear()
 
     @contextmanager
-    def unchanged_by_failure(self, listen: Callable[[], None]) -> Iterator[None]:
+    def unchanged_by_failure(
+        self, listen: Callable[[Exception | None], None], together: Callable[[Callable[[], Any]], Any]
+    ) -> Iterator[None]:
         """Within it backwards whose exchanges are complete, or an error on every rank, which leaves the gradients as
-        they were before: `micro_batch`'s. At stage 3 `listen` is called before each exchange, and raises where another
-        rank has failed; at stages 1 and 2 that rank calls `end_backward`."""
-        self._check_exchanging(self._reducer.exchanging)
-        kept = self._reducer.keep()
-        try:
-            yield
-        except BaseException:
-            self._reducer.restore(kept)
-            self._totals_of_step = None
-            raise
+        they were before: `micro_batch`'s. A rank that fails calls `abandon_backward`.
+
+        Args:
+            listen: raises where a rank has failed, this one by the error that it is given. It is called before each
+                exchange at stage 3, and before that of a bucket larger than `bucket_bytes` at stages 1 and 2.
+            together: function() on every rank; where one fails, every rank raises.
+        """
+        reducer = self._reducer
+        together(functools.partial(self._check_exchanging, reducer.exchanging))
+        together(reducer.reserve)
+        with reducer.listening(listen):
+            if reducer.has_unsent():
+                try:
+                    together(reducer.flush)
+                except BaseException:
+                    self.zero_grad()
+                    raise
+            kept = together(reducer.keep)
+            try:
+                yield
+            except BaseException:
+                reducer.restore(kept)
+                self._totals_of_step = None
+                raise
 
     @property
     def backwards(self) -> int:
@@ -217,8 +233,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._reducer.backwards
 
     def end_backward(self) -> None:
-        """Exchanges what is left of a backward that failed, or did not begin, on this rank: the others wait for it."""
+        """Exchanges what is left of a backward, or all where this rank has none: the others wait for it."""
         self._reducer.end_backward()
+
+    def abandon_backward(self, error: Exception) -> None:
+        """After an error on this rank within `unchanged_by_failure`: takes part in the others' backward until it ends,
+        or until they listen, which raises."""
+        self._reducer.abandon(error)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:

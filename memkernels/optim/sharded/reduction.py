@@ -73,6 +73,7 @@ class Reducer:
         self._ranks = dist.get_world_size(group)
         # Whether backward exchanges, and how many did.
         self.exchanging, self.backwards = True, 0
+        self._listen: Callable[[Exception | None], None] | None = None
         self._in_flight: deque[_InFlight] = deque()
         # What is said once an exchange has failed: half of it may have been taken.
         self._lost: str | None = None
@@ -92,6 +93,16 @@ class Reducer:
         finally:
             self.exchanging = before
 
+    @contextmanager
+    def listening(self, listen: Callable[[Exception | None], None]) -> Iterator[None]:
+        """Within it `listen(None)` goes before each exchange of a bucket that has memory of its own, after that is made
+        on every rank; where it raises, this backward exchanges nothing more."""
+        self._listen = listen
+        try:
+            yield
+        finally:
+            self._listen = None
+
     @torch.no_grad()
     def finish(self) -> bool:
         """Until every gradient is in the sums: exchanges what was not, and waits. Returns whether they are new."""
@@ -105,21 +116,42 @@ class Reducer:
         """No gradients; of a backward that failed what is on its way is dropped when it has come."""
         if not self._summed and not self._in_backward and not self.present:
             return
-        while self._in_flight:
-            self._receive()
+        self._drop()
         self.gradients.clear(only_sums=not self._unsent and not self._in_backward)
         self._begin()
         self._unsent, self._summed = True, False
         self.present.clear()
 
-    @torch.no_grad()
-    def keep(self) -> Kept | None:
-        """What `restore` takes, once every gradient is in the sums; None for none, on every rank or on no one."""
+    def has_unsent(self) -> bool:
+        """Whether there are gradients on any rank that are not in the sums; every rank calls it."""
         left = self._in_backward or (self._unsent and bool(self.present))
         unsent = torch.tensor(float(left), device=device_of(self._group))
         wait_for(start(dist.all_reduce, unsent, group=self._group))
-        if unsent.item() > 0:
+        return unsent.item() > 0
+
+    def flush(self) -> None:
+        """Exchanges what is not in the sums, within `listening`."""
+        try:
             self.end_backward()
+        except Exception as error:
+            self.abandon(error)
+            raise
+
+    @torch.no_grad()
+    def reserve(self) -> None:
+        """Takes the memory that `abandon` needs, which stays."""
+        if self._ranks == 1:
+            return
+        wire = self.gradients.wire
+        one_of_each = {wire[i]: i for i, bucket in enumerate(self._buckets) if self._buffers.stays(bucket.size)}
+        for i in one_of_each.values():
+            received = self._buffers.borrow(self._buckets[i].size, wire[i])
+            sent = self.gradients.filler(i)
+            self._give_back(i, sent, received)
+
+    @torch.no_grad()
+    def keep(self) -> Kept | None:
+        """What `restore` takes, where every gradient is in the sums; None for none, on every rank or on no one."""
         return Kept(set(self.present), self.gradients.copies()) if self._summed else None
 
     @torch.no_grad()
@@ -133,7 +165,7 @@ class Reducer:
 
     def _begin(self) -> None:
         """Nothing of a backward's gradients was sent."""
-        self._next, self._in_backward = 0, False
+        self._next, self._in_backward, self._heard = 0, False, False
         self._ending: Callable[[], object] = lambda: None
         self._missing = [{piece.place for piece in bucket.pieces} for bucket in self._buckets]
 
@@ -178,7 +210,7 @@ class Reducer:
     def end_backward(self) -> None:
         """Sends what is left, and waits: the next backward may add to what was sent.
 
-        A rank whose backward failed, or did not begin, calls it too: the others wait for its part.
+        A rank that has no backward calls it too: the others wait for its part.
         """
         if self._lost is not None:
             raise RankFailure(self._lost)
@@ -193,6 +225,24 @@ class Reducer:
         self._unsent = False
         self.backwards += 1
 
+    @torch.no_grad()
+    def abandon(self, error: Exception) -> None:
+        """Drops all gradients after an error on this rank, within `listening`, and takes part in what is left of the
+        others' backward, in memory that `reserve` made. Where they listen, it raises what `listen(error)` does."""
+        if self._lost is not None:
+            raise RankFailure(self._lost)
+        self._in_backward = True
+        self._drop()
+        self.gradients.clear(only_sums=False)
+        while self._ranks > 1 and self._next < len(self._buckets) and not self._heard:
+            i, bucket = self._next, self._buckets[self._next]
+            if not self._buffers.stays(bucket.size):
+                self._hear(error)
+            received = self._buffers.borrow(bucket.size, self.gradients.wire[i])
+            self._exchange(i, self.gradients.filler(i), received)
+            self._drop()
+            self._next += 1
+
     def _send(self) -> None:
         """Sends the next bucket. Memory may run out at `borrow`: nothing has changed then."""
         i = self._next
@@ -203,13 +253,34 @@ class Reducer:
         else:
             if len(self._in_flight) == EXCHANGES_AT_ONCE:
                 self._receive()
-            received = self._buffers.borrow(self._buckets[i].size, self.gradients.wire[i])
-            sent = self.gradients.to_send(i)
-            with self._noting():
-                work = start(dist.all_to_all_single, received, sent, group=self._group)
-            self._in_flight.append(_InFlight(i, sent, received, work))
+            size = self._buckets[i].size
+            received = self._buffers.borrow(size, self.gradients.wire[i])
+            try:
+                sent = self.gradients.to_send(i)
+            except BaseException:
+                self._buffers.give_back(received)
+                raise
+            if not self._buffers.stays(size):
+                self._hear(None)
+            self._exchange(i, sent, received)
         self._next += 1
         self._new = self._summed = True
+
+    def _hear(self, error: Exception | None) -> None:
+        if self._listen is not None:
+            self._heard = True
+            self._listen(error)
+            self._heard = False
+
+    def _exchange(self, i: int, sent: Tensor, received: Tensor) -> None:
+        """Starts to exchange bucket i."""
+        try:
+            with self._noting():
+                work = start(dist.all_to_all_single, received, sent, group=self._group)
+        except BaseException:
+            self._give_back(i, sent, received)
+            raise
+        self._in_flight.append(_InFlight(i, sent, received, work))
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -219,11 +290,22 @@ class Reducer:
             self._lost = str(failure)
             raise
 
-    def _receive(self) -> None:
-        """Adds up what the oldest exchange brings."""
+    def _receive(self, store: bool = True) -> None:
+        """Adds up what the oldest exchange brings, or with store=False drops it."""
         i, sent, received, work = self._in_flight.popleft()
         with self._noting():
             wait_for(work)
-        self.gradients.store(i, received.view(self._ranks, -1))
+        try:
+            if store:
+                self.gradients.store(i, received.view(self._ranks, -1))
+        finally:
+            self._give_back(i, sent, received)
+
+    def _drop(self) -> None:
+        """Waits for what is on its way, and drops it."""
+        while self._in_flight:
+            self._receive(store=False)
+
+    def _give_back(self, i: int, sent: Tensor, received: Tensor) -> None:
         self.gradients.sent(i, sent)
         self._buffers.give_back(received)
