@@ -67,10 +67,10 @@ class Adafactor(DirectedOptimizer):
     def moments(self, group: dict[str, Any]) -> tuple[Moment, ...]:
         return () if group["beta1"] is None else (Moment("exp_avg", signed=True),)
 
-    def float_states(self, param: Tensor) -> dict[str, tuple[int, ...]]:
-        if param.dim() < 2:
-            return {"variance": tuple(param.shape)}
-        return {"row_var": (*param.shape[:-1], 1), "col_var": (*param.shape[:-2], 1, param.shape[-1])}
+    def float_states(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        if len(shape) < 2:
+            return {"variance": tuple(shape)}
+        return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
 
     def _check_options(self, group: dict[str, Any]) -> None:
         check_number("lr", group["lr"], 0.0)

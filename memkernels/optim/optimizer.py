@@ -70,8 +70,8 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
     def moments(self, group: dict[str, Any]) -> tuple[Moment, ...]:
         """The moments that parameters of a group have."""
 
-    def float_states(self, param: Tensor) -> dict[str, tuple[int, ...]]:
-        """The shapes of states beside the moments, float32 at any state_bits."""
+    def float_states(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        """The shapes of a parameter's states beside the moments, float32 at any state_bits."""
         return {}
 
     @abstractmethod
@@ -220,7 +220,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             state[key] = as_parameter(moment, param) if absmax is None else moment
             if absmax is not None:
                 state[f"{key}_absmax"] = absmax
-        for key, shape in self.float_states(param).items():
+        for key, shape in self.float_states(param.shape).items():
             if key not in state:
                 state[key] = torch.zeros(shape, dtype=torch.float32, device=param.device)
         if group["rounding"] == "remainder" and param.dtype == torch.bfloat16 and "remainder" not in state:

@@ -97,8 +97,9 @@ def estimate(
     if technique.step_in_backward:
         kept += [(of, 0, 0) for of in step.updates]
     elif step.update:
-        after = Moment(step.gradients, 0, step.update)
-        kept.append((after, _gradients(after, technique, sizes, parts, ranks), 0))
+        gathered = math.ceil(sizes.trained / ranks) if stage else 0  # a rank's parameters' gradients, whole
+        after = Moment(step.gradients, 0, step.update + gathered)
+        kept.append((after, _gradients(after, technique, sizes, parts, ranks), of_buckets))
     if stage == 3:  # when backward ends, gradients outside of layers are copied and sent
         outside, trained = sizes.outside
         copies = _copies(trained, sizes, ranks, sent, parts)

@@ -114,13 +114,13 @@ def plan(
         base: "nf4" quantises what carries adapters.
         dtype: of the parameters, bfloat16 or float32; adapters are float32.
         optimizer: adamw, lion, sgd, with momentum, adafactor, without a first moment, or muon: for the matrices within
-            layers, with adamw for all else. ZeRO divides no states of the last two.
+            layers, with adamw for all else.
         rounding: of bfloat16 parameters, as the optimizers take it.
         reduce_dtype: of gradients on their way between ranks, as `ShardedOptimizer` takes it, bfloat16 or float32; the
             parameters' by default.
         recompute: "none", "sublayer" or "layer", as `memkernels.patch` takes it, or "transformers": not patched.
         offload: "none" or "disk", of activations.
-        stage: of ZeRO, 0 to 3.
+        stage: of ZeRO, 0 to 3; with adafactor and muon 0 to 2.
         state_bits: 32, 16, 8 or 4.
         micro_batch: rows computed at a time.
         step_in_backward: whether `optim.step_in_backward` steps.
@@ -148,10 +148,8 @@ def plan(
     if reduce_dtype is not None:
         _check_choice("reduce_dtype", reduce_dtype, DTYPES)
     widths = _choices("state_bits", state_bits, STATE_BITS, STATE_BITS)
-    divided = OPTIMIZERS[optimizer][0].elementwise
-    if stage and not divided:
-        raise ValueError(f"stage: expected 0 for {optimizer}, which ShardedOptimizer does not take, got {stage!r}.")
-    stages = _choices("stage", stage, STAGES, STAGES if ranks > 1 and divided else STAGES[:1])
+    of_optimizer = STAGES if OPTIMIZERS[optimizer][0].elementwise else STAGES[:3]
+    stages = _choices("stage", stage, of_optimizer, of_optimizer if ranks > 1 else STAGES[:1])
     if micro_batch is not None and not 1 <= micro_batch <= batch:
         raise ValueError(f"micro_batch: expected a number of rows from 1 to batch={batch}, got {micro_batch!r}.")
     halves = [math.ceil(batch / 2**i) for i in range(batch.bit_length() + 1)]

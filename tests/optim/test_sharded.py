@@ -389,7 +389,8 @@ def every_error():
         ({"state_bits": 8 if rank else 7}, ValueError, r"state_bits: expected one of \(32, 16, 8, 4\), got 7"),
         ({"bucket_bytes": 0}, ValueError, "bucket_bytes: expected a positive integer"),
         ({"reduce_dtype": torch.int8}, ValueError, "reduce_dtype: expected one of"),
-        ({"cls": optim.Muon}, TypeError, "optimizer_class: expected one that treats elements apart, got Muon"),
+        ({"cls": optim.Muon}, ValueError, r"params\[1\]: expected a matrix"),
+        ({"cls": optim.Adafactor, "stage": 3}, TypeError, "optimizer_class: expected one that treats elements apart"),
         ({"cls": torch.optim.AdamW}, TypeError, "optimizer_class: expected an optimizer of"),
         (
             {"model": torch.nn.Linear(3, 2).requires_grad_(False)},

@@ -92,11 +92,6 @@ def whole_optimizer(
         raise TypeError(f"model: expected a module without DistributedDataParallel, got {type(model).__name__}.")
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, LowMemoryOptimizer)):
         raise TypeError(f"optimizer_class: expected an optimizer of memkernels.optim, got {optimizer_class!r}.")
-    if not optimizer_class.elementwise:
-        raise TypeError(
-            f"optimizer_class: expected one that treats elements apart, got {optimizer_class.__name__}, whose update"
-            " needs a whole parameter."
-        )
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups: list[Any] = (
         [parameter for parameter in names if parameter.requires_grad] if params is None else list(params)

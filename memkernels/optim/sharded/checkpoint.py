@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memkernels.optim.agreement import exchange_texts, exchanging, on_all
 from memkernels.optim.local import is_distributed
-from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.optim.sharded.index import INDEX, VERSION, checksum_of, index_text, read_index
 from memkernels.optim.sharded.optimizer import ShardedOptimizer
 from memkernels.optim.sharded.states import (
@@ -51,12 +50,11 @@ def save_checkpoint(
     Args:
         path: does not exist yet: give each checkpoint a name of its own.
         model: the module; frozen tensors that are not plain, such as quantised weights, are left out.
-        optimizer: a `ShardedOptimizer`, `AdamW`, `Lion` or `SGD` of this package, or torch's AdamW in one process.
+        optimizer: a `ShardedOptimizer`, an optimizer of this package, or torch's AdamW in one process.
         extra: what JSON can hold: the batch it was at, a scheduler's state.
 
     Raises:
-        TypeError: the optimizer's states are not of elements, as those of `Muon` and `Adafactor`; or it is no
-            `ShardedOptimizer` and has DTensors.
+        TypeError: the optimizer is no `ShardedOptimizer` and has DTensors.
         ValueError: the optimizer has a parameter that the model has not, or the ranks' paths differ.
         FileExistsError: path exists, on every rank.
         OSError: a rank could not write, on every rank.
@@ -183,7 +181,7 @@ def load_checkpoint(path: str | os.PathLike, model: torch.nn.Module, optimizer: 
     tensors, _ = _tensors_of(model)
     reader = dcp.HuggingFaceStorageReader(str(path))
     rounds = _rounds(tensors, index["aliases"])
-    filled = on_all(group, lambda: states_to_fill(parts, index["groups"]))
+    filled = on_all(group, lambda: states_to_fill(parts, index["groups"], local))
     states = {name: tensor for name, tensor in filled.items() if tensor.numel()}
 
     def check_tensors() -> None:
@@ -216,8 +214,6 @@ def _parts_of(
     """What this process holds of each group's parameters, and the optimizer that holds it."""
     if isinstance(optimizer, ShardedOptimizer):
         return optimizer.parts(), optimizer.local
-    if isinstance(optimizer, LowMemoryOptimizer) and not optimizer.elementwise:
-        raise TypeError(f"optimizer: expected one that treats elements apart, got {type(optimizer).__name__}.")
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         if parameter not in names:

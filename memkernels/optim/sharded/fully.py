@@ -47,7 +47,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
         self.process_group = group
         ranks = dist.get_world_size(group) if mesh is None or error is not None else mesh.size(-1)
         whole = agreed_optimizer(
-            group, error, model, optimizer_class, params, defaults, functools.partial(_check_blocks, ranks), stage,
+            group, error, model, optimizer_class, params, defaults, functools.partial(_check_rows, ranks), stage,
             bucket_bytes, reduce_dtype, offload,
         )  # fmt: skip
         trained = [p for of_group in whole.param_groups for p in of_group["params"] if p.requires_grad]
@@ -175,8 +175,14 @@ class FullyShardedOptimizer(ShardedOptimizer):
         self.local.step_scaled(scale)
 
 
-def _check_blocks(ranks: int, optimizer: LowMemoryOptimizer) -> None:
-    """Raises ValueError where a rank's rows of a parameter begin within a block of states in few bits."""
+def _check_rows(ranks: int, optimizer: LowMemoryOptimizer) -> None:
+    """Raises where a rank's rows of a parameter are not enough for an update, or begin within a block of states in few
+    bits."""
+    if not optimizer.elementwise:
+        raise TypeError(
+            f"optimizer_class: expected one that treats elements apart at stage 3, which divides them, got"
+            f" {type(optimizer).__name__}, whose update needs a whole parameter: give stage=2."
+        )
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             rows = parameter.shape[0] if parameter.dim() else 1

@@ -10,21 +10,23 @@ from torch import Tensor
 
 from memkernels.optim.agreement import backends_of, start, wait_for
 from memkernels.optim.sharded.layout import Bucket
+from memkernels.optim.sharded.whole import Owners
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 
 
 class Gatherer:
-    """Brings each bucket's ranges together, and has modules wait for what they use.
+    """Brings each bucket's ranges together, or each parameter from its owner, and has modules wait for what they use.
 
     A model's layers (`layers_of`) wait for their own parameters when they are called; any other module, for those that
     it has outside of these. The buckets that hold some outside of layers are gathered first.
     """
 
     def __init__(
-        self, model: torch.nn.Module, buckets: Sequence[Bucket], values: Sequence[Tensor], group: dist.ProcessGroup
-    ) -> None:
-        self._buckets, self._values, self._group = buckets, values, group
+        self, model: torch.nn.Module, buckets: Sequence[Bucket], values: Sequence[Tensor], group: dist.ProcessGroup,
+        owners: Owners | None = None,
+    ) -> None:  # fmt: skip
+        self._buckets, self._values, self._group, self._owners = buckets, values, group, owners
         self._rank = dist.get_rank(group)
         self._broadcasts = bool(values) and backends_of(group).get(values[0].device.type) == "gloo"
         self._works: dict[int, list[dist.Work]] = {}
@@ -74,6 +76,11 @@ class Gatherer:
         return bucket in self._works
 
     def _gather(self, bucket: Bucket, values: Tensor) -> Iterable[dist.Work]:
+        if self._owners is not None:
+            for piece in (piece for piece in bucket.pieces if piece.parameter.numel()):
+                whole = bucket.view(values, piece).view(-1)
+                yield start(dist.broadcast, whole, group=self._group, group_src=self._owners.of(piece))
+            return
         if not self._broadcasts:
             yield start(dist.all_gather_into_tensor, values, bucket.shard(values, self._rank), group=self._group)
             return

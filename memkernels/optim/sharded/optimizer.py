@@ -25,6 +25,7 @@ from memkernels.optim.sharded.gradients import Buffers, PassingGradients, WholeG
 from memkernels.optim.sharded.layout import Bucket, make_buckets
 from memkernels.optim.sharded.reduction import Reducer
 from memkernels.optim.sharded.states import Part
+from memkernels.optim.sharded.whole import Owners
 from memkernels.optim.tiers import offload_states
 
 
@@ -62,7 +63,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Each rank has ranges of elements, cut at multiples of 256 elements of each parameter, whatever the parameters'
     sizes. No block of states in few bits is cut, random bits are those of the element's index, and so every storage
-    gives the same for the same gradients at any number of ranks.
+    gives the same for the same gradients at any number of ranks. `Muon` and `Adafactor`, whose updates need a whole
+    parameter, have the states of each on one rank, about as many elements on each rank; when `step` begins, the sums of
+    a rank's parameters come to it, and it has all of them until the step ends. Muon is for matrices: all else has
+    another ShardedOptimizer, with a process group of its own by `torch.distributed.new_group()`.
 
     Gradients: outside of `no_sync()` each backward adds the ranks' gradients to the sums that the next step takes;
     within it each rank adds to its own. `step` consumes them, and no `zero_grad` is needed. A parameter is stepped
@@ -76,7 +80,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Args:
         model: the module, not wrapped by DistributedDataParallel; the same on every rank.
-        optimizer_class: `AdamW`, `Lion` or `SGD` of `memkernels.optim`.
+        optimizer_class: `AdamW`, `Lion` or `SGD` of `memkernels.optim`; at stages 1 and 2 `Muon` or `Adafactor` too.
         stage: 1, 2 or 3.
         params: groups of the model's parameters, as an optimizer takes them; all that require a gradient by default.
         process_group: the ranks; all of them by default.
@@ -147,9 +151,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         wire = [reduce_dtype or bucket.dtype for bucket in buckets]
         buffers = Buffers(buckets, bucket_bytes, device)
         gradients = (WholeGradients if stage == 1 else PassingGradients)(buckets, rank, buffers, wire, device)
-        self._gatherer = Gatherer(model, buckets, values, group)
+        self._owners = None if optimizer_class.elementwise else Owners(buckets, group)
+        self._gatherer = Gatherer(model, buckets, values, group, self._owners)
         self._reducer = Reducer(buckets, gradients, buffers, self._gatherer, group)
-        # Of each trained parameter, by place in the optimizer: this rank's elements, and the sums of their gradients.
+        # Of each trained parameter, by place in the optimizer: what this rank steps, and its sums of gradients.
         self._parts: dict[int, tuple[Parameter, Tensor]] = {}
         origins: dict[Tensor, int] = {}
         for bucket, flat, sums in zip(buckets, values, gradients.shards, strict=True):
@@ -157,9 +162,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for piece in bucket.pieces:
                 first, last = bucket.elements_of(piece, rank)
                 at = piece.start + first - rank * bucket.shard_size if last > first else 0
-                part = Parameter(own[at : at + last - first])
+                if self._owners is None:
+                    part = Parameter(own[at : at + last - first])
+                else:
+                    part = Parameter(self._owners.part(piece, bucket.view(flat, piece)))
                 self._parts[piece.place] = (part, sums[at : at + last - first])
-                origins[part] = first if last > first else 0
+                origins[part] = first if last > first and self._owners is None else 0
         self.local = optimizer_class(self._local_groups(), **defaults)
         self.local.origins |= origins
         if offload is not None:
@@ -365,12 +373,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         _, present = self._totals()
         self._gatherer.wait()
         self._share_options()
-        for index, (part, sums) in self._parts.items():
-            part.grad = sums if index in present else None
+        sums = {index: of_part for index, (_, of_part) in self._parts.items()}
+        grads = sums if self._owners is None else self._owners.gather(sums, present)
+        for index, (part, _) in self._parts.items():
+            part.grad = grads[index] if index in present else None
         if self.local.tiers is None:
             self.local.step_scaled(scale)
         else:  # a disk may fail on one rank
             on_all(self.process_group, lambda: self.local.step_scaled(scale))
+        self.local.zero_grad()
         torch.autograd.graph.increment_version([parameter for _, parameter, i in self._named() if i in present])
         self._gatherer.start()
 
@@ -396,10 +407,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _local_groups(self) -> list[dict[str, Any]]:
         """The groups with this rank's part of each parameter; those that are not trained have none."""
-        nothing = torch.empty(0)
         parts = iter(
-            self._parts[i][0] if i in self._parts else Parameter(nothing.clone(), requires_grad=False)
-            for _, _, i in self._named()
+            self._parts[i][0]
+            if i in self._parts
+            else Parameter(torch.empty((0,) * max(1, whole.dim())), requires_grad=False)
+            for _, whole, i in self._named()
         )
         return [_with(group, [next(parts) for _ in group["params"]]) for group in self.param_groups]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,15 +61,18 @@ def states_to_save(parts: Sequence[Sequence[Part]], optimizer: torch.optim.Optim
     """Every state with elements as a range of a tensor of one dimension."""
     saved: dict[str, Tensor] = {}
     for group, of_group in zip(optimizer.param_groups, parts, strict=True):
-        for part in (part for part in of_group if part.shape.numel()):
+        for part in of_group:
             for key, value in _tensors(optimizer.state.get(part.parameter, {})):
-                saved[f"state.{part.name}.{key}"] = _shard(
-                    local_of(value).reshape(-1), key, part, group.get("state_bits", 32)
-                )
+                local, bits = local_of(value).reshape(-1), group.get("state_bits", 32)
+                shard = _shard(local, key, part, bits, optimizer)
+                if shard.numel():
+                    saved[f"state.{part.name}.{key}"] = shard
     return saved
 
 
-def states_to_fill(parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def states_to_fill(
+    parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """New tensors for the ranges that a checkpoint's `groups` have of these parts.
 
     Raises:
@@ -79,15 +83,16 @@ def states_to_fill(parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str
     filled: dict[str, Tensor] = {}
     for part in (part for of_group in parts for part in of_group if part.name in saved):
         for key, dtype in saved[part.name]["state"].items():
-            if local_of(part.parameter).numel() and part.first % _elements_in_one(key, bits[part.name]):
+            own = local_of(part.parameter)
+            if own.numel() and part.first % _elements_in_one(key, bits[part.name]):
                 raise ValueError(
                     f"{part.name}: this rank's part begins at element {part.first}, within one of the blocks of"
                     f" {BLOCK_SIZE[bits[part.name]]} that the checkpoint's states of {bits[part.name]} bits have: load"
                     " it at stage 1 or 2, or at another number of ranks."
                 )
-            size = -(-local_of(part.parameter).numel() // _elements_in_one(key, bits[part.name]))
+            size = _size(own.shape, key, bits[part.name], optimizer)
             local = torch.empty(size, dtype=DTYPES[dtype], device=part.parameter.device)
-            filled[f"state.{part.name}.{key}"] = _shard(local, key, part, bits[part.name])
+            filled[f"state.{part.name}.{key}"] = _shard(local, key, part, bits[part.name], optimizer)
     return filled
 
 
@@ -179,7 +184,11 @@ def _state_of(
             key: value if value.dtype == torch.float64 else decode(value, absmax[key], bits, key != "exp_avg_sq", shape)
             for key, value in tensors.items()
         }
-    state: dict[str, Any] = {key: value if _is_code(key, bits) else value.view(shape) for key, value in tensors.items()}
+    shapes = _shapes_apart(shape, optimizer)
+    state: dict[str, Any] = {
+        key: value if _is_code(key, bits) and key not in shapes else value.view(shapes.get(key, shape))
+        for key, value in tensors.items()
+    }
     return state if member["step"] is None else state | {"step": torch.tensor(member["step"])}
 
 
@@ -191,9 +200,19 @@ def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return [(key, value) for key, value in state.items() if key != "step"]
 
 
-def _shard(local: Tensor, key: str, part: Part, bits: int) -> FlatShard:
-    each = _elements_in_one(key, bits)
-    return FlatShard(local, part.first // each, -(-part.shape.numel() // each))
+def _shard(local: Tensor, key: str, part: Part, bits: int, optimizer: torch.optim.Optimizer) -> FlatShard:
+    return FlatShard(local, part.first // _elements_in_one(key, bits), _size(part.shape, key, bits, optimizer))
+
+
+def _size(shape: torch.Size, key: str, bits: int, optimizer: torch.optim.Optimizer) -> int:
+    """How many elements a state of a parameter of that shape has."""
+    shapes = _shapes_apart(shape, optimizer)
+    return math.prod(shapes[key]) if key in shapes else -(-shape.numel() // _elements_in_one(key, bits))
+
+
+def _shapes_apart(shape: torch.Size, optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, ...]]:
+    """Those of a parameter's states that are not of its elements."""
+    return optimizer.float_states(shape) if isinstance(optimizer, LowMemoryOptimizer) else {}
 
 
 def _local(tensor: Tensor) -> Tensor:

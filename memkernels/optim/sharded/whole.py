@@ -1,0 +1,57 @@
+"""Parameters that one rank each steps as a whole, since their updates are not of elements."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from memkernels.optim.agreement import start, wait_for
+from memkernels.optim.sharded.layout import Bucket, Piece
+
+
+class Owners:
+    """Which rank steps which parameter: the largest are given away first, each to a rank with the fewest elements."""
+
+    def __init__(self, buckets: Sequence[Bucket], group: dist.ProcessGroup) -> None:
+        self._buckets, self._group = buckets, group
+        self._rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._of: dict[int, int] = {}
+        pieces = [piece for bucket in buckets for piece in bucket.pieces]
+        elements = [0] * ranks
+        for piece in sorted(pieces, key=lambda piece: (-piece.parameter.numel(), piece.place)):
+            owner = elements.index(min(elements))
+            self._of[piece.place] = owner
+            elements[owner] += piece.parameter.numel()
+
+    def of(self, piece: Piece) -> int:
+        return self._of[piece.place]
+
+    def part(self, piece: Piece, whole: Tensor) -> Tensor:
+        """A parameter on its owner; elsewhere nothing, of as many dimensions, but one at least."""
+        return whole if self.of(piece) == self._rank else whole.new_empty((0,) * max(1, whole.dim()))
+
+    def gather(self, sums: Mapping[int, Tensor], present: Container[int]) -> dict[int, Tensor]:
+        """The gradients of those parameters that are `present`, in the shape of `part`; every rank calls it.
+
+        Args:
+            sums: this rank's elements of each, by place: the range that its bucket gives it.
+        """
+        gathered: dict[int, Tensor] = {}
+        works = []
+        for bucket in self._buckets:
+            for piece in (piece for piece in bucket.pieces if piece.place in present):
+                own, owner = sums[piece.place], self.of(piece)
+                lengths = [last - first for first, last in (bucket.elements_of(piece, r) for r in range(bucket.ranks))]
+                whole = own.new_empty(piece.parameter.numel() if owner == self._rank else 0)
+                options = {
+                    "output_split_sizes": lengths if owner == self._rank else [0] * bucket.ranks,
+                    "input_split_sizes": [len(own) if rank == owner else 0 for rank in range(bucket.ranks)],
+                }
+                if piece.parameter.numel():
+                    works.append(start(dist.all_to_all_single, whole, own, group=self._group, **options))
+                gathered[piece.place] = whole.view(self.part(piece, piece.parameter).shape)
+        for work in works:
+            wait_for(work)
+        return gathered
