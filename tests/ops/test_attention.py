@@ -381,6 +381,16 @@ def test_packed_sequences_compile_whole_and_bad_starts_are_named():
             compiled(**inputs, cu_seqlens=starts(*bad))
 
 
+def test_packed_sequences_in_a_graph_need_their_longest_or_break_it():
+    def step(q, k, v):
+        return ops.attention(q, k, v, cu_seqlens_q=starts(0, 3, 8), cu_seqlens_k=starts(0, 3, 8))
+
+    inputs = make_inputs(torch.float32, "cpu", queries=8, keys=8, size=16, packed=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="max_seqlen_q: expected a number under torch"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(**inputs)
+    torch.testing.assert_close(torch.compile(step, backend="aot_eager")(**inputs), step(**inputs))
+
+
 @pytest.mark.parametrize("bad", [(1, 8), (0, 7), (0, 9), (0, 5, 3, 8)], ids=str)
 def test_the_cpu_kernels_refuse_starts_that_leave_rows_out(bad):
     q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))

@@ -127,6 +127,8 @@ def check_starts(name: str, starts: Tensor, rows: int, max_name: str, longest: i
             expected = f"{name}: expected starts that rise from 0 to the number of rows by at most {max_name}."
             torch._assert_async(starts_fit(starts, rows, longest), expected)
         return longest
+    if longest is None and torch.compiler.is_compiling():
+        raise ValueError(f"{max_name}: expected a number under torch.compile with fullgraph, got None.")
     values = starts.tolist()
     lengths = [end - start for start, end in pairwise(values)]
     if values[0] != 0 or values[-1] != rows or min(lengths) < 0:

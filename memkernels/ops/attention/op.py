@@ -11,6 +11,7 @@ from memkernels.ops.attention.backends import Call, operators, select_implementa
 from memkernels.ops.attention.checks import check_arguments
 from memkernels.ops.autocast import product_dtype
 from memkernels.ops.checks import check_floating
+from memkernels.ops.distinct import distinct
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.philox import seed_tensor
 
@@ -119,7 +120,8 @@ def attention(
         seed: of dropout; drawn from torch's generator by default.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starts of the packed sequences and their end; one tensor for both
             says, without a look at it, that they are the same, which torch's operators need.
-        max_seqlen_q, max_seqlen_k: the longest of them; given, they save a synchronisation on a GPU.
+        max_seqlen_q, max_seqlen_k: the longest of them; given, they save a synchronisation on a GPU. With fullgraph
+            torch.compile needs them; else it breaks the graph.
         deterministic: the same gradients bit for bit on every run. Those of this package's kernels always are: on GPUs
             dk and dv, and dq, come of passes of their own, with seven products a tile, two of them to make scores and
             dP again, where one pass that sums dq by atomics, in any order, has five. On a GPU it keeps "auto" from
@@ -161,7 +163,7 @@ def attention(
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         options = (*lengths, float(scale), left, right, float(softcap), float(dropout_p))
         masks = (cu_seqlens_q, None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k, alibi_slopes, seed)
-        out, lse = _Attention.apply(q, k, v, sinks, *masks, options, deterministic, implementation)
+        out, lse = _Attention.apply(*distinct(q, k, v, sinks, *masks), options, deterministic, implementation)
     else:
         with torch.autocast(q.device.type, enabled=False):
             out, lse = reference.attention(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memkernels.ops.attention.backends import operators
 from memkernels.ops.block_norm import Norm, NormDescription
+from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.projection import Description, Projection, split_by
@@ -237,4 +238,4 @@ class _AttentionBlock(torch.autograd.Function):
 
 def attention_block(x: Tensor, plan: Plan, context: Context, tensors: Sequence[Tensor]) -> Tensor:
     """`ops.attention_block` of a plan: x (B, S, d), or (1, T, d) packed."""
-    return _AttentionBlock.apply(plan, x, tuple(context[:-1]), context.sinks, *tensors)
+    return _AttentionBlock.apply(plan, x, tuple(context[:-1]), context.sinks, *distinct(*tensors))

@@ -83,7 +83,8 @@ def attention_block(
         interleaved: which elements of a head are turned together, as in `ops.apply_rotary`.
         causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, seed, deterministic: as in `ops.attention`.
         cu_seqlens: (B + 1,) int32, starts of the packed sequences and their end.
-        max_seqlen: the longest sequence; given, it saves a synchronisation on a GPU.
+        max_seqlen: the longest sequence; given, it saves a synchronisation on a GPU. With fullgraph torch.compile needs
+            it; else it breaks the graph.
 
     Returns:
         y, like x (under autocast, of autocast's dtype).

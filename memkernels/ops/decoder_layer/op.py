@@ -12,6 +12,7 @@ from torch import Tensor
 from memkernels.ops.attention_block import block as attention_block
 from memkernels.ops.attention_block.op import attention_block as attention_sublayer
 from memkernels.ops.attention_block.op import plan_attention_block
+from memkernels.ops.distinct import distinct
 from memkernels.ops.gated_mlp import block as gated_mlp
 from memkernels.ops.gated_mlp.op import gated_mlp as mlp_sublayer
 from memkernels.ops.gated_mlp.op import plan_gated_mlp
@@ -110,6 +111,6 @@ def decoder_layer(x: Tensor, attention: Mapping[str, Any], mlp: Mapping[str, Any
     mlp_plan, mlp_tensors, mlp_kernels = plan_gated_mlp(x, **mlp)
     if attention_kernels and mlp_kernels:
         plan, tensors = Plan(attention_plan, mlp_plan), (*attention_tensors, *mlp_tensors)
-        return _DecoderLayer.apply(plan, x_in, tuple(context[:-1]), context.sinks, *tensors).view(x.shape)
+        return _DecoderLayer.apply(plan, x_in, tuple(context[:-1]), context.sinks, *distinct(*tensors)).view(x.shape)
     h = x + attention_sublayer(x, **{**attention, "seed": context.seed})
     return h + mlp_sublayer(h, **mlp)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.checks import check_floating, check_like
+from memkernels.ops.distinct import distinct
 from memkernels.ops.gated_activation import reference
 from memkernels.ops.once_differentiable import once_differentiable
 
@@ -77,4 +78,4 @@ def gated_activation(gate: Tensor, up: Tensor | None = None, activation: str = "
         check_like("up", up, "gate", gate)
     if not has_kernel("gated_activation_fwd", gate):
         return reference.gated_activation(gate, up, activation)
-    return _GatedActivation.apply(gate, up, activation)
+    return _GatedActivation.apply(*distinct(gate, up), activation)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.block_norm import Norm, NormDescription
+from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.projection import DenseProjection, Description, Projection, split_by
@@ -244,4 +245,4 @@ def gated_mlp_plan(
 
 def gated_mlp_block(x: Tensor, plan: Plan, tensors: Sequence[Tensor]) -> Tensor:
     """`ops.gated_mlp` of a plan."""
-    return _GatedMLP.apply(plan, x, *tensors)
+    return _GatedMLP.apply(plan, *distinct(x, *tensors))

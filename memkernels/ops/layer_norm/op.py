@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.checks import check_floating, check_like, check_parameter
+from memkernels.ops.distinct import distinct
 from memkernels.ops.layer_norm import reference
 from memkernels.ops.once_differentiable import once_differentiable
 
@@ -98,5 +99,5 @@ def layer_norm(
         check_like("residual", residual, "x", x)
     if not has_kernel("layer_norm_fwd", x):
         return reference.layer_norm(x, weight, bias, eps, residual=residual)
-    y, residual_out = _LayerNorm.apply(x, residual, weight, bias, float(eps))
+    y, residual_out = _LayerNorm.apply(*distinct(x, residual, weight, bias), float(eps))
     return y if residual is None else (y, residual_out)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkernels.ops.autocast import as_product_dtype, product_dtype
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
+from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import gradient_sums, results
 from memkernels.ops.lora_linear.weight import LoRAWeight
 from memkernels.ops.once_differentiable import once_differentiable
@@ -105,4 +106,4 @@ def adapted_linear(x: Tensor, adapted: LoRAWeight, bias: Tensor | None) -> Tenso
     dtype = product_dtype(x)
     bias = as_product_dtype(x, dtype, bias=bias)["bias"]
     projection = adapted.as_product_dtype("weight", x, dtype).projection(bias)
-    return _LoRALinear.apply(projection.description, x.to(dtype), *projection.tensors)
+    return _LoRALinear.apply(projection.description, *distinct(x.to(dtype), *projection.tensors))

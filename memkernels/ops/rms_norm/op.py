@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.checks import check_floating, check_like, check_parameter
+from memkernels.ops.distinct import distinct
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.rms_norm import reference
 
@@ -88,5 +89,5 @@ def rms_norm(
         check_like("residual", residual, "x", x)
     if not has_kernel("rms_norm_fwd", x):
         return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
-    y, residual_out = _RMSNorm.apply(x, residual, weight, float(eps), float(weight_offset))
+    y, residual_out = _RMSNorm.apply(*distinct(x, residual, weight), float(eps), float(weight_offset))
     return y if residual is None else (y, residual_out)

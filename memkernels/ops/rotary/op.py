@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_triton
 from memkernels.ops.checks import check_floating, check_like, check_same_device, check_shape
+from memkernels.ops.distinct import distinct
 from memkernels.ops.rotary import reference
 
 
@@ -115,4 +116,4 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved:
     _check(q, k, cos, sin)
     if not has_kernel("rotary_fwd", q):
         return reference.apply_rotary(q, k, cos, sin, interleaved=interleaved)
-    return _Rotary.apply(q, k, cos, sin, bool(interleaved), False)
+    return _Rotary.apply(*distinct(q, k, cos, sin), bool(interleaved), False)
