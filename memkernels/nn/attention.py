@@ -10,6 +10,8 @@ from torch import Tensor
 from memkernels import ops
 from memkernels.nn.linears import weights_of
 from memkernels.nn.norm import RMSNorm
+from memkernels.ops.attention.checks import check_score_options
+from memkernels.ops.checks import check_integer
 
 
 class Attention(torch.nn.Module):
@@ -34,7 +36,8 @@ class Attention(torch.nn.Module):
         dtype: of the parameters: x's, unless autocast casts both; sinks are float32.
 
     Raises:
-        ValueError: numbers of heads that do not divide.
+        TypeError: a size, a number of heads, scale, softcap or dropout_p that is no number.
+        ValueError: one of them, or a window, that does not fit; numbers of heads that do not divide.
 
     Saved for backward, beside the parameters, cos and sin: x itself, d elements a token, out, H Dv elements, and 4 H
     bytes; with dropout its seed.
@@ -54,7 +57,7 @@ class Attention(torch.nn.Module):
         sinks: bool = False,
         causal: bool = True,
         window: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
+        softcap: float | None = 0.0,
         scale: float | None = None,
         dropout_p: float = 0.0,
         interleaved: bool = False,
@@ -62,13 +65,19 @@ class Attention(torch.nn.Module):
         dtype=None,
     ):
         super().__init__()
-        num_kv_heads = num_kv_heads or num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_integer("hidden_size", hidden_size)
+        check_integer("num_heads", num_heads)
+        check_integer("num_kv_heads", num_kv_heads)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {num_kv_heads}.")
         if head_size is None and hidden_size % num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads}.")
-        head_size = head_size or hidden_size // num_heads
-        v_head_size = v_head_size or head_size
+        head_size = hidden_size // num_heads if head_size is None else head_size
+        v_head_size = head_size if v_head_size is None else v_head_size
+        check_integer("head_size", head_size)
+        check_integer("v_head_size", v_head_size)
+        check_score_options(scale, window, 0.0 if softcap is None else softcap, dropout_p)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = torch.nn.Linear(hidden_size, num_heads * head_size, bias=bias, **options)
         self.k_proj = torch.nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias, **options)

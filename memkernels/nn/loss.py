@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
+from memkernels.ops.linear_cross_entropy.checks import check_options
 
 
 class LinearCrossEntropy(torch.nn.Linear):
@@ -23,7 +24,8 @@ class LinearCrossEntropy(torch.nn.Linear):
             z_loss, shift.
 
     Raises:
-        TypeError: an option other than those.
+        TypeError: an option other than those, or of another type.
+        ValueError: an option that does not fit.
 
     Saved for backward, beside the parameters: x itself, target (with `shift` a shifted copy, 8 bytes a token) and 4
     bytes a token; nothing of size V.
@@ -33,6 +35,7 @@ class LinearCrossEntropy(torch.nn.Linear):
         unknown = options.keys() - {"ignore_index", "reduction", "softcap", "label_smoothing", "z_loss", "shift"}
         if unknown:
             raise TypeError(f"LinearCrossEntropy: unknown options {', '.join(sorted(unknown))}.")
+        check_options(**{name: value for name, value in options.items() if name != "shift"})
         super().__init__(hidden_size, vocab_size, bias, device=device, dtype=dtype)
         self.options = options
 

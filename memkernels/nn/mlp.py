@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memkernels import ops
 from memkernels.nn.linears import weights_of
+from memkernels.ops.checks import check_tile_tokens
 from memkernels.ops.gated_activation.op import check_activation
 
 
@@ -28,7 +29,8 @@ class GatedMLP(torch.nn.Module):
         dtype: of the parameters: x's, unless autocast casts both.
 
     Raises:
-        ValueError: an unknown activation.
+        TypeError: a tile_tokens that is no integer.
+        ValueError: an unknown activation, or a tile_tokens that is not positive.
 
     Saved for backward, beside the parameters: x itself, d elements a token, with a norm in front or without.
     """
@@ -47,6 +49,7 @@ class GatedMLP(torch.nn.Module):
     ):
         super().__init__()
         check_activation(activation)
+        check_tile_tokens(tile_tokens)
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.gate_proj = torch.nn.Linear(hidden_size, intermediate_size, **options) if gated else None
         self.up_proj = torch.nn.Linear(hidden_size, intermediate_size, **options)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
+from memkernels.ops.checks import check_eps
 
 
 class RMSNorm(torch.nn.Module):
@@ -19,12 +20,16 @@ class RMSNorm(torch.nn.Module):
         weight_offset: added to the weight, which then starts at 1 - weight_offset.
         dtype: the weight's: x's, or float32.
 
+    Raises:
+        TypeError, ValueError: an eps that is no number, or negative or infinite.
+
     Saved for backward, beside the weight: x itself, with a residual h in its place, which is returned; and 4 bytes a
     row.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device=None, dtype=None):
         super().__init__()
+        check_eps("eps", eps)
         self.weight = torch.nn.Parameter(torch.full((hidden_size,), 1.0 - weight_offset, device=device, dtype=dtype))
         self.eps = eps
         self.weight_offset = weight_offset
@@ -53,6 +58,9 @@ class LayerNorm(torch.nn.Module):
         bias: whether there is a bias.
         dtype: of weight and bias: x's, or float32.
 
+    Raises:
+        TypeError, ValueError: an eps that is no number, or negative or infinite.
+
     Saved for backward, beside the weight: x itself, with a residual h in its place, which is returned; and 8 bytes a
     row.
     """
@@ -61,6 +69,7 @@ class LayerNorm(torch.nn.Module):
 
     def __init__(self, hidden_size: int, eps: float = 1e-5, *, bias: bool = True, device=None, dtype=None):
         super().__init__()
+        check_eps("eps", eps)
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         zeros = torch.nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", zeros)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from memkernels._library import has_kernel
-from memkernels.ops.checks import check_floating, check_parameter, check_same_device, check_shape
+from memkernels.ops.checks import (
+    check_eps,
+    check_finite,
+    check_floating,
+    check_parameter,
+    check_same_device,
+    check_shape,
+)
 from memkernels.ops.gradient_sum import GradientSum
 
 KINDS = ("rms", "layer")
@@ -91,7 +98,9 @@ def make_norm(
     if kind not in KINDS:
         raise ValueError(f"norm: expected one of {', '.join(KINDS)}, got {kind!r}.")
     if bias is not None and (weight is None or kind != "layer"):
-        raise ValueError("norm_bias: expected None without norm_weight and norm='layer', got a tensor.")
+        raise ValueError(f"norm_bias: expected None without norm_weight and norm='layer', got {type(bias).__name__}.")
+    check_eps("norm_eps", eps)
+    check_finite("norm_offset", weight_offset)
     if weight_offset and kind == "layer":
         raise ValueError(f"norm_offset: expected 0 with norm='layer', got {weight_offset}.")
     if weight is None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -53,3 +58,35 @@ def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor
     check_same_device(reference_name, reference, **{name: tensor})
     if tensor.dtype != reference.dtype:
         raise TypeError(f"{name}: expected {reference.dtype}, as {reference_name}, got {tensor.dtype}.")
+
+
+def check_number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
+    """A number, no tensor, that `fits`; torch.export has numbers of its own for those that it keeps free."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}.")
+    if not fits(value):
+        raise ValueError(f"{name}: expected {expected}, got {value}.")
+
+
+def check_integer(name: str, value: Any, expected: str = "a positive integer", least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name}: expected {expected}, got {value}.")
+
+
+def check_finite(name: str, value: Any) -> None:
+    check_number(name, value, "a finite number", lambda number: -math.inf < number < math.inf)
+
+
+def check_eps(name: str, eps: Any) -> None:
+    check_number(name, eps, "a finite number from 0 up", lambda number: 0 <= number < math.inf)
+
+
+def check_dropout_p(dropout_p: Any) -> None:
+    check_number("dropout_p", dropout_p, "a number in [0, 1)", lambda number: 0 <= number < 1)
+
+
+def check_tile_tokens(tile_tokens: Any) -> None:
+    if tile_tokens is not None:
+        check_integer("tile_tokens", tile_tokens, "a positive integer or None")

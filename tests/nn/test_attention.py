@@ -62,6 +62,23 @@ def test_dropout_is_for_training_and_sinks_learn():
     assert torch.equal(layer(x), direct)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_heads": 0}, ValueError, "num_heads: expected a positive integer, got 0"),
+        ({"num_kv_heads": 0}, ValueError, "num_kv_heads: expected a positive integer, got 0"),
+        ({"num_kv_heads": -2}, ValueError, "num_kv_heads: expected a positive integer, got -2"),
+        ({"head_size": 4.0}, TypeError, "head_size: expected a positive integer, got 4.0"),
+        ({"dropout_p": 2.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 2.0"),
+        ({"window": 5}, ValueError, "window: expected two numbers of keys, -1 for unbounded, got 5"),
+        ({"softcap": -1.0}, ValueError, "softcap: expected"),
+    ],
+)
+def test_bad_options_are_refused_when_the_layer_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        nn.Attention(32, **{"num_heads": 4} | options)
+
+
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="num_kv_heads: expected a divisor of num_heads 4, got 3"):
         nn.Attention(32, 4, 3)

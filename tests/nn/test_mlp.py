@@ -36,6 +36,8 @@ def test_ungated_with_a_norm():
     torch.testing.assert_close(layer(x, norm_weight=norm_weight, norm_eps=1e-5), expected)
 
 
-def test_an_unknown_activation_is_refused_when_the_layer_is_made():
+def test_bad_options_are_refused_when_the_layer_is_made():
     with pytest.raises(ValueError, match="activation: expected one of silu"):
         nn.GatedMLP(16, 40, "swish")
+    with pytest.raises(ValueError, match="tile_tokens: expected a positive integer or None, got 0"):
+        nn.GatedMLP(16, 40, tile_tokens=0)

@@ -417,6 +417,11 @@ def test_the_cpu_kernels_refuse_starts_that_leave_rows_out(bad):
         ({"v": torch.zeros(2, 7, 2, 16)}, ValueError, "v: expected shape"),
         ({"v": torch.zeros(2, 8, 2, 16, device="meta")}, ValueError, "v: expected device cpu"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+        ({"scale": "0.5"}, TypeError, "scale: expected a finite number, got '0.5'"),
+        ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a finite number"),
+        ({"softcap": "5"}, TypeError, "softcap: expected"),
+        ({"dropout_p": "0.1"}, TypeError, r"dropout_p: expected a number in \[0, 1\), got '0.1'"),
+        ({"dropout_p": None}, TypeError, r"dropout_p: expected a number in \[0, 1\), got None"),
         ({"window": (-2, 0)}, ValueError, "window: expected two numbers of keys"),
         ({"window": (0, -3)}, ValueError, "window: expected two numbers of keys"),
         ({"window": (1.5, 0)}, ValueError, "window: expected two numbers of keys"),
@@ -432,10 +437,10 @@ def test_the_cpu_kernels_refuse_starts_that_leave_rows_out(bad):
         ({"max_seqlen_q": 8}, ValueError, "max_seqlen_q: expected None without cu_seqlens_q and cu_seqlens_k"),
         ({"max_seqlen_k": 8}, ValueError, "max_seqlen_k: expected None without cu_seqlens_q and cu_seqlens_k"),
         ({"sinks": [0.0] * 4}, TypeError, "sinks: expected a tensor, got list"),
-        ({"sinks": torch.zeros(3)}, ValueError, "sinks: expected float32 of shape"),
-        ({"sinks": torch.zeros(4, dtype=torch.float64)}, ValueError, "sinks: expected float32 of shape"),
-        ({"alibi_slopes": torch.zeros(4, dtype=torch.float64)}, ValueError, "alibi_slopes: expected float32 of shape"),
-        ({"alibi_slopes": torch.zeros(3, 4)}, ValueError, "alibi_slopes: expected float32 of shape"),
+        ({"sinks": torch.zeros(3)}, ValueError, "sinks: expected shape"),
+        ({"sinks": torch.zeros(4, dtype=torch.float64)}, TypeError, "sinks: expected float32"),
+        ({"alibi_slopes": torch.zeros(4, dtype=torch.float64)}, TypeError, "alibi_slopes: expected float32"),
+        ({"alibi_slopes": torch.zeros(3, 4)}, ValueError, "alibi_slopes: expected shape"),
         ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "alibi_slopes: .*no gradient"),
     ],
 )  # fmt: skip
@@ -447,19 +452,19 @@ def test_bad_input_names_the_argument_on_every_backend(backend, change, error, m
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("cu_seqlens_q", "cu_seqlens_k", "message"),
+    ("cu_seqlens_q", "cu_seqlens_k", "error", "message"),
     [
-        (starts(0, 8), None, "cu_seqlens_k: expected with its counterpart"),
-        (starts(0, 8), starts(0, 4, 8), "cu_seqlens_k: expected shape"),
-        (starts(0, 5, 3, 8), starts(0, 3, 5, 8), "cu_seqlens_q: expected starts that rise from 0 to 8"),
-        (starts(0, 9), starts(0, 8), "cu_seqlens_q: expected starts that rise from 0 to 8"),
-        (starts(0, 8), starts(1, 8), "cu_seqlens_k: expected starts that rise from 0 to 8"),
-        (starts(0, 8, dtype=torch.int64), starts(0, 8, dtype=torch.int64), "cu_seqlens_q: expected int32"),
+        (starts(0, 8), None, ValueError, "cu_seqlens_k: expected with its counterpart"),
+        (starts(0, 8), starts(0, 4, 8), ValueError, "cu_seqlens_k: expected shape"),
+        (starts(0, 5, 3, 8), starts(0, 3, 5, 8), ValueError, "cu_seqlens_q: expected starts that rise from 0 to 8"),
+        (starts(0, 9), starts(0, 8), ValueError, "cu_seqlens_q: expected starts that rise from 0 to 8"),
+        (starts(0, 8), starts(1, 8), ValueError, "cu_seqlens_k: expected starts that rise from 0 to 8"),
+        (starts(0, 8, dtype=torch.int64), starts(0, 8, dtype=torch.int64), TypeError, "cu_seqlens_q: expected int32"),
     ],
 )
-def test_bad_sequence_starts_are_named_on_every_backend(backend, cu_seqlens_q, cu_seqlens_k, message):
+def test_bad_sequence_starts_are_named_on_every_backend(backend, cu_seqlens_q, cu_seqlens_k, error, message):
     q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         ops.attention(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, backend=backend)
 
 
@@ -469,6 +474,14 @@ def test_a_longest_sequence_that_is_too_short_is_named_on_every_backend(backend)
     options = {"cu_seqlens_q": starts(0, 3, 8), "cu_seqlens_k": starts(0, 3, 8), "backend": backend}
     with pytest.raises(ValueError, match="max_seqlen_q: expected at least 5"):
         ops.attention(q, k, v, **options, max_seqlen_q=4)
+    for wrong in ("5", 5.0, torch.tensor(5)):
+        with pytest.raises(TypeError, match="max_seqlen_q: expected an integer from 0 up or None"):
+            ops.attention(q, k, v, **options, max_seqlen_q=wrong)
+
+
+def test_no_softcap_is_zero_or_none():
+    q, k, v = (random_tensor(1, 5, 2, 16, dtype=torch.float32) for _ in range(3))
+    assert torch.equal(ops.attention(q, k, v, softcap=None), ops.attention(q, k, v))
 
 
 @pytest.mark.parametrize(

@@ -206,5 +206,10 @@ def test_an_argument_that_no_sublayer_takes_is_named():
         layer(ops.decoder_layer, w_qkv=1)(**inputs)
     with pytest.raises(TypeError, match="'w_out'"):
         layer(ops.decoder_layer, {"w_out": 1})(**inputs)
+    x, mlp = torch.zeros(1, 3, 8), {"w_gate": None, "w_up": torch.zeros(4, 8), "w_down": torch.zeros(8, 4)}
+    with pytest.raises(TypeError, match="attention: expected the arguments of"):
+        ops.decoder_layer(x, None, mlp)
+    with pytest.raises(TypeError, match="attention: expected 'num_heads', which"):
+        ops.decoder_layer(x, dict.fromkeys(("w_q", "w_k", "w_v", "w_o"), torch.zeros(8, 8)), mlp)
     with pytest.raises(ValueError, match="w_down: expected shape"):
         layer(ops.decoder_layer)(**inputs | {"mlp_w_down": torch.zeros(3, 3)})

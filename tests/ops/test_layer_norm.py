@@ -201,6 +201,8 @@ def test_a_gradient_of_h_alone_passes_through(wanted):
         ({"bias": torch.zeros(8, dtype=torch.bfloat16)}, TypeError, "bias: expected torch.float32, as weight"),
         ({"residual": torch.zeros(3, 8)}, ValueError, r"residual: expected shape \(4, 8\)"),
         ({"residual": torch.zeros(4, 8, device="meta")}, ValueError, "residual: expected device cpu"),
+        ({"eps": None}, TypeError, "eps: expected a finite number from 0 up, got None"),
+        ({"eps": -1.0}, ValueError, "eps: expected a finite number from 0 up, got -1.0"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, message):

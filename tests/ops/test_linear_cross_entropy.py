@@ -451,3 +451,5 @@ def test_module_has_the_linear_layers_state_dict_and_the_ops_result():
         torch.testing.assert_close(ours(x, target, num_items=3), expected * (target != -100).sum() / 3)
     with pytest.raises(TypeError, match="unknown options num_item"):
         nn.LinearCrossEntropy(24, 70, num_item=3)
+    with pytest.raises(ValueError, match="reduction: expected one of mean, sum, none, got 'avg'"):
+        nn.LinearCrossEntropy(24, 70, reduction="avg")

@@ -186,6 +186,9 @@ def test_gradients_only_where_they_are_wanted():
         ({"weight": torch.zeros(8, device="meta")}, ValueError, "weight: expected device cpu"),
         ({"residual": torch.zeros(3, 8)}, ValueError, r"residual: expected shape \(4, 8\)"),
         ({"residual": torch.zeros(4, 8, dtype=torch.bfloat16)}, TypeError, "residual: expected torch.float32"),
+        ({"eps": None}, TypeError, "eps: expected a finite number from 0 up, got None"),
+        ({"eps": -1.0}, ValueError, "eps: expected a finite number from 0 up, got -1.0"),
+        ({"weight_offset": "1"}, TypeError, "weight_offset: expected a finite number, got '1'"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, message):
@@ -200,3 +203,6 @@ def test_module_has_torchs_state_dict_and_result():
     ours.load_state_dict(theirs.state_dict())
     x = random_tensor(5, 32, dtype=torch.float32)
     torch.testing.assert_close(ours(x), theirs(x))
+    for norm in (nn.RMSNorm, nn.LayerNorm):
+        with pytest.raises(ValueError, match="eps: expected a finite number from 0 up, got -1"):
+            norm(32, eps=-1)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from memkernels.ops.checks import check_same_device
+from memkernels.ops.checks import check_dropout_p, check_finite, check_integer, check_number, check_same_device
 
 
 def check_arguments(
@@ -65,15 +65,18 @@ def check_scores(
 ) -> None:
     """What changes and hides scores, whatever the layout; `name` and x say on which device."""
     check_same_device(name, x, alibi_slopes=alibi_slopes, sinks=sinks)
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number, got {scale}.")
+    check_score_options(scale, window, softcap, dropout_p)
+
+
+def check_score_options(scale: float | None, window: tuple[int, int], softcap: float, dropout_p: float) -> None:
+    """What a layer knows of scores when it is made."""
+    if scale is not None:
+        check_finite("scale", scale)
     is_pair = isinstance(window, (tuple, list)) and len(window) == 2
     if not is_pair or not all(hasattr(bound, "__index__") and bound >= -1 for bound in window):
         raise ValueError(f"window: expected two numbers of keys, -1 for unbounded, got {window}.")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap: expected 0 (off) or a positive number, got {softcap}.")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}.")
+    check_number("softcap", softcap, "0 or None (off) or a positive number", lambda number: 0 <= number < math.inf)
+    check_dropout_p(dropout_p)
 
 
 def check_per_head(
@@ -87,9 +90,11 @@ def check_per_head(
     ):
         if tensor is None:
             continue
-        if tensor.dtype not in dtypes or tuple(tensor.shape) not in shapes:
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name}: expected float32, got {tensor.dtype}.")
+        if tuple(tensor.shape) not in shapes:
             wanted = " or ".join(str(shape) for shape in shapes)
-            raise ValueError(f"{name}: expected float32 of shape {wanted}, got {tensor.dtype} {tuple(tensor.shape)}.")
+            raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}.")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes: expected a tensor that needs no gradient; they are not learned.")
 
@@ -119,8 +124,12 @@ def check_starts(name: str, starts: Tensor, rows: int, max_name: str, longest: i
     Where the longest is given, no GPU or trace has to wait: it is asserted on a GPU, and by a compiled graph, when it
     comes to that, before the kernels.
     """
-    if starts.dtype != torch.int32 or starts.dim() != 1 or starts.shape[0] < 2:
-        raise ValueError(f"{name}: expected int32 of shape (B + 1,), got {starts.dtype} {tuple(starts.shape)}.")
+    if starts.dtype != torch.int32:
+        raise TypeError(f"{name}: expected int32, got {starts.dtype}.")
+    if starts.dim() != 1 or starts.shape[0] < 2:
+        raise ValueError(f"{name}: expected shape (B + 1,), B > 0, got {tuple(starts.shape)}.")
+    if longest is not None:
+        check_integer(max_name, longest, "an integer from 0 up or None", least=0)
     if longest is not None and (starts.device.type != "cpu" or torch.compiler.is_compiling()):
         if not starts.is_meta:
             # Without numbers, which would bind a compiled graph to them.

@@ -84,7 +84,7 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     window: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -113,7 +113,7 @@ def attention(
         causal: hides the keys after p_i.
         scale: of the products; D ** -0.5 by default.
         window: keys seen before and after p_i; -1 is unbounded.
-        softcap: c > 0 turns a score s into c * tanh(s / c).
+        softcap: c > 0 turns a score s into c * tanh(s / c); 0 or None: off.
         alibi_slopes: (H,) or (B, H), float32, without gradient.
         sinks: (H,) float32: one more logit a head, whose probability goes nowhere.
         dropout_p: in [0, 1).
@@ -136,7 +136,7 @@ def attention(
         out, (B, Sq, H, Dv) or (Tq, H, Dv), like q.
 
     Raises:
-        TypeError: no tensor, a dtype other than those above, or dtypes that differ.
+        TypeError: no tensor, a dtype other than those above, or dtypes that differ; a number of another type.
         ValueError: shapes, devices, a scale, softcap, window, sequence starts, dropout_p or seed that do not fit, or a
             backend that lacks what the call needs. Each names the argument, and is the same on every backend.
 
@@ -145,6 +145,7 @@ def attention(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(name, tensor)
     q, k, v = (tensor.to(product_dtype(tensor)) for tensor in (q, k, v))
+    softcap = 0.0 if softcap is None else softcap
     lengths = check_arguments(
         q, k, v, scale, window, softcap, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from memkernels.ops.attention.checks import check_starts
-from memkernels.ops.checks import check_floating, check_same_device, check_shape
+from memkernels.ops.checks import check_floating, check_integer, check_same_device, check_shape
 
 
 def check_layout(x: Tensor, num_heads: int, weights: dict[str, Tensor], biases: dict[str, Tensor | None]) -> int:
     """Shapes and devices of x, of w_q, w_k, w_v and w_o, and of their biases; returns D."""
+    check_integer("num_heads", num_heads)
     for name, weight in weights.items():
         check_floating(name, weight)
     check_same_device("x", x, **weights, **biases)
@@ -20,7 +21,7 @@ def check_layout(x: Tensor, num_heads: int, weights: dict[str, Tensor], biases: 
     for name, weight in list(weights.items())[:3]:
         if weight.dim() != 2 or weight.shape[1] != d:
             raise ValueError(f"{name}: expected shape (out, {d}), got {tuple(weight.shape)}.")
-    if num_heads < 1 or w_q.shape[0] % num_heads or w_q.shape[0] == 0:
+    if w_q.shape[0] % num_heads or w_q.shape[0] == 0:
         raise ValueError(f"num_heads: expected a divisor of w_q's {w_q.shape[0]} rows, got {num_heads}.")
     size = w_q.shape[0] // num_heads
     num_kv_heads = w_k.shape[0] // size

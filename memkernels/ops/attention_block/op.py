@@ -47,7 +47,7 @@ def attention_block(
     causal: bool = False,
     scale: float | None = None,
     window: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -90,7 +90,7 @@ def attention_block(
         y, like x (under autocast, of autocast's dtype).
 
     Raises:
-        TypeError: a dtype other than those above.
+        TypeError: a dtype other than those above, or an option of another type.
         ValueError: a shape, device or option that does not fit.
 
     Saved for backward: x, d elements a token, out, H Dv elements, and lse, 4 H bytes, beside the parameters, cos and
@@ -98,6 +98,7 @@ def attention_block(
     k, v and the rotation: the three products of q, k and v more than a backward that keeps them; with post_norm_weight
     the output product too. Frozen weights cost no product.
     """
+    softcap = 0.0 if softcap is None else softcap
     x_in, plan, context, tensors, has_kernels = plan_attention_block(
         x, w_q, w_k, w_v, w_o, num_heads=num_heads, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, norm=norm,
         norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, norm_offset=norm_offset,
@@ -145,7 +146,7 @@ def plan_attention_block(
     causal: bool = False,
     scale: float | None = None,
     window: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -171,6 +172,7 @@ def plan_attention_block(
         raise ValueError(f"{'cos' if cos is None else 'sin'}: expected with its counterpart, got None.")
     if cos is not None and sin is not None:
         check_tables(x, (rows, length, head_size), dtype, cos, sin)
+    softcap = 0.0 if softcap is None else softcap
     check_scores("x", x, scale, window, softcap, alibi_slopes, sinks, dropout_p)
     check_per_head(x.dtype, batch, num_heads, alibi_slopes, sinks)
     weights = as_product_weights(x, dtype, **given, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o)

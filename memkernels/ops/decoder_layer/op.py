@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,12 @@ from memkernels.ops.gated_mlp.op import plan_gated_mlp
 from memkernels.ops.gradient_sum import results
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.saved import compressible
+
+# Of each sublayer beside x, and whether it has to be given.
+_ARGUMENTS = {
+    name: {one.name: one.default is one.empty for one in list(inspect.signature(op).parameters.values())[1:]}
+    for name, op in (("attention", attention_sublayer), ("mlp", mlp_sublayer))
+}
 
 
 @dataclass(frozen=True)
@@ -107,10 +114,25 @@ def decoder_layer(x: Tensor, attention: Mapping[str, Any], mlp: Mapping[str, Any
     `ops.gated_mlp` has tiles, and neither attention nor the down product: what selective checkpointing does that keeps
     the attention operator's outputs.
     """
+    _check_arguments("attention", attention, attention_sublayer)
+    _check_arguments("mlp", mlp, mlp_sublayer)
     x_in, attention_plan, context, attention_tensors, attention_kernels = plan_attention_block(x, **attention)
-    mlp_plan, mlp_tensors, mlp_kernels = plan_gated_mlp(x, **mlp)
+    mlp_plan, mlp_tensors, mlp_seed, mlp_kernels = plan_gated_mlp(x, **mlp)
     if attention_kernels and mlp_kernels:
         plan, tensors = Plan(attention_plan, mlp_plan), (*attention_tensors, *mlp_tensors)
         return _DecoderLayer.apply(plan, x_in, tuple(context[:-1]), context.sinks, *distinct(*tensors)).view(x.shape)
     h = x + attention_sublayer(x, **{**attention, "seed": context.seed})
-    return h + mlp_sublayer(h, **mlp)
+    return h + mlp_sublayer(h, **{**mlp, "seed": mlp_seed})
+
+
+def _check_arguments(name: str, given: Mapping[str, Any], op: Callable) -> None:
+    """Those of an op beside x, by name."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}: expected the arguments of ops.{op.__name__} by name, got {type(given).__name__}.")
+    arguments = _ARGUMENTS[name]
+    for argument in given:
+        if argument not in arguments:
+            raise TypeError(f"{name}: ops.{op.__name__} takes no {argument!r} beside x.")
+    for argument, required in arguments.items():
+        if required and argument not in given:
+            raise TypeError(f"{name}: expected {argument!r}, which ops.{op.__name__} needs, got none.")

@@ -48,7 +48,7 @@ class _GatedActivation(torch.autograd.Function):
 
 
 def check_activation(activation: str) -> None:
-    if activation not in reference.ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}.")
 
 

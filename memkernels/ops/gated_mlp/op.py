@@ -8,7 +8,7 @@ from torch import Tensor
 from memkernels._library import has_kernel, missing
 from memkernels.ops.autocast import product_dtype
 from memkernels.ops.block_norm import make_norm, make_rms_norm
-from memkernels.ops.checks import check_floating, check_same_device, check_shape
+from memkernels.ops.checks import check_dropout_p, check_floating, check_same_device, check_shape, check_tile_tokens
 from memkernels.ops.dropped_projection import DroppedProjection
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.gated_mlp import hidden, reference  # noqa: F401  hidden defines the fused operators
@@ -77,7 +77,7 @@ def gated_mlp(
         y, like x (under autocast, of autocast's dtype).
 
     Raises:
-        TypeError: a dtype other than those above.
+        TypeError: a dtype other than those above, or an option of another type.
         ValueError: a shape, device, activation, dropout_p, seed, tile or backend that does not fit.
 
     Saved for backward: x itself, d elements per token, with the norm or without, and the parameters. Under autocast
@@ -87,11 +87,10 @@ def gated_mlp(
     product only where a norm follows it. A tile holds three buffers of (tile_tokens, f). Weight gradients are summed
     over tiles in float32; frozen ones cost nothing.
     """
-    mask_seed = seed_tensor(seed, x.device) if 0.0 < dropout_p < 1.0 else None
-    plan, tensors, has_kernels = plan_gated_mlp(
+    plan, tensors, mask_seed, has_kernels = plan_gated_mlp(
         x, w_gate, w_up, w_down, activation=activation, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
         norm_eps=norm_eps, norm_offset=norm_offset, post_norm_weight=post_norm_weight, dropout_p=dropout_p,
-        seed=mask_seed, tile_tokens=tile_tokens, b_gate=b_gate, b_up=b_up, b_down=b_down, backend=backend,
+        seed=seed, tile_tokens=tile_tokens, b_gate=b_gate, b_up=b_up, b_down=b_down, backend=backend,
     )  # fmt: skip
     if norm_weight is None:
         x = x.to(plan.dtype)
@@ -128,13 +127,13 @@ def plan_gated_mlp(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Plan, tuple[Tensor, ...], bool]:
-    """The checked call of `gated_mlp`: its plan, its tensors, and whether every kernel it takes is there."""
+) -> tuple[Plan, tuple[Tensor, ...], Tensor | None, bool]:
+    """The checked call of `gated_mlp`: plan, tensors, dropout's seed, and whether every kernel it takes is there."""
     check_activation(activation)
     _check_tensors(x, base_of(w_gate), base_of(w_up), base_of(w_down), b_gate, b_up, b_down)
     in_front = make_norm(x, norm, norm_weight, norm_bias, norm_eps, norm_offset)
-    if tile_tokens is not None and tile_tokens < 1:
-        raise ValueError(f"tile_tokens: expected a positive number or None, got {tile_tokens}.")
+    check_tile_tokens(tile_tokens)
+    check_dropout_p(dropout_p)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
     dtype = product_dtype(x)
@@ -143,19 +142,18 @@ def plan_gated_mlp(
     )
     gate = None if w_gate is None else projection_of(weights["w_gate"], weights["b_gate"])
     up, down = (projection_of(weights[f"w_{name}"], weights[f"b_{name}"]) for name in ("up", "down"))
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}.")
-    if dropout_p > 0.0:
-        down = DroppedProjection(down, seed_tensor(seed, x.device), dropout_p)
     post_norm = make_rms_norm(
         "post_norm_weight", x, base_of(w_down).shape[0], post_norm_weight, norm_eps, norm_offset, dtype
     )
+    mask_seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
+    if mask_seed is not None:
+        down = DroppedProjection(down, mask_seed, dropout_p)
     plan, tensors = gated_mlp_plan(
         x, in_front, gate, up, down, post_norm, activation=activation, tile_tokens=tile_tokens,
         fused=_is_fused(backend, x.device.type, dtype, (gate, up, down)), dtype=dtype,
     )  # fmt: skip
     has_kernels = has_kernel("gated_activation_fwd", x) and in_front.has_kernel(x) and post_norm.has_kernel(x)
-    return plan, tensors, has_kernels
+    return plan, tensors, mask_seed, has_kernels
 
 
 def _is_fused(backend: str, device_type: str, dtype: torch.dtype, projections: tuple[Projection | None, ...]) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_triton
-from memkernels.ops.checks import check_floating, check_like, check_parameter
+from memkernels.ops.checks import check_eps, check_floating, check_like, check_parameter
 from memkernels.ops.distinct import distinct
 from memkernels.ops.layer_norm import reference
 from memkernels.ops.once_differentiable import once_differentiable
@@ -84,8 +84,8 @@ def layer_norm(
         y, like x; with `residual` the pair (y, h).
 
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: a shape or device that does not fit x.
+        TypeError: a dtype other than those above, or an eps that is no number.
+        ValueError: a shape or device that does not fit x; a negative or infinite eps.
 
     Saved for backward: h (x itself without residual: no copy), weight, and mean and rstd, 8 bytes per row.
     """
@@ -97,6 +97,7 @@ def layer_norm(
         check_like("bias", bias, "weight", weight)
     if residual is not None:
         check_like("residual", residual, "x", x)
+    check_eps("eps", eps)
     if not has_kernel("layer_norm_fwd", x):
         return reference.layer_norm(x, weight, bias, eps, residual=residual)
     y, residual_out = _LayerNorm.apply(*distinct(x, residual, weight, bias), float(eps))

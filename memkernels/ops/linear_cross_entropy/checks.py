@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memkernels.ops.checks import check_floating, check_same_device, check_shape
+from memkernels.ops.checks import check_floating, check_number, check_same_device, check_shape
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -35,7 +34,11 @@ def check_tensors(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
 
 
 def check_options(
-    ignore_index: int, reduction: str, softcap: float | None, label_smoothing: float, z_loss: float
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}.")
@@ -44,9 +47,9 @@ def check_options(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
     if softcap is not None:
-        _check_number("softcap", softcap, "a positive number or None", lambda value: 0 < value < float("inf"))
-    _check_number("label_smoothing", label_smoothing, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-    _check_number("z_loss", z_loss, "a number from 0 up", lambda value: 0 <= value < float("inf"))
+        check_number("softcap", softcap, "a positive number or None", lambda value: 0 < value < float("inf"))
+    check_number("label_smoothing", label_smoothing, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+    check_number("z_loss", z_loss, "a number from 0 up", lambda value: 0 <= value < float("inf"))
 
 
 def check_num_items(num_items: Any, x: Tensor, reduction: str) -> None:
@@ -56,7 +59,7 @@ def check_num_items(num_items: Any, x: Tensor, reduction: str) -> None:
     if reduction != "mean":
         raise ValueError(f"num_items: it is what reduction='mean' divides by, got it with {reduction!r}.")
     if not isinstance(num_items, Tensor):
-        _check_number("num_items", num_items, "a positive number", lambda value: 0 < value < float("inf"))
+        check_number("num_items", num_items, "a positive number", lambda value: 0 < value < float("inf"))
         return
     if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
         raise ValueError(
@@ -69,10 +72,3 @@ def check_num_items(num_items: Any, x: Tensor, reduction: str) -> None:
         raise ValueError(f"num_items: expected a positive number, got {num_items.item()}.")
     if num_items.device.type == "cuda":
         torch._assert_async(num_items > 0, "num_items: expected a positive number.")
-
-
-def _check_number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}.")
-    if not fits(value):
-        raise ValueError(f"{name}: expected {expected}, got {value}.")

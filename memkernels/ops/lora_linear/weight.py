@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.autocast import as_product_dtype, is_autocast
-from memkernels.ops.checks import check_floating, check_same_device, check_shape
+from memkernels.ops.checks import check_dropout_p, check_floating, check_same_device, check_shape
 from memkernels.ops.lora_linear import reference
 from memkernels.ops.lora_linear.norm import adapted_row_norms
 from memkernels.ops.lora_linear.projection import LoRA, LoRAProjection, Tensors
@@ -67,8 +67,7 @@ class LoRAWeight:
         check_shape("lora_b", lora_b, (weight.shape[0], lora_a.shape[0]), "weight's rows and lora_a's")
         if lora_b.dtype != lora_a.dtype:
             raise TypeError(f"lora_b: expected {lora_a.dtype}, as lora_a, got {lora_b.dtype}.")
-        if not 0.0 <= self.dropout_p < 1.0:
-            raise ValueError(f"dropout_p: expected a number in [0, 1), got {self.dropout_p}.")
+        check_dropout_p(self.dropout_p)
         for name in ("magnitude", "row_squares"):
             tensor = getattr(self, name)
             if tensor is not None:

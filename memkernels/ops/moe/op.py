@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memkernels._library import has_kernel
 from memkernels.ops.autocast import product_dtype
-from memkernels.ops.checks import check_shape
+from memkernels.ops.checks import check_dropout_p, check_shape
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.gradient_sum import gradient_sums, results
 from memkernels.ops.moe import activation as _activation  # noqa: F401  defines the operators
@@ -176,8 +176,7 @@ def moe_mlp(
         plan = expert_ids
     else:
         plan = moe_plan(expert_ids, down_like.shape[0] if down_like.dim() else 0, capacity=capacity)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}.")
+    check_dropout_p(dropout_p)
     check_tokens("x", x, plan)
     check_weights("expert_weights", expert_weights, plan)
     check_expert_weights("w_gate_up", gate_up_like, "x", x, plan)

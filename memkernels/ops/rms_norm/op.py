@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_triton
-from memkernels.ops.checks import check_floating, check_like, check_parameter
+from memkernels.ops.checks import check_eps, check_finite, check_floating, check_like, check_parameter
 from memkernels.ops.distinct import distinct
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.rms_norm import reference
@@ -76,8 +76,8 @@ def rms_norm(
         y, like x; with `residual` the pair (y, h).
 
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: a shape or device that does not fit x.
+        TypeError: a dtype other than those above, or an eps or weight_offset that is no number.
+        ValueError: a shape or device that does not fit x; a negative or infinite eps, an infinite weight_offset.
 
     Saved for backward: h (x itself without residual: no copy), weight, and rstd, 4 bytes per row.
     """
@@ -87,6 +87,8 @@ def rms_norm(
     check_parameter("weight", weight, x, (x.shape[-1],), "the last dimension of x")
     if residual is not None:
         check_like("residual", residual, "x", x)
+    check_eps("eps", eps)
+    check_finite("weight_offset", weight_offset)
     if not has_kernel("rms_norm_fwd", x):
         return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
     y, residual_out = _RMSNorm.apply(*distinct(x, residual, weight), float(eps), float(weight_offset))
