@@ -161,7 +161,7 @@ def moe_mlp(
         TypeError: a dtype other than those above.
         ValueError: a shape, device, activation, capacity, dropout_p, seed or backend that does not fit; a capacity
             beside a plan; quantised weights that require a gradient.
-        RuntimeError: an expert id out of range.
+        RuntimeError: an expert id out of range, or more of a token's choices than experts, as `moe_plan` has it.
 
     Saved for backward: x (d elements a token), expert_weights and the plan (12 bytes a choice), and the parameters.
     Without `recompute` also the pre-activation, 2 n elements a choice; with it backward has two products' worth more

@@ -69,15 +69,17 @@ def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = Non
     Transformers, arXiv 2101.03961, section 2.2, and GShard, arXiv 2006.16668, drop in the order of tokens too).
 
     Args:
-        expert_ids: (T, k), int64 or int32, 0 to num_experts; num_experts itself means nowhere. k may pass num_experts
-            where these are the part of the experts that is here.
+        expert_ids: (T, k), int64 or int32, 0 to num_experts; num_experts itself means nowhere. Of a token's at most
+            num_experts go to an expert: k may be larger where these are the part of the experts that is here, and the
+            other choices go nowhere.
         num_experts: E, at least 1.
         capacity: the most rows an expert takes, at least 1; None: all of them (dropless).
 
     Raises:
         TypeError: a dtype other than those above.
         ValueError: a shape, number of experts or capacity that does not fit.
-        RuntimeError: an id out of range; on a GPU a device-side assertion.
+        RuntimeError: an id out of range, or more of a token's choices than there are experts; on a GPU a device-side
+            assertion.
     """
     if not isinstance(expert_ids, Tensor) or expert_ids.dtype not in (torch.int64, torch.int32):
         got = expert_ids.dtype if isinstance(expert_ids, Tensor) else type(expert_ids).__name__
@@ -89,6 +91,12 @@ def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = Non
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity: expected at least 1 or None, got {capacity}.")
     pairs = expert_ids.numel()
+    if expert_ids.shape[1] > num_experts:
+        torch._assert_async(
+            ((expert_ids < num_experts).sum(1) <= num_experts).all(),
+            f"expert_ids: expected at most num_experts = {num_experts} choices of a token that go to an expert, got"
+            f" more of k = {expert_ids.shape[1]}; the others are to be {num_experts}: nowhere.",
+        )
     rows = pairs if capacity is None else min(capacity, pairs)
     compute = reference.plan if missing("moe_plan", expert_ids.device.type) else torch.ops.memkernels.moe_plan
     return DispatchPlan(*compute(expert_ids, num_experts, rows))
