@@ -19,16 +19,17 @@ from memkernels import _library
 from memkernels.ops import wide_norm_triton
 from memkernels.ops.layer_norm import triton as layer_norm_triton
 from memkernels.ops.rms_norm import triton as rms_norm_triton
+from memkernels.quant.nf4 import NF4Encoding
 from memkernels.testing import implementations
 
 OPERATORS = torch.ops.memkernels
 FAR = 3  # rows, or elements, past 2^31
 NARROW, WIDE = 64, 8208
-NATIVE = [
-    implementation
-    for implementation in implementations("rms_norm_fwd")
-    if implementation.name in (f"cpu-{_library.cpu_isa()}", "gpu")
-]
+
+
+def native(operator):
+    names = f"cpu-{_library.cpu_isa()}", "gpu"
+    return [implementation for implementation in implementations(operator) if implementation.name in names]
 
 
 def rms_norm(x, residual, dy, dh, weight, statistics):
@@ -87,8 +88,121 @@ def test_offsets_of_triton_kernels(monkeypatch, op, rows, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [rms_norm, layer_norm, gated_activation])
-@pytest.mark.parametrize("implementation", NATIVE, ids=str)
+@pytest.mark.parametrize("implementation", native("rms_norm_fwd"), ids=str)
 def test_offsets_of_native_kernels(implementation, op):
     """Inputs never written read as one page of zeros; the outputs of an operator, one at a time, take up to 9 GB."""
     with implementation.active() as device:
         check(op, 2**19 + FAR, 4096, torch.bfloat16, device)
+
+
+# --- mixture of experts ---
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def dispatch(x, grouped, weights, rows, offsets):
+    yield "x_grouped", OPERATORS.moe_dispatch(x, weights, rows, offsets, len(grouped))[-FAR:]
+
+
+def combine(x, grouped, weights, rows, offsets):
+    yield "y", OPERATORS.moe_combine(grouped, weights, rows)[-FAR:]
+
+
+def combine_bwd(x, grouped, weights, rows, offsets):
+    dy_grouped, dweights = OPERATORS.moe_combine_bwd(x, grouped, weights, rows, offsets)
+    yield from (("dy_grouped", dy_grouped[-FAR:]), ("dweights", dweights[-FAR:]))
+
+
+@pytest.mark.parametrize("op", [dispatch, pytest.param(combine, marks=pytest.mark.slow), combine_bwd])
+@pytest.mark.parametrize("implementation", native("moe_dispatch"), ids=str)
+def test_offsets_of_dispatch_and_combine(implementation, op):
+    """The last tokens alone have rows, the last ones, so that but `combine` touches no others, which are 4 GB each."""
+    count, size = 2**19 + FAR, 4096
+    with implementation.active() as device:
+        x, grouped = torch.randn(2, FAR, size, device=device).bfloat16()
+        near = x, grouped, torch.rand(FAR, 1, device=device)
+        rows = int32([2], [0], [1]).to(device)
+        expected = dict(op(*near, rows, int32(0, FAR).to(device)))
+        far = [torch.empty(count, *tensor.shape[1:], dtype=tensor.dtype, device=device) for tensor in near]
+        for whole, last in zip(far, near, strict=True):
+            whole[-FAR:] = last
+        far_rows = int32([-1]).to(device).repeat(count, 1)
+        far_rows[-FAR:] = rows + count - FAR
+        for name, output in op(*far, far_rows, int32(0, count).to(device)):
+            assert torch.equal(output, expected[name]), name
+
+
+def grouped_product(x, weights, y, offsets):
+    return [OPERATORS.grouped_product(x, None, weights, offsets, len(x), "triton")]
+
+
+def grouped_product_add(x, weights, y, offsets):
+    OPERATORS.grouped_product_add_(y, x, weights, offsets, "triton")
+    return [y]
+
+
+def expert_activation(x, weights, y, offsets):
+    row_weight = torch.empty(len(x))
+    row_weight[-1] = 0.5
+    return [
+        OPERATORS.expert_activation_fwd(x, row_weight, False, "silu"),
+        *OPERATORS.expert_activation_bwd(y, x, row_weight, False, "silu"),
+    ]
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="of a launch only the interpreter can run the end")
+triton_products = implementations("grouped_product")[0]
+
+
+@interpreted
+@pytest.mark.parametrize("op", [grouped_product, grouped_product_add, expert_activation])
+def test_offsets_of_the_experts_rows(op):
+    """One row past a multiple of the tile's: the last tile has the last row, and no later one has none."""
+    generator, size = torch.Generator().manual_seed(0), 32
+    x, y, weights = (torch.randn(rows, size, generator=generator).half() for rows in (1, 1, size))
+    count = 2**31 // size + 1
+    far_x, far_y = (torch.empty(count, size, dtype=torch.float16) for _ in range(2))
+    far_x[-1], far_y[-1] = x[0], y[0]
+    with triton_products.active():
+        near = op(x, weights[None], y, int32(0, 1))
+        with last_programs_only():
+            for output, expected in zip(op(far_x, weights[None], far_y, int32(0, count)), near, strict=True):
+                assert torch.equal(output[-1:], expected)
+
+
+@interpreted
+def test_offsets_of_the_experts_gradients():
+    dy, x = torch.randn(1, 16).half(), torch.randn(1, 32).half()
+    offsets = torch.zeros(2**31 // (16 * 32) + 2, dtype=torch.int32)
+    offsets[-1] = 1
+    with triton_products.active():
+        near = OPERATORS.grouped_weight_grad(dy, None, x, None, offsets[-2:], "triton")
+        with last_programs_only():
+            far = OPERATORS.grouped_weight_grad(dy, None, x, None, offsets, "triton")
+    assert torch.equal(far[-1:], near)
+
+
+@interpreted
+def test_offsets_of_quantised_experts():
+    """Each of three experts has a row and so a tile; the last tile is of the last 32 rows of the last expert."""
+    experts, size, last = 3, 64, 32
+    rows = triton.cdiv(2**31, experts * size * last) * last
+    x = torch.randn(1, size).half()
+    packed, absmax = torch.randint(256, (last * size // 2,), dtype=torch.uint8), torch.rand(last)
+    far = [torch.empty(experts * rows * size // 2, dtype=torch.uint8), torch.empty(experts * rows)]
+    far[0][-len(packed) :], far[1][-last:] = packed, absmax
+
+    def product(parts, rows, offsets):
+        sizes = NF4Encoding((rows, size), torch.float16, size, False).sizes
+        x_rows = x.expand(len(offsets) - 1, size)
+        return OPERATORS.grouped_quantized_product(
+            x_rows, None, parts, "nf4", sizes, offsets, len(x_rows), True, "triton"
+        )
+
+    with triton_products.active():
+        near = product([packed, absmax], last, int32(0, 1))
+        with last_programs_only():
+            y = product(far, experts * rows, int32(*range(experts + 1)))
+    assert torch.equal(y[-1:, -last:], near)
