@@ -1,4 +1,11 @@
-"""The activation between an expert's two products, with the router's weight in it: operators."""
+"""The activation between an expert's two products, with the router's weight in it: operators.
+
+The weight is here and not in the epilogue of a product, since here it moves the fewest bytes. In forward it is read
+once a row, 4 bytes beside the 3 n elements that the activation moves; the epilogue of the down product would read it
+for each tile of columns, 4 d / 128 bytes a row. In backward its gradient <dh, act(gate) up> is of what the activation's
+gradient has in registers, 4 bytes written a row; the epilogue of the product that makes dh would read gate_up for it
+once more, 2 n elements a row, and write and read a partial sum for each tile of columns.
+"""
 
 from __future__ import annotations
 
