@@ -1,5 +1,5 @@
-# `make demo` and `make test` work from a bare clone with Python 3.10+, g++ and make; everything else goes into .venv.
-# Offload needs Python's headers too, and is left out without them.
+# `make demo` works from a bare clone with Python 3.10+, g++ 11+ and make; everything else goes into .venv. `make test` and
+# `make bench` need Python's headers too, against which torch.compile compiles; offload is left out without them.
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,7 +8,7 @@ TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help env build demo test test-slow lint format bench kernels clean
+.PHONY: help headers env build demo test test-slow lint format bench kernels clean
 
 help:
 	@echo "make demo       environment, build, and the main job: a Llama trained with and without memkernels"
@@ -23,13 +23,19 @@ $(VENV)/.ready: pyproject.toml
 	  || { echo "memkernels: Python 3.10 or newer is missing; install it or name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "memkernels: this Python has no venv module; install it (Debian: apt-get install python3-venv)."; exit 1; }
-	@command -v "$${CXX:-g++}" >/dev/null \
-	  || { echo "memkernels: a C++ compiler is missing; install g++ 11 or newer, or name one with CXX."; exit 1; }
+	@printf '#if !defined(__clang__) && __GNUC__ < 11\n#error\n#endif\n' | "$${CXX:-g++}" -x c++ -E - >/dev/null 2>&1 \
+	  || { echo "memkernels: a C++ compiler is missing or too old; install g++ 11 or newer, or name one with CXX."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)" "$(TRITON)"
+	$(BIN)/pip install -q "$(TORCH)" "$(TRITON); sys_platform == 'linux'"
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja pybind11
 	MEMKERNELS_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[hf,plot,plan,examples,test,dev]"
 	touch $@
+
+headers:
+	@"$$(command -v $(BIN)/python || echo $(PYTHON))" -c \
+	  'import os, sys, sysconfig; sys.exit(3 * (not os.path.exists(sysconfig.get_path("include") + "/Python.h")))' \
+	  2>/dev/null; test $$? -ne 3 \
+	  || { echo "memkernels: Python.h is missing; install Python's headers (Debian: apt-get install python3-dev)."; exit 1; }
 
 env: $(VENV)/.ready
 
@@ -40,10 +46,10 @@ demo: build
 	$(BIN)/python -m memkernels demo
 
 # xdist runs two processes of one thread each; loadgroup keeps tests that share a session fixture together.
-test: build
+test: headers build
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
-test-slow: build
+test-slow: headers build
 	$(BIN)/python -m pytest -q -m "slow or hypothesis" --hypothesis-profile=search
 
 lint: env
@@ -57,7 +63,7 @@ format: env
 	$(BIN)/ruff format
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
-bench: build
+bench: headers build
 	$(BIN)/python -m memkernels.bench
 	$(BIN)/python -m memkernels.bench.plot
 	$(BIN)/python -m memkernels.bench.report

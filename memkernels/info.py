@@ -117,8 +117,16 @@ def _implementation(operator: str, device_type: str) -> str:
     if reason is not None:
         return f"plain PyTorch, since {reason.rstrip('.')}"
     if device_type == "cpu":
-        return f"C++ ({_library.cpu_isa()})"
+        return f"C++ ({_cpu_build(operator)})"
     return "Triton" if operator in _library.triton_modules else "CUDA C++"
+
+
+def _cpu_build(operator: str) -> str | None:
+    """The instruction set of the build that runs: where the one in use has none, that below it."""
+    isa = _library.cpu_isa()
+    if isa is None or _library.has_cpu_build(operator):
+        return isa
+    return _library.CPU_ISAS[_library.CPU_ISAS.index(isa) - 1]
 
 
 def _device_types() -> list[str]:

@@ -18,6 +18,14 @@ def test_info_reports_versions_and_implementations_and_checks_an_op(capsys):
     assert f"cpu: C++ ({_library.cpu_isa()})" in printed
 
 
+def test_info_names_the_instruction_set_of_each_operators_build(capsys, monkeypatch):
+    monkeypatch.setattr(_library, "cpu_isa", lambda: "amx")
+    monkeypatch.setattr(_library, "has_cpu_build", lambda operator: operator.startswith("attention"))
+    main(["info"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert "cpu: C++ (amx)" in lines["attention_fwd"] and "cpu: C++ (avx512)" in lines["rms_norm_fwd"]
+
+
 def test_info_says_why_an_implementation_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(_library, "missing", lambda operator, device: "_C_cpu.so is not built: run pip.")
     main(["info"])
