@@ -54,6 +54,10 @@ rows, tiles of M queries in forward and dQ and of N keys in dK and dV, and sums 
 A ratio of 1 so means that hidden tiles are skipped and that a tile reads nothing twice. How often tiles read the same
 rows, from caches or not, is in the bytes, and the choice of M and N.
 
+The products of experts, `moe`, have their least at the tile's size too: a tile of the output moves its rows of the one
+factor and its columns of the other once, no tile has rows of two experts, and a token's row is gathered for each of its
+choices. In the least of NF4 is the look-up of a code's value, 4 bytes for half a byte of code, of a table of 64 bytes.
+
 | op | case | bytes read | bytes written | least | ratio | limit |
 | --- | --- | --- | --- | --- | --- | --- |"""
 

@@ -275,6 +275,16 @@ def test_triton_never_follows_rows_or_offsets_out_of_bounds():
             grouped_operators(x, tokens, dy, weights, offsets + shift)
 
 
+@pytest.mark.parametrize("backend", ["loop", "triton"])
+def test_a_product_adds_nothing_to_rows_of_no_expert(backend):
+    """Not even zero, which would read and write them, and make -0 to 0."""
+    with device_of(backend) as device:
+        y, x = torch.full((40, 16), -0.0, device=device), torch.ones(40, 4, device=device)
+        offsets = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
+        torch.ops.memkernels.grouped_product_add_(y, x, torch.ones(2, 4, 16, device=device), offsets, backend)
+    assert (y[:5] == 4).all() and y[5:].signbit().all()
+
+
 @pytest.mark.parametrize("size", [64, 15], ids=["descriptors", "pointers"])
 def test_triton_products_have_addresses_beyond_32_bits(size):
     with device_of("triton") as device:

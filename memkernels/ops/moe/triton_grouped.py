@@ -110,7 +110,7 @@ def _grouped_product_kernel(
     BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y[r] = x[rows[r]] W_e, on top of y where ADD, for the rows r of group e; zero beyond the last group.
+    """y[r] = x[rows[r]] W_e for the rows r of group e, zero beyond the last group; ADD: on top of y, and no row beyond.
 
     y: (num_rows, columns); x: (num_sources, inner). BY_ROWS: W_e is the transpose of a stored (columns, inner), else
     it is stored (inner, columns); dense (`weights`), or quantised (`stored`), one expert's rows under another's.
@@ -137,6 +137,7 @@ def _grouped_product_kernel(
             )  # fmt: skip
         total = tl.dot(x_tile.to(w_tile.dtype), w_tile, total, input_precision=PRECISION)
     if ADD:
+        end = tl.where(expert < experts, end, first_row)
         total += load_tile(y_ptr, first_row, first_column, end, columns, columns, BLOCK_M, BLOCK_N, False)
     store_tile(y_ptr, total, first_row, first_column, end, columns, columns, BLOCK_M, BLOCK_N, False)
 
