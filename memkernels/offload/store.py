@@ -24,7 +24,7 @@ TIERS = ("host", "disk", "auto")
 
 STAGING_BYTES = 128 << 20  # bytes of host memory through which the disk is written and read, by default
 _SLAB_STEP = 16 << 20
-_THREADS = 4  # transfers under way at once
+_THREADS = 4  # that hand parts to the disk and compute checksums
 
 
 @dataclass(eq=False)
