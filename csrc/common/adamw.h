@@ -20,6 +20,14 @@ struct AdamWUpdate {
     v = kept * v + second * (g * g);
     p = p * decay - step_size * m / (Lanes::sqrt(v) * correction + least);
   }
+
+  // With the learning rate times `factor`.
+  MEMKERNELS_HOST_DEVICE AdamWUpdate scaled(float factor) const {
+    AdamWUpdate update = *this;
+    update.decay = 1.0f - (1.0f - decay) * factor;
+    update.step_size = step_size * factor;
+    return update;
+  }
 };
 
 struct AdamW {

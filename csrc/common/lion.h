@@ -25,6 +25,14 @@ struct LionUpdate {
     p = p * decay - step_size * sign<Lanes>(m + first * (g - m));
     m += second * (g - m);
   }
+
+  // With the learning rate times `factor`.
+  MEMKERNELS_HOST_DEVICE LionUpdate scaled(float factor) const {
+    LionUpdate update = *this;
+    update.decay = 1.0f - (1.0f - decay) * factor;
+    update.step_size = step_size * factor;
+    return update;
+  }
 };
 
 struct Lion {

@@ -19,13 +19,13 @@ inline void check_array(const char* name, size_t i, const Tensor& t, ScalarType 
 
 // `moments` and `absmax` hold those of every parameter for the first moment, then for the second; absmax is empty where
 // states have 16 bits or more. `remainders` is empty, or has an empty tensor where a parameter is rounded. `origins`
-// are multiples of kRun. `grad_factor` is one float32 beside the parameters.
+// are multiples of kRun. `grad_factor` and `lr_factor` are one float32 each beside the parameters.
 inline Group make_group(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
                         const std::vector<Tensor>& moments, const std::vector<Tensor>& absmax,
                         const std::vector<Tensor>& remainders, const std::vector<int64_t>& steps,
                         const std::vector<int64_t>& indices, const std::vector<int64_t>& origins, int64_t seed,
                         int64_t state_bits, double grad_scale, const std::optional<Tensor>& grad_factor,
-                        size_t moment_count) {
+                        const std::optional<Tensor>& lr_factor, size_t moment_count) {
   const size_t count = parameters.size();
   const bool coded = state_bits < 16;
   STD_TORCH_CHECK(state_bits == 32 || state_bits == 16 || state_bits == 8 || state_bits == 4,
@@ -51,12 +51,16 @@ inline Group make_group(const std::vector<Tensor>& parameters, const std::vector
   Group group{.state_bits = state_bits,
               .seed = static_cast<uint64_t>(seed),
               .grad_scale = static_cast<float>(grad_scale),
-              .grad_factor = nullptr};
-  if (grad_factor.has_value()) {
-    check_one_element("grad_factor", *grad_factor, ScalarType::Float);
-    if (count > 0) check_device("grad_factor", *grad_factor, parameters[0]);
-    group.grad_factor = grad_factor->const_data_ptr<float>();
-  }
+              .grad_factor = nullptr,
+              .lr_factor = nullptr};
+  const auto factor = [&](const char* name, const std::optional<Tensor>& tensor) -> const float* {
+    if (!tensor.has_value()) return nullptr;
+    check_one_element(name, *tensor, ScalarType::Float);
+    if (count > 0) check_device(name, *tensor, parameters[0]);
+    return tensor->const_data_ptr<float>();
+  };
+  group.grad_factor = factor("grad_factor", grad_factor);
+  group.lr_factor = factor("lr_factor", lr_factor);
   for (size_t i = 0; i < count; ++i) {
     const Tensor& parameter = parameters[i];
     const ScalarType dtype = parameter.scalar_type();

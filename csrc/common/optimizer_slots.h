@@ -27,9 +27,11 @@ struct Group {
   std::vector<Slot> slots;
   int64_t state_bits;
   uint64_t seed;
-  // The gradients are multiplied by both; grad_factor, which may be null, is where the kernel runs.
+  // The gradients are multiplied by both, the learning rate by lr_factor; those that are not null are where the kernel
+  // runs.
   float grad_scale;
   const float* grad_factor;
+  const float* lr_factor;
 };
 
 // Of a slot's parameter (tensor 0) or its moments (from 1 on).

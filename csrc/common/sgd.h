@@ -26,6 +26,13 @@ struct SGDUpdate {
     b = momentum * b + fresh * g;
     p -= step_size * (nesterov ? g + momentum * b : b);
   }
+
+  // With the learning rate times `factor`.
+  MEMKERNELS_HOST_DEVICE SGDUpdate scaled(float factor) const {
+    SGDUpdate update = *this;
+    update.step_size = step_size * factor;
+    return update;
+  }
 };
 
 struct SGD {

@@ -141,7 +141,8 @@ template <bool... kSigned, typename Rule>
 void step_group(const Group& group, const Rule& rule) {
   const float grad_scale = group.grad_scale * (group.grad_factor == nullptr ? 1.0f : *group.grad_factor);
   for_each_range(group, [&](const Slot& slot, int64_t first, int64_t last) {
-    const auto update = rule.at(slot.step);
+    auto update = rule.at(slot.step);
+    if (group.lr_factor != nullptr) update = update.scaled(*group.lr_factor);
     with_parameter(group, slot, [&](const auto* grad, auto parameter) {
       with_moments<kSigned...>(group, slot, [&](auto... moments) {
         update_range(update, first, last, grad_scale, grad, parameter, moments...);

@@ -30,6 +30,7 @@ struct SlotTable {
   int64_t first_chunk[kSlots];  // beyond the last parameter above any chunk
   uint64_t seed;
   const float* grad_factor;
+  const float* lr_factor;
   float grad_scale;
 };
 
@@ -79,10 +80,11 @@ __global__ void __launch_bounds__(kOptimizerThreads, kOptimizerBlocks)
   const int at = owner_of(table.first_chunk, chunk);
   const Slot& slot = table.slots[at];
   const int64_t first = (chunk - table.first_chunk[at]) * kChunkElements;
+  Update update = table.updates[at];
+  if (table.lr_factor != nullptr) update = update.scaled(*table.lr_factor);
   const auto each = [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
-    update_chunk(table.updates[at], first, slot.size, grad_scale,
-                 static_cast<const typename Parameter::Stored*>(slot.grad), parameter_of<Parameter>(slot, table.seed),
-                 moment_of<Moments>(slot, table.seed, kIndex)...);
+    update_chunk(update, first, slot.size, grad_scale, static_cast<const typename Parameter::Stored*>(slot.grad),
+                 parameter_of<Parameter>(slot, table.seed), moment_of<Moments>(slot, table.seed, kIndex)...);
   };
   each(std::make_integer_sequence<int, sizeof...(Moments)>());
 }
@@ -96,6 +98,7 @@ void launch_slots(const std::vector<const Slot*>& slots, const Group& group, con
     Table table{};
     table.seed = group.seed;
     table.grad_factor = group.grad_factor;
+    table.lr_factor = group.lr_factor;
     table.grad_scale = group.grad_scale;
     int64_t chunks = 0;
     for (size_t i = 0; i < kSlots; ++i) {

@@ -47,7 +47,8 @@ class AdamW(LowMemoryOptimizer):
             dense, on one device, of any strides (of those that are not contiguous a copy is made for the step). Each of
             the arguments below can be set for a group. DTensors too, as FSDP2 makes them: each rank steps its part,
             whose first element begins a block, and clipping is by the norm of all ranks.
-        lr: a number, or a tensor of one, which is read at each step. Schedulers work as with torch's optimizers.
+        lr: a number, or a tensor of one, which is read at each step, on a GPU by the kernels alone. Schedulers work as
+            with torch's optimizers.
         betas: of m and v.
         eps: added to the denominator.
         weight_decay: decoupled, times lr.

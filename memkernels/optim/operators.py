@@ -6,7 +6,8 @@ remainders: empty, or for each parameter the int16 that make an exact float32 of
 steps: those of this call, from 1 on. indices: each parameter's place among all of the optimizer's, for the random bits;
 origins: for them too, what the first element is of the whole parameter, of which this may be a part: a multiple of 256.
 The gradient is multiplied by grad_scale and grad_factor first: together the clipping factor over the loss's scale,
-negative to maximise. grad_factor is one float32 on the parameters' device, which the host does not wait for.
+negative to maximise. lr is multiplied by lr_factor. grad_factor and lr_factor are one float32 each on the parameters'
+device, which the host does not wait for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from memkernels.optim import reference
 _GROUP = (
     "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!)[] absmax, Tensor(d!)[] remainders,"
     " int[] steps, int[] indices, int[] origins, int seed, int state_bits, float grad_scale,"
-    " Tensor? grad_factor, float lr"
+    " Tensor? grad_factor, Tensor? lr_factor, float lr"
 )
 
 
@@ -37,10 +38,13 @@ define("square_sum(Tensor[] tensors) -> Tensor", lambda tensors: tensors[0].new_
 def step_group(name: str, signed: Sequence[bool], group: Sequence[Any], options: dict[str, Any]) -> None:
     """Calls the operator `name`_ with `group`, its arguments up to grad_scale, and `options`, those from lr on.
 
-    `signed` says of each moment which code it takes. The last of `group` may be a tensor, grad_factor.
+    `signed` says of each moment which code it takes. The last of `group` may be a tensor, grad_factor, and lr too.
     """
     *tensors, scale = group
-    scales = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    lr = options["lr"]
+    scales = (*((1.0, scale) if isinstance(scale, Tensor) else (scale, None)), lr if isinstance(lr, Tensor) else None)
+    if isinstance(lr, Tensor):
+        options = options | {"lr": 1.0}
     if has_kernel(f"{name}_", group[0][0]):
         getattr(torch.ops.memkernels, f"{name}_")(*tensors, *scales, *options.values())
     else:

@@ -198,7 +198,10 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             group["state_bits"],
             -scale if group["maximize"] else scale,
         )
-        numbers = {name: v.item() if isinstance(v, Tensor) else v for name, v in self._numbers(group).items()}
+        numbers = {
+            name: value.float().reshape(()) if name == "lr" and is_on_gpu(value) else _number(value)
+            for name, value in self._numbers(group).items()
+        }
         step_group(self.operator, [signed for _, signed in moments], arguments, numbers)
         for param, value, state in zip(params, dense, states, strict=True):
             state["step"].add_(1)
@@ -267,3 +270,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
                 self.state[param] = loaded.state
         if self.tiers is not None:
             self.tiers.move_all(self)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value

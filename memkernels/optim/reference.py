@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,10 +61,13 @@ def step_group(
     state_bits: int,
     grad_scale: float,
     grad_factor: Tensor | None = None,
-    **options: float,
+    lr_factor: Tensor | None = None,
+    **options: Any,
 ) -> None:
     """Calls `update` on the values of each parameter and stores what it returns; the arguments are an operator's."""
     scale = grad_scale if grad_factor is None else grad_scale * grad_factor
+    if lr_factor is not None:
+        options["lr"] = options["lr"] * lr_factor
     for i, (param, grad, step, index, origin) in enumerate(zip(params, grads, steps, indices, origins, strict=True)):
         random = functools.partial(
             rounding.random_bits, param.numel(), seed, index=index, step=step, device=param.device, origin=origin

@@ -321,6 +321,7 @@ def _optimizers() -> list[Call]:
         "origins": [[], [0], [0, 1], [0, -256]],
         "state_bits": [0, 2, 64],
         "grad_factor": [(2,), DOUBLE],
+        "lr_factor": [(2,), DOUBLE],
     }
     calls = []
     for operator, moments, bits in [*(("adamw_", 2, bits) for bits in (32, 16, 8)), ("lion_", 1, 4), ("sgd_", 1, 8)]:
@@ -341,7 +342,7 @@ def _optimizers() -> list[Call]:
             first, none = lists["remainders"]
             wrong["remainders"] = [[first], [first[:-1].clone(), none], [strided(first), none], [first, first]]
         scalars = {"steps": [1, 2], "indices": [0, 1], "origins": [0, 256], "seed": 3, "state_bits": bits}
-        scales = {"grad_scale": 1.0, "grad_factor": torch.ones(()), "lr": 0.1}
+        scales = {"grad_scale": 1.0, "grad_factor": torch.ones(()), "lr_factor": torch.ones(()), "lr": 0.1}
         right = lists | scalars | scales | options[operator]
         calls.append(Call(operator, right, wrong | numbers))
     tensors = [_floats(5), _floats(7).bfloat16()]

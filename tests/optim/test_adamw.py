@@ -537,6 +537,7 @@ def test_operator_passes_opcheck_and_refuses_what_does_not_fit(bits):
         bits,
         1.0,
         torch.ones(()),
+        torch.ones(()),
         0.1,
         0.9,
         0.99,
@@ -555,6 +556,7 @@ def test_operator_passes_opcheck_and_refuses_what_does_not_fit(bits):
         (9, 5, "state_bits: expected 32, 16, 8 or 4, got 5"),
         (11, torch.ones(2), "grad_factor: expected one element, got 2"),
         (11, torch.ones((), dtype=torch.float64), "grad_factor: expected dtype Float, got Double"),
+        (12, torch.ones(2), "lr_factor: expected one element, got 2"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.memkernels.adamw_(*arguments[:at], wrong, *arguments[at + 1 :])

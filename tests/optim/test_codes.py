@@ -15,7 +15,7 @@ def run(bits, grad, moments, absmax, beta):
     """One step of size zero: m and v become (1 - beta) times g and g^2, and beta times what they were."""
     param = torch.ones_like(grad)
     torch.ops.memkernels.adamw_(
-        [param], [grad], moments, absmax, [], [1], [0], [0], 0, bits, 1.0, None, 0.0, beta, beta, 1e-8, 0.0
+        [param], [grad], moments, absmax, [], [1], [0], [0], 0, bits, 1.0, None, None, 0.0, beta, beta, 1e-8, 0.0
     )
 
 

@@ -185,5 +185,5 @@ def test_a_checkpoint_of_another_optimizer_is_refused():
 def test_operators_pass_opcheck(operator):
     param, moment = torch.ones(300), torch.zeros(300)
     last = (0.9, 0.99, 0.0) if operator == "lion_" else (0.9, 0.0, 0.0, False)
-    arguments = ([param], [torch.ones(300)], [moment], [], [], [1], [0], [0], 0, 32, 1.0, None, 0.1, *last)
+    arguments = ([param], [torch.ones(300)], [moment], [], [], [1], [0], [0], 0, 32, 1.0, None, None, 0.1, *last)
     torch.library.opcheck(getattr(torch.ops.memkernels, operator).default, arguments)

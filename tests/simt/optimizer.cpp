@@ -191,8 +191,12 @@ struct Held {
 template <typename Parameter, typename... Moments, typename Arrays>
 void test(const std::string& name, const Arrays& make) {
   using Of = std::remove_reference_t<decltype(make(0, 0, 0))>;
-  const Group group = {
-      .slots = {}, .state_bits = 0, .seed = 0x123456789, .grad_scale = -2.0f, .grad_factor = &kGradFactor};
+  const Group group = {.slots = {},
+                       .state_bits = 0,
+                       .seed = 0x123456789,
+                       .grad_scale = -2.0f,
+                       .grad_factor = &kGradFactor,
+                       .lr_factor = nullptr};
   std::deque<Of> held;
   const auto step = [&] {
     std::vector<const Slot*> slots;

@@ -11,7 +11,7 @@ import torch
 
 from memkernels import optim
 from memkernels.optim import codes, operators, reference, rounding
-from memkernels.testing import implementations
+from memkernels.testing import assert_within_factor_two, implementations
 
 pytestmark = pytest.mark.xdist_group("simt_operators")  # one library, compiled once
 
@@ -73,11 +73,11 @@ def low_of_none():
     return torch.empty(0, dtype=torch.int16)
 
 
-def arguments(group, bits, numbers, *, steps=None, origins=None, scale=-0.3, factor=None):
+def arguments(group, bits, numbers, *, steps=None, origins=None, scale=-0.3, factor=None, lr_factor=None):
     count = len(group[0])
     steps = steps or [1 + i % 3 for i in range(count)]
     origins = origins or [512 * i for i in range(count)]
-    return (*group, steps, list(range(count)), origins, 5 << 40, bits, scale, factor, *numbers.values())
+    return (*group, steps, list(range(count)), origins, 5 << 40, bits, scale, factor, lr_factor, *numbers.values())
 
 
 def copied(group):
@@ -191,13 +191,32 @@ def test_a_number_of_a_tensor_scales_the_gradient(simt):
     assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd"])
+def test_a_number_of_a_tensor_is_the_learning_rate(simt, native, rule):
+    signed, numbers = RULES[rule]
+    name, lr = f"{rule}_", torch.tensor([numbers["lr"]])
+    ours, theirs, plain = (group_of(signed, 32, (700,)) for _ in range(3))
+    (p, *_), (g, *_) = ([t.double() for t in of] for of in ours[:2])
+    moments = [m.double() for m in ours[2][:: len(KEPT)]]
+    exact, *_ = getattr(reference, rule)(p, -0.3 * g, *moments, step=1, **numbers)
+    getattr(simt, name)(*arguments(ours, 32, numbers | {"lr": 1.0}, lr_factor=lr))
+    getattr(native, name)(*arguments(theirs, 32, numbers | {"lr": 1.0}, lr_factor=lr))
+    getattr(simt, name)(*arguments(plain, 32, numbers))
+    assert_same_bits(ours, theirs)
+    assert_within_factor_two(rule, ours[0][0], exact, plain[0][0], atol=1e-7)
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2, dtype=torch.float64)], ids=["number", "tensor"])
 @pytest.mark.parametrize(
     "cls", [optim.AdamW, optim.Lion, lambda params, **options: optim.SGD(params, momentum=0.9, **options)]
 )
-def test_optimizers_step_by_the_kernels(calls, cls):
+def test_optimizers_step_by_the_kernels(calls, monkeypatch, cls, lr):
+    monkeypatch.setattr(
+        "memkernels.optim.optimizer.is_on_gpu", lambda number: number is lr and isinstance(lr, torch.Tensor)
+    )
     params = [torch.nn.Parameter(normal(700, 1)), torch.nn.Parameter(normal((30, 7), 2).bfloat16())]
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    optimizers = [cls(of, lr=1e-2, state_bits=8, rounding="remainder", maximize=True) for of in (params, copies)]
+    optimizers = [cls(of, lr=lr, state_bits=8, rounding="remainder", maximize=True) for of in (params, copies)]
     for step in range(2):
         for param, copy in zip(params, copies, strict=True):
             param.grad = normal(param.shape, 3 + step).to(param.dtype)
