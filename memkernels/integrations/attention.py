@@ -106,14 +106,14 @@ def _is_causal_sdpa(attention: Any, attention_mask: Tensor | None, kwargs: dict)
     )
 
 
-def fits_block(attention: Any, family: Family) -> bool:
-    """Whether an op may take the tensors of the projections, and of the norms of q and k."""
+def fits_block(attention: Any, family: Family, x: Tensor | None = None) -> bool:
+    """Whether an op may take the tensors of the projections, and of the norms of q and k, in a call with x."""
     in_parts = len(family.qkv) == 1
     return (
         type(attention) is family.attention
         and not has_hooks(attention)
-        and all(is_linear(getattr(attention, name), in_parts=in_parts) for name in family.qkv)
-        and is_linear(getattr(attention, family.o))
+        and all(is_linear(getattr(attention, name), x, in_parts=in_parts) for name in family.qkv)
+        and is_linear(getattr(attention, family.o), x)
         and all(type(norm) is family.norm and not has_hooks(norm) for norm in _head_norms(attention))
     )
 
@@ -129,10 +129,15 @@ def takes_block(attention: Any, x: Tensor, kwargs: dict) -> bool:
 
 
 def block_arguments(
-    attention: Any, position_embeddings: tuple[Tensor, Tensor] | None, mask: Tensor | None, family: Family
+    attention: Any,
+    x: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    family: Family,
 ) -> dict[str, Any]:
     """What `ops.attention_block` takes of attention that fits."""
-    arguments = weights(attention, family.qkv, "qkv", _sizes(attention)) | weights(attention, (family.o,), "o", ())
+    arguments = weights(attention, x, family.qkv, "qkv", _sizes(attention))
+    arguments |= weights(attention, x, (family.o,), "o", ())
     for name, norm in zip("qk", _head_norms(attention), strict=False):
         arguments[f"{name}_norm_weight"] = norm.weight
     if position_embeddings is not None:

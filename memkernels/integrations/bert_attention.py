@@ -60,24 +60,25 @@ def gives_no_weights(config: Any, kwargs: dict) -> bool:
     return config._attn_implementation in IMPLEMENTATIONS and not wanted
 
 
-def fits_block(attention: Any) -> bool:
-    """Whether an op may take the tensors of a BertAttention but the norm."""
+def fits_block(attention: Any, x: Tensor | None = None) -> bool:
+    """Whether an op may take the tensors of a BertAttention but the norm, in a call with x."""
     of, output = attention.self, attention.output
     return (
         type(of) is BertSelfAttention
         and not any(has_hooks(module) for module in (attention, of, output))
-        and all(is_linear(projection) for projection in (of.query, of.key, of.value, output.dense))
+        and all(is_linear(projection, x) for projection in (of.query, of.key, of.value, output.dense))
     )
 
 
-def block_arguments(attention: Any, packed: Any) -> dict[str, Any]:
+def block_arguments(attention: Any, x: Tensor, packed: Any) -> dict[str, Any]:
     """What `ops.attention_block` takes of attention that fits."""
     of = attention.self
     arguments = {
         "num_heads": of.num_attention_heads, "scale": of.scaling,
         "dropout_p": of.dropout.p if of.training else 0.0,
     }  # fmt: skip
-    arguments |= weights(of, ("query", "key", "value"), "qkv", ()) | weights(attention.output, ("dense",), "o", ())
+    arguments |= weights(of, x, ("query", "key", "value"), "qkv", ())
+    arguments |= weights(attention.output, x, ("dense",), "o", ())
     if packed is not None:
         arguments |= {"cu_seqlens": packed.cu_seqlens, "max_seqlen": packed.max_seqlen}
     return arguments

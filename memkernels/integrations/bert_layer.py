@@ -53,9 +53,9 @@ def layer_forward(
 def _layer(layer: Any, x: Tensor, *, activation: str | None, whole: bool, **kwargs) -> Tensor:
     run = partial(checkpoint, use_reentrant=False) if whole else call
     attention, norm = layer.attention, layer.attention.output.LayerNorm
-    mlp = _mlp_arguments(layer, activation) if activation is not None and _mlp_fits(layer, activation) else None
-    if fits_block(attention) and _takes(attention.self, x, **kwargs):
-        y = ops.attention_block(x, **block_arguments(attention, kwargs.get("packed")))
+    mlp = _mlp_arguments(layer, x, activation) if activation is not None and _mlp_fits(layer, activation, x) else None
+    if fits_block(attention, x) and _takes(attention.self, x, **kwargs):
+        y = ops.attention_block(x, **block_arguments(attention, x, kwargs.get("packed")))
         s = x + attention.output.dropout(y)
         if mlp is not None and is_plain_layer_norm(norm):
             return run(partial(_feed_forward, layer, mlp, norm), s)
@@ -85,17 +85,18 @@ def _feed_forward(layer: Any, mlp: dict[str, Any], norm: Any, x: Tensor) -> Tens
     return ops.layer_norm(y, after.weight, after.bias, after.eps, residual=h)[0]
 
 
-def _mlp_fits(layer: Any, activation: str | None) -> bool:
-    """Whether an op may compute the MLP but its dropout and the norm after it."""
+def _mlp_fits(layer: Any, activation: str | None, x: Tensor | None = None) -> bool:
+    """Whether an op may compute the MLP but its dropout and the norm after it, in a call with x."""
     into, output = layer.intermediate, layer.output
     return (
         activation is not None
         and not any(has_hooks(module) for module in (into, into.intermediate_act_fn, output))
-        and is_linear(into.dense)
-        and is_linear(output.dense)
+        and is_linear(into.dense, x)
+        and is_linear(output.dense, x)
     )
 
 
-def _mlp_arguments(layer: Any, activation: str) -> dict[str, Any]:
-    arguments = weights(layer.intermediate, ("dense",), ("up",), ()) | weights(layer.output, ("dense",), ("down",), ())
+def _mlp_arguments(layer: Any, x: Tensor, activation: str) -> dict[str, Any]:
+    arguments = weights(layer.intermediate, x, ("dense",), ("up",), ())
+    arguments |= weights(layer.output, x, ("dense",), ("down",), ())
     return arguments | {"w_gate": None, "activation": activation}

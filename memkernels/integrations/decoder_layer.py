@@ -50,9 +50,10 @@ def layer_forward(
 def _layer(layer: Any, hidden_states: Tensor, *, family: Family, whole: bool, **kwargs) -> Tensor:
     """h = x + dropout(norm(attention(norm(x)))), y = h + dropout(norm(mlp(norm(h))))."""
     attention, mlp = None, None
-    if _attention_fits(layer, family) and takes_block(_attention(layer, family), hidden_states, kwargs):
+    takes = takes_block(_attention(layer, family), hidden_states, kwargs)
+    if takes and _attention_fits(layer, family, hidden_states):
         attention = _attention_arguments(layer, hidden_states, family, **kwargs)
-    if _mlp_fits(layer, family):
+    if _mlp_fits(layer, family, hidden_states):
         mlp = _mlp_arguments(layer, hidden_states, family)
     sublayers = (partial(_attention_sublayer, layer, family, **kwargs), partial(_mlp_sublayer, layer, family))
     dropouts = tuple(None if dropout is None or is_off(dropout) else dropout for dropout in _dropouts(layer, family))
@@ -88,7 +89,7 @@ def _attention_arguments(
         if position_embeddings is not None:
             tables = (table.expand(*x.shape[:2], -1).reshape(1, -1, table.shape[-1]) for table in position_embeddings)
             position_embeddings = (next(tables), next(tables))
-    arguments = block_arguments(_attention(layer, family), position_embeddings, attention_mask, family)
+    arguments = block_arguments(_attention(layer, family), x, position_embeddings, attention_mask, family)
     return arguments | norm_arguments(before, after, x, family) | options
 
 
@@ -96,19 +97,19 @@ def _mlp_arguments(layer: Any, x: Tensor, family: Family) -> dict[str, Any]:
     before, after = _norms(layer, family)[2:]
     activation = activation_of(layer.mlp, family)
     assert activation is not None
-    return mlp_arguments(layer.mlp, family, activation) | norm_arguments(before, after, x, family)
+    return mlp_arguments(layer.mlp, x, family, activation) | norm_arguments(before, after, x, family)
 
 
-def _attention_fits(layer: Any, family: Family) -> bool:
-    """Whether one op may compute the attention and its norms."""
+def _attention_fits(layer: Any, family: Family, x: Tensor | None = None) -> bool:
+    """Whether one op may compute the attention and its norms in a call with x."""
     norms = _norms(layer, family)[:2]
-    return fits_block(_attention(layer, family), family) and all(norm_fits(norm, family) for norm in norms)
+    return fits_block(_attention(layer, family), family, x) and all(norm_fits(norm, family) for norm in norms)
 
 
-def _mlp_fits(layer: Any, family: Family) -> bool:
-    """Whether one op may compute the MLP and its norms."""
+def _mlp_fits(layer: Any, family: Family, x: Tensor | None = None) -> bool:
+    """Whether one op may compute the MLP and its norms in a call with x."""
     norms = _norms(layer, family)[2:]
-    return mlp_fits_block(layer.mlp, family) and all(norm_fits(norm, family) for norm in norms)
+    return mlp_fits_block(layer.mlp, family, x) and all(norm_fits(norm, family) for norm in norms)
 
 
 def _attention(layer: Any, family: Family) -> Any:

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from memkernels import ops
 from memkernels.integrations.family import Family
-from memkernels.integrations.linears import is_linear, weight_and_bias
+from memkernels.integrations.linears import is_head, weight_and_bias
 from memkernels.integrations.masks import has_cache, stack_of, tells, without_padding
 from memkernels.integrations.peft_lora import saved_module
 from memkernels.integrations.replacement import Replacement, argument_names, bind, by_name
@@ -79,7 +79,7 @@ def _wants(model: Any, kwargs: dict, name: str) -> bool:
 
 def why_not(model: Any) -> str | None:
     """Why the loss cannot be computed without logits; None where it can."""
-    if not is_linear(saved_module(model.lm_head)):
+    if not is_head(saved_module(model.lm_head)):
         return "lm_head has hooks, or a weight or an adapter of another kind"
     if not _has_default_loss(model):
         return "the model has a loss function of its own"
@@ -107,7 +107,7 @@ def _loss(
     **_,
 ) -> Tensor:
     """ForCausalLMLoss: the mean over labels, or their sum over num_items_in_batch, which may be zero."""
-    weight, bias = weight_and_bias(saved_module(model.lm_head))
+    weight, bias = weight_and_bias(saved_module(model.lm_head), hidden_states)
     loss = ops.linear_cross_entropy(
         hidden_states.flatten(0, -2), weight, target.flatten().to(hidden_states.device), bias=bias,
         ignore_index=ignore_index, softcap=getattr(model.config, "final_logit_softcapping", None),

@@ -51,8 +51,8 @@ def mlp_forward(
     """The projections as modules, whatever they are, and `ops.gated_activation`; recomputed if asked and linear."""
     if has_hooks(_activation(mlp, family)):
         return type(mlp).forward(mlp, x)
-    if recompute and is_linear_mlp(mlp, family):
-        y = ops.gated_mlp(x, **mlp_arguments(mlp, family, activation))
+    if recompute and is_linear_mlp(mlp, family, x):
+        y = ops.gated_mlp(x, **mlp_arguments(mlp, x, family, activation))
     else:
         gate, up = projected(mlp, family.gate_up, x, _sizes(mlp, family))
         gate, up = (up, None) if gate is None else (gate, up)
@@ -60,31 +60,31 @@ def mlp_forward(
     return y if dropout is None else getattr(mlp, dropout)(y)
 
 
-def fits_block(mlp: Any, family: Family | VisionTower) -> bool:
-    """Whether an op may compute the MLP."""
+def fits_block(mlp: Any, family: Family | VisionTower, x: Tensor | None = None) -> bool:
+    """Whether an op may compute the MLP in a call with x."""
     return (
         type(mlp) is family.mlp
         and activation_of(mlp, family) is not None
         and not has_hooks(mlp)
-        and is_linear_mlp(mlp, family)
+        and is_linear_mlp(mlp, family, x)
     )
 
 
-def is_linear_mlp(mlp: Any, family: Family | VisionTower) -> bool:
-    """Whether an op may take the projections' tensors."""
+def is_linear_mlp(mlp: Any, family: Family | VisionTower, x: Tensor | None) -> bool:
+    """Whether an op may take the projections' tensors in a call with x."""
     gate_up = [getattr(mlp, name) for name in family.gate_up if name is not None]
     in_parts = len(family.gate_up) == 1
     return (
         not has_hooks(_activation(mlp, family))
-        and all(is_linear(projection, in_parts=in_parts) for projection in gate_up)
-        and is_linear(getattr(mlp, family.down))
+        and all(is_linear(projection, x, in_parts=in_parts) for projection in gate_up)
+        and is_linear(getattr(mlp, family.down), x)
     )
 
 
-def mlp_arguments(mlp: Any, family: Family | VisionTower, activation: str) -> dict[str, Any]:
+def mlp_arguments(mlp: Any, x: Tensor, family: Family | VisionTower, activation: str) -> dict[str, Any]:
     """What `ops.gated_mlp` takes of an MLP of linear projections."""
-    arguments = weights(mlp, family.gate_up, ("gate", "up"), _sizes(mlp, family))
-    return arguments | weights(mlp, (family.down,), ("down",), ()) | {"activation": activation}
+    arguments = weights(mlp, x, family.gate_up, ("gate", "up"), _sizes(mlp, family))
+    return arguments | weights(mlp, x, (family.down,), ("down",), ()) | {"activation": activation}
 
 
 def _activation(mlp: Any, family: Family | VisionTower) -> Any:

@@ -68,6 +68,11 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     model before or after `patch`; in a batch with adapter_names, all adapters in one product. Left to PEFT are several
     active adapters at once, and its other kinds of adapter.
 
+    Weights in NF4 of bitsandbytes' Linear4bit (load_in_4bit, nested or not) and in int8 of its Linear8bitLt, under
+    PEFT's adapters or alone, are read where they are and dequantised a tile at a time: NF4 where the layer's
+    compute_dtype is that of the product, its input's or autocast's; int8 in training. Left to bitsandbytes are others,
+    FP4, an output head, int8 in evaluation, where it rounds the input too, and all of them under torch.compile.
+
     Training with labels yields loss without logits (`outputs.logits` is None). Logits are there after `model.eval()`,
     with labels or without, and in training without labels. Labels are shifted, ignore_index, num_items_in_batch,
     shift_labels and an integer logits_to_keep are honoured as transformers does; with a logits_to_keep tensor or a loss

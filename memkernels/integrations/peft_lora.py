@@ -12,26 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memkernels.integrations.bitsandbytes import values_dtype
 from memkernels.integrations.plain import has_hooks, is_plain_linear
 from memkernels.nn.row_squares import kept_row_squares
 from memkernels.ops.lora_linear.weight import LoRAWeight
 from memkernels.ops.weights import Weight
 
+_LAYERS = (
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+)
+
 
 def is_lora(module: Any) -> bool:
-    """Whether it is PEFT's LoRA layer around a linear module that is not quantised."""
+    """Whether it is PEFT's LoRA layer around a linear module: a plain one, or bitsandbytes' of 4 or 8 bits."""
     kind = type(module)
-    return kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"
+    return (kind.__module__, kind.__name__) in _LAYERS
 
 
-def why_not(layer: Any) -> str | None:
-    """Why a LoRA layer's adapter in this call is none that `adapted` takes; None where it is."""
+def why_not(layer: Any, x: Tensor | None = None) -> str | None:
+    """Why a LoRA layer's adapter in this call with x is none that `adapted` takes; None where it is."""
     if layer.disable_adapters and layer.merged:
         return "a merged adapter that PEFT has yet to take out"
     names = _active(layer)
     if len(names) > 1:
         return "several active adapters"
-    return None if not names else _why_not(layer, names[0])
+    return None if not names else _why_not(layer, names[0], x)
 
 
 def adapted(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Weight, Tensor | None]:
@@ -56,7 +63,7 @@ def takes_names(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> bool:
         not layer.disable_adapters
         and not layer.merged
         and len(x) == len(adapter_names)
-        and all(_why_not(layer, name) is None and name not in layer.lora_variant for name in names)
+        and all(_why_not(layer, name, x) is None and name not in layer.lora_variant for name in names)
         and all(layer.lora_B[name].bias is None for name in names)
         and not any(layer.lora_dropout[name].training and getattr(layer.lora_dropout[name], "p", 0.0) for name in names)
         and len({layer.lora_A[name].weight.dtype for name in names}) <= 1
@@ -106,7 +113,7 @@ def _named(layer: Any, adapter_names: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
 
 
-def _why_not(layer: Any, name: str) -> str | None:
+def _why_not(layer: Any, name: str, x: Tensor | None) -> str | None:
     base, a, b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant).__name__ != "DoraLinearVariant":
@@ -116,7 +123,7 @@ def _why_not(layer: Any, name: str) -> str | None:
         return "an adapter with hooks or another kind of weight"
     if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
         return "an adapter with dropout of another kind"
-    dtypes = {base.weight.dtype, torch.float32}
+    dtypes = {values_dtype(base, x) or a.weight.dtype, torch.float32}
     if b.weight.dtype != a.weight.dtype or any(part.weight.dtype not in dtypes for part in (a, *parts[3:])):
         return "an adapter in a dtype that is neither its base's nor float32"
     return None

@@ -17,13 +17,18 @@ def projected(module: Any, names: Sequence[str | None], x: Tensor, sizes: Sequen
     return getattr(module, str(names[0]))(x).split(sizes, dim=-1)
 
 
-def weights(module: Any, names: Sequence[str | None], roles: Sequence[str], sizes: Sequence[int]) -> dict[str, Any]:
-    """Weights w_<role> and biases b_<role> of the linear modules `names`, None of none, or of the parts of one."""
+def weights(
+    module: Any, x: Tensor, names: Sequence[str | None], roles: Sequence[str], sizes: Sequence[int]
+) -> dict[str, Any]:
+    """Weights w_<role> and biases b_<role> of the linear modules `names`, None of none, or of the parts of one.
+
+    In a call with x.
+    """
     pairs: Sequence[tuple[Any, Any]]
     if len(names) == len(roles):
-        pairs = [(None, None) if name is None else weight_and_bias(getattr(module, name)) for name in names]
+        pairs = [(None, None) if name is None else weight_and_bias(getattr(module, name), x) for name in names]
     else:
-        pairs = parts(getattr(module, str(names[0])), sizes)
+        pairs = parts(getattr(module, str(names[0])), x, sizes)
     arguments: dict[str, Any] = {}
     for role, (weight, bias) in zip(roles, pairs, strict=True):
         arguments |= {f"w_{role}": weight, f"b_{role}": bias}

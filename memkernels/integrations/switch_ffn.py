@@ -25,10 +25,10 @@ def norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
 
 def mlp_forward(mlp: Any, hidden_states: Tensor, *, recompute: bool) -> Tensor:
     """`ops.gated_mlp`, whose dropout is of a seed drawn at each call; without `recompute` its steps."""
-    if not _fits(mlp):
+    if not _fits(mlp, hidden_states):
         return type(mlp).forward(mlp, hidden_states)
     if recompute:
-        return ops.gated_mlp(hidden_states, **_arguments(mlp))
+        return ops.gated_mlp(hidden_states, **_arguments(mlp, hidden_states))
     return mlp.wo(mlp.dropout(ops.gated_activation(mlp.wi(hidden_states), None, activation_name(mlp.act) or "")))
 
 
@@ -36,20 +36,20 @@ def feed_forward(layer: Any, hidden_states: Tensor, **kwargs) -> Tensor:
     """The norm and the MLP as one op, which keeps its input."""
     norm, mlp = layer.layer_norm, layer.mlp
     plain = type(norm) is switch.SwitchTransformersLayerNorm and type(mlp) is switch.SwitchTransformersDenseActDense
-    if not plain or not is_own(norm) or not is_own(mlp) or not _fits(mlp):
+    if not plain or not is_own(norm) or not is_own(mlp) or not _fits(mlp, hidden_states):
         return type(layer).forward(layer, hidden_states, **kwargs)
     in_front = {"norm_weight": norm_weight(norm, hidden_states), "norm_eps": norm.variance_epsilon}
-    return hidden_states + layer.dropout(ops.gated_mlp(hidden_states, **_arguments(mlp), **in_front))
+    return hidden_states + layer.dropout(ops.gated_mlp(hidden_states, **_arguments(mlp, hidden_states), **in_front))
 
 
-def _fits(mlp: Any) -> bool:
-    """Whether an op may compute the MLP in this call."""
+def _fits(mlp: Any, x: Tensor) -> bool:
+    """Whether an op may compute the MLP in this call with x."""
     return (
         activation_name(mlp.act) is not None
         and is_droppable(mlp.dropout)
         and not has_hooks(mlp.act)
-        and is_linear(mlp.wi)
-        and is_linear(mlp.wo)
+        and is_linear(mlp.wi, x)
+        and is_linear(mlp.wo, x)
         and len({getattr(linear, "base_layer", linear).weight.dtype for linear in (mlp.wi, mlp.wo)}) == 1
     )
 
@@ -59,8 +59,8 @@ def is_droppable(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and not has_hooks(dropout) and dropout.p < 1
 
 
-def _arguments(mlp: Any) -> dict[str, Any]:
-    arguments = weights(mlp, (None, "wi"), ("gate", "up"), ()) | weights(mlp, ("wo",), ("down",), ())
+def _arguments(mlp: Any, x: Tensor) -> dict[str, Any]:
+    arguments = weights(mlp, x, (None, "wi"), ("gate", "up"), ()) | weights(mlp, x, ("wo",), ("down",), ())
     return arguments | {"activation": activation_name(mlp.act), "dropout_p": dropout_p(mlp.dropout)}
 
 

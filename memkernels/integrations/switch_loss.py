@@ -11,7 +11,7 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 from transformers.utils import can_return_tuple
 
 from memkernels import ops
-from memkernels.integrations.linears import is_linear, weight_and_bias
+from memkernels.integrations.linears import is_head, weight_and_bias
 from memkernels.integrations.peft_lora import saved_module
 from memkernels.integrations.replacement import by_name
 
@@ -21,7 +21,7 @@ OF_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_emb
 
 def why_not(model: Any) -> str | None:
     """Why the loss cannot be computed without logits; None where it can."""
-    fits = is_linear(saved_module(model.lm_head))
+    fits = is_head(saved_module(model.lm_head))
     return None if fits else "lm_head has hooks, or a weight or an adapter of another kind"
 
 
@@ -76,7 +76,7 @@ def _loss(model: Any, hidden_states: Tensor, labels: Tensor) -> Tensor:
     if model.config.tie_word_embeddings:
         hidden_states = hidden_states * model.model_dim**-0.5
     target = labels.flatten().to(hidden_states.device)
-    weight, bias = weight_and_bias(saved_module(model.lm_head))
+    weight, bias = weight_and_bias(saved_module(model.lm_head), hidden_states)
     return ops.linear_cross_entropy(hidden_states.flatten(0, -2), weight, target, bias=bias)
 
 

@@ -41,13 +41,13 @@ def takes_attention(attention: Any, x: Tensor) -> bool:
     return attention.config._attn_implementation in ("sdpa", "eager") and has_kernel("attention_fwd", x)
 
 
-def fits_block(attention: Any, tower: VisionTower) -> bool:
-    """Whether an op may take the tensors of the projections."""
+def fits_block(attention: Any, tower: VisionTower, x: Tensor | None = None) -> bool:
+    """Whether an op may take the tensors of the projections in a call with x."""
     return (
         type(attention) is tower.attention
         and not has_hooks(attention)
-        and is_linear(attention.qkv, in_parts=True)
-        and is_linear(attention.proj)
+        and is_linear(attention.qkv, x, in_parts=True)
+        and is_linear(attention.proj, x)
     )
 
 
@@ -61,7 +61,7 @@ def block_arguments(
 ) -> dict[str, Any]:
     """What `ops.attention_block` takes of attention that fits."""
     cos, sin = position_embeddings
-    arguments = weights(attention, ("qkv",), "qkv", (attention.dim,) * 3) | weights(attention, ("proj",), "o", ())
+    arguments = weights(attention, x, ("qkv",), "qkv", (attention.dim,) * 3) | weights(attention, x, ("proj",), "o", ())
     arguments |= {"num_heads": attention.num_heads, "cos": cos, "sin": sin}
     return arguments | {"cu_seqlens": cu_seqlens, "max_seqlen": _longest(x, max_seqlen)} | _options(attention)
 

@@ -53,11 +53,11 @@ def block_forward(
 
 def _block(block: Any, x: Tensor, *, tower: VisionTower, whole: bool, **kwargs) -> Tensor:
     attention, mlp = None, None
-    if _attention_fits(block, tower) and takes_attention(block.attn, x):
+    if takes_attention(block.attn, x) and _attention_fits(block, tower, x):
         attention = block_arguments(block.attn, x, **kwargs) | norm_arguments(block.norm1, None, x, tower)
     activation = mlps.activation_of(block.mlp, tower)
-    if activation is not None and _mlp_fits(block, tower):
-        mlp = mlps.mlp_arguments(block.mlp, tower, activation) | norm_arguments(block.norm2, None, x, tower)
+    if activation is not None and _mlp_fits(block, tower, x):
+        mlp = mlps.mlp_arguments(block.mlp, x, tower, activation) | norm_arguments(block.norm2, None, x, tower)
     sublayers = (partial(_attention_sublayer, block, **kwargs), partial(_mlp_sublayer, block))
     return run_sublayers(x, attention, mlp, sublayers, whole=whole)
 
@@ -70,9 +70,9 @@ def _mlp_sublayer(block: Any, x: Tensor) -> Tensor:
     return block.mlp(block.norm2(x))
 
 
-def _attention_fits(block: Any, tower: VisionTower) -> bool:
-    return fits_block(block.attn, tower) and norm_fits(block.norm1, tower)
+def _attention_fits(block: Any, tower: VisionTower, x: Tensor | None = None) -> bool:
+    return fits_block(block.attn, tower, x) and norm_fits(block.norm1, tower)
 
 
-def _mlp_fits(block: Any, tower: VisionTower) -> bool:
-    return mlps.fits_block(block.mlp, tower) and norm_fits(block.norm2, tower)
+def _mlp_fits(block: Any, tower: VisionTower, x: Tensor | None = None) -> bool:
+    return mlps.fits_block(block.mlp, tower, x) and norm_fits(block.norm2, tower)
