@@ -28,6 +28,8 @@ _library = torch.library.Library("memkernels", "DEF")
 # Operator name -> the devices that a native library implements it for, and the Triton module that does so on GPUs.
 _native_devices: dict[str, list[str]] = {}
 triton_modules: dict[str, str] = {}
+# What computes instead of operators without an implementation on a device, where it is not an op's reference.
+alternatives: dict[str, str] = {}
 _python_implementations: dict[str, Callable] = {}
 _triton_missing = None if importlib.util.find_spec("triton") else "Triton is not installed: `pip install triton`."
 
@@ -97,9 +99,15 @@ def _no_outputs(*args: Any) -> None:
     """The fake of operators that only write into their arguments."""
 
 
-def define(schema: str, fake: Callable = _no_outputs) -> None:
-    """Defines `memkernels::<schema>` and the fake that gives its outputs' shapes and dtypes."""
+def define(schema: str, fake: Callable = _no_outputs, *, alternative: str | None = None) -> None:
+    """Defines `memkernels::<schema>` and the fake that gives its outputs' shapes and dtypes.
+
+    Args:
+        alternative: names what computes where a device has no implementation, if that is not the op's reference.
+    """
     name = schema.split("(", 1)[0]
+    if alternative is not None:
+        alternatives[name] = alternative
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memkernels::{name}", fake, lib=_library)
     has_native = torch._C._dispatch_has_kernel_for_dispatch_key

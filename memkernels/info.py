@@ -115,7 +115,7 @@ def _implementations(operator: str) -> str:
 def _implementation(operator: str, device_type: str) -> str:
     reason = _library.missing(operator, device_type)
     if reason is not None:
-        return f"plain PyTorch, since {reason.rstrip('.')}"
+        return f"{_library.alternatives.get(operator, 'plain PyTorch')}, since {reason.rstrip('.')}"
     if device_type == "cpu":
         return f"C++ ({_cpu_build(operator)})"
     return "Triton" if operator in _library.triton_modules else "CUDA C++"

@@ -16,6 +16,7 @@ def test_info_reports_versions_and_implementations_and_checks_an_op(capsys):
     for operator in ("rms_norm_fwd", "rms_norm_bwd"):
         assert any(line.split()[:1] == [operator] and "gpu: Triton" in line for line in printed.splitlines())
     assert f"cpu: C++ ({_library.cpu_isa()})" in printed
+    assert "cpu: rms_norm's and layer_norm's other kernels, since it has no implementation for cpu" in printed
 
 
 def test_info_names_the_instruction_set_of_each_operators_build(capsys, monkeypatch):

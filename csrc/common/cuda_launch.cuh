@@ -25,20 +25,40 @@ __device__ __forceinline__ int owner_of(const int64_t (&first)[N], int64_t at) {
   return owner;
 }
 
-// Launches `blocks` blocks of `threads` threads; none if there are no blocks. Raises std::runtime_error when CUDA
-// refuses the launch.
+// Dynamic shared memory of a block that needs no leave of CUDA, and the most that a kernel takes: what every GPU from
+// sm_80 on has, with some left for static shared memory.
+constexpr int kPlainSharedBytes = 48 << 10;
+constexpr int kMostSharedBytes = 96 << 10;
+
+inline void check_launch(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("kernel launch failed: ") + cudaGetErrorString(error));
+}
+
+// Launches `blocks` blocks of `threads` threads with `shared_bytes` of dynamic shared memory; none if there are no
+// blocks. Raises std::runtime_error when CUDA refuses the launch.
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream, Args... args) {
+void launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+                        Args... args) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) {
     throw std::runtime_error("kernel launch of " + std::to_string(blocks) + " blocks; the most is 2^31 - 1");
   }
+  if (shared_bytes > kPlainSharedBytes) {
+    // The same for all launches, of which some may be on their way from other threads.
+    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes));
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned int>(blocks));
   config.blockDim = dim3(static_cast<unsigned int>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-  if (error != cudaSuccess) throw std::runtime_error(std::string("kernel launch failed: ") + cudaGetErrorString(error));
+  check_launch(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// The same without dynamic shared memory.
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream, Args... args) {
+  launch_with_shared(kernel, blocks, threads, 0, stream, args...);
 }
 
 }  // namespace memkernels::cuda

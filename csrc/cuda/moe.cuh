@@ -281,19 +281,6 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// Calls body(std::integral_constant<int, Size>) with the widest pack that rows of `size` elements at these addresses
-// have.
-template <typename T, typename Body, typename... Pointers>
-void dispatch_pack(int64_t size, Body body, const Pointers*... pointers) {
-  constexpr int kWide = kPackBytes / sizeof(T);
-  const bool aligned = size % kWide == 0 && ((reinterpret_cast<uintptr_t>(pointers) % kPackBytes == 0) && ...);
-  if (aligned) {
-    body(std::integral_constant<int, kWide>());
-  } else {
-    body(std::integral_constant<int, 1>());
-  }
-}
-
 template <typename T, int Size>
 const Pack<T, Size>* packs_of(const T* elements) {
   return reinterpret_cast<const Pack<T, Size>*>(elements);

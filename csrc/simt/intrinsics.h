@@ -82,6 +82,15 @@ inline float __uint_as_float(unsigned int bits) {
   return std::bit_cast<float>(bits);
 }
 
+// Byte i of the result is that of y and x, as one word, that the i-th hexadecimal digit of `selector` numbers; none of
+// the digits is above 7.
+inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
+  const uint64_t both = uint64_t{y} << 32 | x;
+  unsigned int result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint32_t{static_cast<uint8_t>(both >> (selector >> 4 * i & 7) * 8)} << 8 * i;
+  return result;
+}
+
 // volatile: rounded on its own, never fused with another operation.
 inline float __fmul_rn(float a, float b) {
   volatile float product = a * b;

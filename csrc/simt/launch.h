@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -13,11 +14,15 @@
 #include "block.h"
 #include "shared_memory.h"
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration argument";
 }
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 using cudaStream_t = struct CUstream_st*;
 
@@ -33,6 +38,16 @@ struct cudaLaunchConfig_t {
 };
 
 namespace memkernels::simt {
+
+// Bytes of dynamic shared memory that a kernel may have: 48 KiB, or what was asked for it, up to the 99 KiB of the
+// smallest GPU.
+constexpr size_t kPlainDynamicBytes = 48 << 10;
+constexpr int kMostDynamicBytes = 99 << 10;
+
+inline size_t& dynamic_bytes_of(const void* kernel) {
+  static std::map<const void*, size_t> limits;
+  return limits.try_emplace(kernel, kPlainDynamicBytes).first->second;
+}
 
 inline uint3 unflatten(int64_t index, dim3 extent) {
   const int64_t row = index / extent.x;
@@ -88,6 +103,13 @@ inline void launch(const cudaLaunchConfig_t& config, const std::function<void()>
 
 }  // namespace memkernels::simt
 
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || bytes > memkernels::simt::kMostDynamicBytes) return cudaErrorInvalidValue;
+  memkernels::simt::dynamic_bytes_of(reinterpret_cast<const void*>(kernel)) = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const dim3 grid = config->gridDim;
@@ -96,6 +118,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (int64_t{grid.x} * grid.y * grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535 ||
       threads == 0 || threads > 1024) {
     return cudaErrorInvalidConfiguration;
+  }
+  if (config->dynamicSmemBytes > memkernels::simt::dynamic_bytes_of(reinterpret_cast<const void*>(kernel))) {
+    return cudaErrorInvalidValue;
   }
   memkernels::simt::launch(*config, [&] { kernel(static_cast<Params>(args)...); });
   return cudaSuccess;

@@ -1,5 +1,6 @@
 """The functional ops. Each is an autograd Function over registered operators; its docstring says what it saves."""
 
+from memkernels.ops import wide_norm as wide_norm  # its operators, which CUDA C++ registers kernels for
 from memkernels.ops.attention.op import attention
 from memkernels.ops.attention_block.op import attention_block
 from memkernels.ops.decoder_layer.op import decoder_layer

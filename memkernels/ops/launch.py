@@ -29,11 +29,15 @@ def row_tile(size: int) -> RowTile:
 
 
 def holds_row(size: int) -> bool:
-    """Whether a program has registers for a row: where it is no multiple of 16, Triton spreads it less evenly."""
-    return size <= (8192 if size % 16 == 0 else 4096)
+    """Whether a program has registers for a row: where it is no multiple of 16, Triton spreads it less evenly.
+
+    AMD's warps have twice as many lanes.
+    """
+    widest = 8192 if size % 16 == 0 else 4096
+    return size <= (2 * widest if torch.version.hip else widest)
 
 
-def num_programs(x: Tensor, rows: int, rows_per_program: int) -> int:
-    """Two programs a multiprocessor, or fewer where rows run out; a fixed few under the interpreter."""
-    limit = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+def num_programs(x: Tensor, rows: int, rows_per_program: int, *, per_multiprocessor: int = 2) -> int:
+    """As many a multiprocessor, or fewer where rows run out; a fixed few under the interpreter."""
+    limit = per_multiprocessor * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
     return max(1, min(limit, triton.cdiv(rows, rows_per_program)))

@@ -1,4 +1,5 @@
-"""RMS norm (CENTRED false) and layer norm on GPUs for rows too wide for a program's registers, in blocks of columns.
+"""RMS norm (CENTRED false) and layer norm on GPUs for rows too wide for a program's registers, in blocks of columns:
+where `wide_norm.py` has no kernel that holds the row.
 
 A row's statistics need all of it before its first output, so what `rms_norm/triton.py` and `layer_norm/triton.py` read
 once is read twice here: x in forward, dy and h in backward.

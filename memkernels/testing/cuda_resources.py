@@ -44,14 +44,22 @@ least. e bytes an element.
 | `moe_place_kernel` | 4 or 8 a choice, 4 an expert and 1024 choices | 8 a choice |
 | `optimizer_kernel` | e a gradient, p a parameter, s for all of its moments | p and s a parameter |
 | `square_sum_kernel` | e an element | 8 per 8192 elements |
+| `wide_norm_fwd_kernel` | e an element of x and of the residual | e an element of y and of residual_out, 4 or 8 a row |
+| `wide_norm_bwd_kernel` | e an element of dy, h and dresidual_out, 4 or 8 a row | e an element of dx |
 
 A choice's weight adds 4 bytes. The plan's ids are read twice, since no choice can be placed before all are counted: 8
 bytes beside a row of thousands. p is 4 of float32 and of bfloat16 with the remainder, and 2 of bfloat16 that is
 rounded; s is, for each moment, 4, 2, 1 + 4 / 256 or 1/2 + 4 / 128.
 
+The norms of wide rows read the parameters once a block, of which a multiprocessor has one in backward and two in
+forward; in backward a block writes 4 bytes a parameter, its sum of the gradients. Beside 40 rows a block that is below
+5%. They take the rows above 8,192 elements, and those above 4,096 that are no multiple of 16, up to 16,384; wider ones
+are Triton's, and read twice (kernels.md).
+
 ## Resources
 
-Each cell: registers per thread / shared memory per block in bytes / spilled bytes.
+Each cell: registers per thread / static shared memory per block in bytes / spilled bytes. The norms of wide rows have
+up to 64 KiB of dynamic shared memory besides, and layer norm's backward of float32 96 KiB.
 
 """
 

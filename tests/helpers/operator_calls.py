@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch import Tensor
 
 BFLOAT16, HALF, DOUBLE, INT32, INT64 = torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64
 BEYOND = 2**62
-# Those that csrc/cuda has too.
+# Those that csrc/cuda has; the last have no native CPU kernel.
 CUDA_OPERATORS = (
     *("cross_entropy_stats", "cross_entropy_grad_"),
     *("nf4_quantize", "nf4_dequantize_"),
     *("moe_plan", "moe_dispatch", "moe_combine", "moe_combine_bwd"),
     *("adamw_", "lion_", "sgd_", "square_sum"),
+    *("wide_norm_fwd", "wide_norm_bwd"),
 )
 
 
@@ -71,14 +71,9 @@ def tensors_of(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if isinstance(value, (Tensor, list))}
 
 
-def wrong_calls(of: Callable[[str], bool] = lambda operator: True) -> Any:
+def wrong_calls(calls: list[Call]) -> Any:
     """Parametrises a test by the call and the argument that is wrong."""
-    cases = [
-        pytest.param(call, name, id=f"{call.operator}-{name}")
-        for call in CALLS
-        if of(call.operator)
-        for name in call.wrong
-    ]
+    cases = [pytest.param(call, name, id=f"{call.operator}-{name}") for call in calls for name in call.wrong]
     return pytest.mark.parametrize(("call", "name"), cases)
 
 
@@ -163,6 +158,27 @@ def _norms() -> list[Call]:
         Call("rms_norm_bwd", {**backward, "rstd": rows, **rms, "weight_grad": True}, of_backward),
         Call("layer_norm_fwd", {**forward, "bias": weight, "eps": 1e-5}, {**wrong, "bias": of_bias}),
         Call("layer_norm_bwd", {**backward, "mean": rows, "rstd": rows, **layer}, {**of_backward, "mean": of_rows}),
+    ]
+
+
+def _wide_norm() -> list[Call]:
+    x, weight, rows = _floats(2, 3, 8), _floats(8), _floats(6)
+    like_x = [(2, 3, 7), (1, 3, 8), (6, 8), (0,), BFLOAT16]
+    of_weight, of_rows = [(7,), (9,), (), (8, 1), HALF, DOUBLE], [(5,), (7,), (2, 3), (), BFLOAT16, DOUBLE]
+    of_size, of_blocks = [(), (2, 3, 0), (1, 16385), DOUBLE], [0, -1, BEYOND]
+    forward = {"x": x, "residual": x, "weight": weight, "bias": weight, "eps": 1e-5, "weight_offset": 0.0}
+    wrong = {"x": of_size, "residual": like_x, "weight": of_weight, "bias": [(7,), (9,), (), BFLOAT16]}
+    backward = {"dy": x, "dresidual_out": x, "h": x, "weight": weight, "mean": rows, "rstd": rows, "weight_offset": 0.0}
+    of_backward = {"dy": like_x, "dresidual_out": like_x, "h": of_size, "weight": of_weight}
+    of_backward |= {"mean": [*of_rows, None], "rstd": of_rows, "blocks": of_blocks}
+    wanted = {"weight_grad": True, "bias_grad": True, "blocks": 2}
+    return [
+        Call(
+            "wide_norm_fwd",
+            {**forward, "centred": True, "blocks": 2},
+            {**wrong, "centred": [False], "blocks": of_blocks},
+        ),
+        Call("wide_norm_bwd", backward | wanted, of_backward),
     ]
 
 
@@ -353,3 +369,4 @@ CALLS = [
     *(*_moe(), *_expert_activation(), *_gated_activation(), *_norms(), *_rotary(), *_attention(), *_cross_entropy()),
     *(*_nf4(), *_fp8_blocks(), *_row_words(), *_optimizers()),
 ]
+CUDA_CALLS = [*(call for call in CALLS if call.operator in CUDA_OPERATORS), *_wide_norm()]

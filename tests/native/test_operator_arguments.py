@@ -16,7 +16,7 @@ from memkernels import _library
 pytestmark = pytest.mark.skipif(_library.cpu_library is None, reason=str(_library.cpu_missing))
 
 
-@wrong_calls()
+@wrong_calls(CALLS)
 def test_what_does_not_fit_is_refused(call, name):
     assert_refused(torch.ops.memkernels, call, name)
 

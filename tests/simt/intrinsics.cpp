@@ -127,6 +127,23 @@ void test_shared_memory_is_poisoned() {
   for (bool value : poisoned) expect(value, "shared memory holds NaN when a block starts");
 }
 
+void test_bytes_are_picked() {
+  expect(__byte_perm(0x33221100, 0x77665544, 0x5410) == 0x55441100u, "the low halves of two words");
+  expect(__byte_perm(0x33221100, 0x77665544, 0x0732) == 0x00773322u, "any bytes of two words");
+}
+
+__global__ void empty_kernel() {}
+
+void test_much_dynamic_shared_memory_is_asked_for() {
+  cudaLaunchConfig_t config = {};
+  config.dynamicSmemBytes = (48 << 10) + 1;
+  expect(cudaLaunchKernelEx(&config, empty_kernel) == cudaErrorInvalidValue, "49 KiB without asking");
+  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  expect(cudaFuncSetAttribute(empty_kernel, attribute, (99 << 10) + 1) == cudaErrorInvalidValue, "more than GPUs have");
+  expect(cudaFuncSetAttribute(empty_kernel, attribute, 49 << 10) == cudaSuccess, "49 KiB are asked for");
+  expect(cudaLaunchKernelEx(&config, empty_kernel) == cudaSuccess, "49 KiB after asking");
+}
+
 __global__ void order_kernel(int* count, int* order) {
   if (threadIdx.x == 0 && threadIdx.y == 0) order[atomicAdd(count, 1)] = blockIdx.x + blockIdx.y * gridDim.x;
 }
@@ -215,6 +232,8 @@ int main() {
   test_conversion<__half>("half", 0x7C00, __half2float, __float2half_rn);
   test_conversion<__nv_bfloat16>("bfloat16", 0x7F80, __bfloat162float, __float2bfloat16_rn);
   test_shared_memory_is_poisoned();
+  test_bytes_are_picked();
+  test_much_dynamic_shared_memory_is_asked_for();
   test_order_of_blocks();
   test_threads_may_leave_early();
   test_failures();

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from operator_calls import CUDA_OPERATORS, assert_refused, wrong_calls
+from operator_calls import CUDA_CALLS, assert_refused, wrong_calls
 
 pytestmark = pytest.mark.xdist_group("simt_operators")  # one library, compiled once
 
 
-@wrong_calls(CUDA_OPERATORS.__contains__)
+@wrong_calls(CUDA_CALLS)
 def test_what_does_not_fit_is_refused(simt, call, name):
     assert_refused(simt, call, name)

@@ -63,6 +63,12 @@ def test_kernels(run_program: Run, name: str, build: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("build", ["thread", "address"])  # test_wide_norm.py has the values
+def test_wide_norm_kernels(run_program: Run, build: str) -> None:
+    result = run_program("wide_norm", build, *(["float32", "bfloat16"] if build != "thread" else ["bfloat16"]))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("build", ["thread", "address"])  # test_optimizers.py has the plain one
 def test_optimizer_kernels(run_program: Run, build: str) -> None:
     result = run_program("optimizer", build)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernels.ops.launch import holds_row, num_programs, row_tile
-from memkernels.ops.wide_norm_triton import wide_norm_bwd, wide_norm_fwd
+from memkernels.ops.wide_norm import wide_norm_bwd, wide_norm_fwd
 
 
 @triton.jit
@@ -112,12 +112,19 @@ def _layer_norm_bwd_kernel(
 
 
 def layer_norm_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    held: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator of that name; `held`, whether a program holds a row, is told by the size and torch without it."""
     x, weight = x.contiguous(), weight.contiguous()
     residual, bias = (tensor if tensor is None else tensor.contiguous() for tensor in (residual, bias))
     size, rows = x.shape[-1], x.shape[:-1].numel()
-    if not holds_row(size):
+    if not (holds_row(size) if held is None else held):
         return wide_norm_fwd(x, residual, weight, bias, eps, 0.0, centred=True)
     y = torch.empty_like(x)
     residual_out = x.new_empty(0) if residual is None else torch.empty_like(x)
@@ -140,11 +147,14 @@ def layer_norm_bwd(
     rstd: Tensor,
     weight_grad: bool,
     bias_grad: bool,
+    *,
+    held: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator of that name; `held` as above."""
     dy, h, weight = dy.contiguous(), h.contiguous(), weight.contiguous()
     dresidual_out = dresidual_out if dresidual_out is None else dresidual_out.contiguous()
     size, rows = h.shape[-1], h.shape[:-1].numel()
-    if not holds_row(size):
+    if not (holds_row(size) if held is None else held):
         return wide_norm_bwd(dy, dresidual_out, h, weight, mean, rstd, 0.0, weight_grad, bias_grad)
     dx = torch.empty_like(h)
     tile = row_tile(size)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernels.ops.launch import holds_row, num_programs, row_tile
-from memkernels.ops.wide_norm_triton import wide_norm_bwd, wide_norm_fwd
+from memkernels.ops.wide_norm import wide_norm_bwd, wide_norm_fwd
 
 
 @triton.jit
@@ -92,12 +92,19 @@ def _rms_norm_bwd_kernel(
 
 
 def rms_norm_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float,
+    *,
+    held: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator of that name; `held`, whether a program holds a row, is told by the size and torch without it."""
     x, weight = x.contiguous(), weight.contiguous()
     residual = residual if residual is None else residual.contiguous()
     size, rows = x.shape[-1], x.shape[:-1].numel()
-    if not holds_row(size):
+    if not (holds_row(size) if held is None else held):
         y, residual_out, _, rstd = wide_norm_fwd(x, residual, weight, None, eps, weight_offset, centred=False)
         return y, residual_out, rstd
     y = torch.empty_like(x)
@@ -120,11 +127,14 @@ def rms_norm_bwd(
     rstd: Tensor,
     weight_offset: float,
     weight_grad: bool,
+    *,
+    held: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The operator of that name; `held` as above."""
     dy, h, weight = dy.contiguous(), h.contiguous(), weight.contiguous()
     dresidual_out = dresidual_out if dresidual_out is None else dresidual_out.contiguous()
     size, rows = h.shape[-1], h.shape[:-1].numel()
-    if not holds_row(size):
+    if not (holds_row(size) if held is None else held):
         return wide_norm_bwd(dy, dresidual_out, h, weight, None, rstd, weight_offset, weight_grad, False)[:2]
     dx = torch.empty_like(h)
     tile = row_tile(size)

@@ -7,52 +7,57 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memkernels.ops.launch import holds_row
 from memkernels.ops.rms_norm.triton import rms_norm_bwd, rms_norm_fwd
-from memkernels.testing.cases import KernelCase
+from memkernels.testing.cases import AMD, TARGETS, KernelCase
 
 
-def _rows(size: int) -> int:
+def _rows(held: bool) -> int:
     """So many that what is read once a program is small beside them."""
-    return 256 if holds_row(size) else 128
+    return 256 if held else 128
 
 
-def _forward(dtype: torch.dtype, size: int, with_residual: bool, device: str) -> tuple[Tensor, ...]:
-    x, weight = torch.ones(_rows(size), size, dtype=dtype, device=device), torch.ones(size, dtype=dtype, device=device)
+def _forward(dtype: torch.dtype, size: int, with_residual: bool, held: bool, device: str) -> tuple[Tensor, ...]:
+    x, weight = torch.ones(_rows(held), size, dtype=dtype, device=device), torch.ones(size, dtype=dtype, device=device)
     if not with_residual:
-        y, _, rstd = rms_norm_fwd(x, None, weight, 1e-6, 0.0)
+        y, _, rstd = rms_norm_fwd(x, None, weight, 1e-6, 0.0, held=held)
         return x, weight, y, rstd
     residual = torch.ones_like(x)
-    return x, residual, weight, *rms_norm_fwd(x, residual, weight, 1e-6, 0.0)
+    return x, residual, weight, *rms_norm_fwd(x, residual, weight, 1e-6, 0.0, held=held)
 
 
-def _backward(dtype: torch.dtype, size: int, with_residual: bool, device: str) -> tuple[Tensor, ...]:
-    rows = _rows(size)
+def _backward(dtype: torch.dtype, size: int, with_residual: bool, held: bool, device: str) -> tuple[Tensor, ...]:
+    rows = _rows(held)
     dy, h, weight = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((rows, size), (rows, size), (size,)))
     dresidual_out = torch.ones_like(dy) if with_residual else None
     rstd = torch.ones(rows, device=device)
-    outputs = rms_norm_bwd(dy, dresidual_out, h, weight, rstd, 0.0, True)
+    outputs = rms_norm_bwd(dy, dresidual_out, h, weight, rstd, 0.0, True, held=held)
     return dy, h, weight, rstd, *outputs, *([dresidual_out] if dresidual_out is not None else [])
 
 
+HELD = (
+    (torch.bfloat16, 128, False),
+    (torch.bfloat16, 4096, False),
+    (torch.bfloat16, 4096, True),
+    (torch.float16, 8192, True),
+    (torch.float32, 8192, True),
+    (torch.float32, 4095, True),
+)
+# Where a warp has 64 lanes; NVIDIA's have CUDA C++ for these.
+HELD_BY_AMD = (
+    (torch.float32, 5000, True),
+    (torch.bfloat16, 16384, True),
+    (torch.float32, 16384, True),
+)
+WIDE = ((torch.bfloat16, 20000, False), (torch.float32, 20001, True))
 KERNEL_CASES = [
     KernelCase(
         f"{launch.__name__[1:]} {str(dtype)[6:]} {size}{' residual' if with_residual else ''}",
-        partial(launch, dtype, size, with_residual),
+        partial(launch, dtype, size, with_residual, held),
         # A row that no program holds is read twice; its weight once for four rows.
-        traffic_limit=1.05 if holds_row(size) else 1.8,
+        traffic_limit=1.05 if held else 1.8,
+        targets=targets,
     )
     for launch in (_forward, _backward)
-    for dtype, size, with_residual in (
-        (torch.bfloat16, 128, False),
-        (torch.bfloat16, 4096, False),
-        (torch.bfloat16, 4096, True),
-        (torch.float16, 8192, True),
-        (torch.float32, 8192, True),
-        (torch.float32, 4095, True),
-        (torch.float32, 5000, True),
-        (torch.bfloat16, 16384, False),
-        (torch.bfloat16, 16383, True),
-        (torch.float32, 16384, True),
-    )
+    for cases, held, targets in ((HELD, True, TARGETS), (HELD_BY_AMD, True, AMD), (WIDE, False, TARGETS))
+    for dtype, size, with_residual in cases
 ]
