@@ -70,11 +70,15 @@ def test_zero_rows_and_zero_columns(implementation):
 
 @on_every_implementation
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(("size", "dtype"), [(8208, torch.bfloat16), (4099, torch.float32)], ids=str)
-def test_wide_rows(implementation, size, dtype, residual):
-    """Rows that no program of a GPU holds: read in blocks of columns, their gradients by shares of the rows."""
+@pytest.mark.parametrize(
+    ("rows", "size", "dtype"),
+    [(21, 8208, torch.bfloat16), (21, 4099, torch.float32), (5, 16400, torch.bfloat16)],
+    ids=str,
+)
+def test_wide_rows(implementation, rows, size, dtype, residual):
+    """Rows that no Triton program holds: in blocks of columns, or in CUDA C++, which NVIDIA's GPUs have up to 16384."""
     with implementation.active() as device:
-        inputs = make_inputs((21, size), dtype, device, residual=residual)
+        inputs = make_inputs((rows, size), dtype, device, residual=residual)
         check_op(ops.rms_norm, reference.rms_norm, inputs, eps=1e-5, weight_offset=1.0)
 
 
