@@ -118,10 +118,9 @@ struct ScoreTile {
     Vec s = product * options.scale;
     if (with_slope) slope = broadcast(options.scale);
     if (options.softcap > 0.0f) {
-      const Vec x = s * (1.0f / options.softcap);
-      const Vec tanh = 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
-      s = tanh * options.softcap;
-      if (with_slope) slope *= 1.0f - tanh * tanh;
+      const Vec capped = tanh(s * (1.0f / options.softcap));
+      s = capped * options.softcap;
+      if (with_slope) slope *= 1.0f - capped * capped;
     }
     if (!masked && alibi == 0.0f) return s;
     // distance = key position - query position, exact in float below 2^24

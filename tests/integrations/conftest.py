@@ -26,8 +26,8 @@ OWN = {
         "head_dim": 20,
         "sliding_window": 16,
         "query_pre_attn_scalar": 20,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 8.0,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
     },
     "Gemma3": {
         "head_dim": 20,

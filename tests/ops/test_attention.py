@@ -131,6 +131,15 @@ def test_options_match_reference(implementation, options, dtype):
 
 
 @on_every_implementation
+@pytest.mark.parametrize("softcap", [50.0, 1000.0])
+def test_a_softcap_far_above_the_scores_rounds_as_little(implementation, softcap):
+    """50 is Gemma 2's."""
+    with implementation.active() as device:
+        inputs = make_inputs(torch.float32, device, batch=1, queries=70, keys=101, heads=2, kv_heads=1, size=32)
+        check(inputs, softcap=softcap)
+
+
+@on_every_implementation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queries", [50, 90], ids=["", "queries that see the sink alone"])
 @pytest.mark.parametrize("by_batch", [False, True], ids=["(H,)", "(B, H)"])
