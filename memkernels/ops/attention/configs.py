@@ -17,7 +17,7 @@ class Tile(NamedTuple):
     """BLOCK_M queries by BLOCK_N keys. A program keeps the one and streams the other.
 
     maxnreg: a bound of registers that lets NVIDIA's compiler use them all, where it would spill to fit more programs.
-    SPLIT: in how many parts of the head size products of queries and keys come (`triton_scores.row_products`).
+    PART: the head size of the parts in which products of queries and keys come (`triton_scores.row_products`).
     """
 
     BLOCK_M: int
@@ -25,7 +25,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
-    SPLIT: int = 1
+    PART: int = 256  # no head is larger, so one part
 
     def options(self) -> dict[str, int]:
         """The kernel's compile-time arguments."""
@@ -116,13 +116,13 @@ RICH = {
 FLOAT32 = {
     "exact": {
         64: _config((32, 32, 4, 2, 255), (32, 32, 4, 2, 255), (32, 32, 4, 2, 255)),
-        128: _config((32, 32, 8, 1, 255, 8), (16, 32, 8, 1, 255, 8), (32, 16, 8, 1, 255, 8)),
-        256: _config((16, 16, 8, 1, 255, 8), (16, 16, 8, 1, 255, 8), (16, 16, 8, 1, 255, 8)),
+        128: _config((32, 32, 8, 1, 255, 16), (16, 32, 8, 1, 255, 16), (32, 16, 8, 1, 255, 16)),
+        256: _config((16, 16, 8, 1, 255, 32), (16, 16, 8, 1, 255, 32), (16, 16, 8, 1, 255, 32)),
     },
     "tf32": {
         64: _config((32, 32, 4, 2, 255), (32, 32, 4, 2, 255), (32, 32, 4, 2, 255), PRECISION="tf32"),
         128: _config((32, 32, 8, 2, 255), (32, 32, 8, 2, 255), (32, 32, 8, 2, 255), PRECISION="tf32"),
-        256: _config((32, 16, 8, 1, 255, 8), (16, 16, 8, 1, 255, 8), (32, 16, 8, 1, 255, 8), PRECISION="tf32"),
+        256: _config((32, 16, 8, 1, 255, 32), (16, 16, 8, 1, 255, 32), (32, 16, 8, 1, 255, 32), PRECISION="tf32"),
     },
     "amd": {
         64: _config((32, 16, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1)),

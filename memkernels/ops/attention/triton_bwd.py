@@ -93,7 +93,7 @@ def _attention_dkdv_kernel(
     VALUE_SIZE: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -137,13 +137,13 @@ def _attention_dkdv_kernel(
             lse, delta = _row_statistics(lse_ptr, delta_ptr, lse_row, query, queries, LOG2_UNIT, EDGE)
             q_row = q_start + first_query
             q_tile = stream_rows(q, batch, head, q_row, q_end, SIZE, BLOCK_M, BLOCK_D, EDGE, PACKED)
-            products = row_products(k_tile, q_tile, SPLIT, PRECISION)
+            products = row_products(k_tile, q_tile, PART, PRECISION)
             position = (query + keys - queries)[None, :]
             slope = alibi_slope(masks, sequence, head)
             score, derivative = scores(products, position, key, keys, slope, masks, NATURAL, EDGE)
             probability = tl.exp2((score * unit - lse[None, :]) * LOG2_UNIT)
             dout_tile = stream_rows(dout, batch, head, q_row, q_end, VALUE_SIZE, BLOCK_M, BLOCK_DV, EDGE, PACKED)
-            dprobability = row_products(v_tile, dout_tile, SPLIT, PRECISION)
+            dprobability = row_products(v_tile, dout_tile, PART, PRECISION)
             seen = probability
             if masks.seed is not None:
                 stream = sequence * kv_heads * group + head
@@ -177,7 +177,7 @@ def _attention_dq_kernel(
     VALUE_SIZE: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -219,11 +219,11 @@ def _attention_dq_kernel(
             k_row = k_start + first_key
             k_tile = stream_rows(k, batch, head // group, k_row, k_end, SIZE, BLOCK_N, BLOCK_D, EDGE, PACKED)
             v_tile = stream_rows(v, batch, head // group, k_row, k_end, VALUE_SIZE, BLOCK_N, BLOCK_DV, EDGE, PACKED)
-            products = row_products(q_tile, k_tile, SPLIT, PRECISION)
+            products = row_products(q_tile, k_tile, PART, PRECISION)
             key = (first_key + tl.arange(0, BLOCK_N))[None, :]
             score, derivative = scores(products, position, key, keys, slope, masks, NATURAL, EDGE)
             probability = tl.exp2((score * unit - lse[:, None]) * LOG2_UNIT)
-            dprobability = row_products(dout_tile, v_tile, SPLIT, PRECISION)
+            dprobability = row_products(dout_tile, v_tile, PART, PRECISION)
             if masks.seed is not None:
                 keep = kept(masks, sequence * heads + head, first, first_key, BLOCK_M, BLOCK_N)
                 dprobability = tl.where(keep, dprobability * masks.keep_scale, 0.0)

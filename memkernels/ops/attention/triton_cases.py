@@ -1,11 +1,11 @@
 """The configurations of attention's Triton kernels that the checks without a GPU compile and count.
 
 Every tile of every architecture, causal: without options on a batch, with all of them at once on packed sequences and,
-where rows come by TMA, on a batch, whose edges then do too; those of float32 with all of them. What training packed
-sequences and gpt-oss launch, sinks and a window without the options that have tiles of their own, and head sizes that
-differ, by the tiles without options too. The window hides nothing here: a kernel knows it as a number alone. The least
-bytes are those of flash attention at the tile's size: what a tile keeps and writes once, and of the other side what it
-sees, tile by tile.
+where rows come by TMA, on a batch, whose edges then do too; those of float32 with all of them, and where head sizes
+differ so that one is cut in fewer parts. What training packed sequences and gpt-oss launch, sinks and a window without
+the options that have tiles of their own, and head sizes that differ, by the tiles without options too. The window hides
+nothing here: a kernel knows it as a number alone. The least bytes are those of flash attention at the tile's size: what
+a tile keeps and writes once, and of the other side what it sees, tile by tile.
 """
 
 from __future__ import annotations
@@ -116,4 +116,9 @@ KERNEL_CASES += [
     for name, targets in (("exact", NVIDIA), ("tf32", NVIDIA), ("amd", AMD))
     for size in (64, 96, 128, 256)
     for case in _cases(name, FLOAT32[name][_block(size)], (size, size), PACKED, targets, torch.float32)
+]
+KERNEL_CASES += [
+    case
+    for name, sizes in (("exact", (64, 128)), ("tf32", (64, 256)))
+    for case in _cases(name, FLOAT32[name][sizes[1]], sizes, PACKED, NVIDIA, torch.float32)
 ]

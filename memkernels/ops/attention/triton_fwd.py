@@ -33,7 +33,7 @@ def _attention_fwd_kernel(
     VALUE_SIZE: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -78,7 +78,7 @@ def _attention_fwd_kernel(
             first_key = tile_at(index, begin, full_begin, full_end, EDGE) * BLOCK_N
             row, k_end = k_start + first_key, k_start + keys
             k_tile = stream_rows(k, batch, head // group, row, k_end, SIZE, BLOCK_N, BLOCK_D, EDGE, PACKED)
-            products = row_products(q_tile, k_tile, SPLIT, PRECISION)
+            products = row_products(q_tile, k_tile, PART, PRECISION)
             key = (first_key + tl.arange(0, BLOCK_N))[None, :]
             score, _ = scores(products, position, key, keys, slope, masks, NATURAL, EDGE)
             larger = tl.maximum(largest, tl.max(score, 1) * unit)

@@ -35,17 +35,18 @@ class Masks(NamedTuple):
 
 
 @triton.jit
-def row_products(rows, columns, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """rows columns^T over the head size, which SPLIT > 1 cuts into parts that warps multiply apart and then add.
+def row_products(rows, columns, PART: tl.constexpr, PRECISION: tl.constexpr):
+    """rows columns^T over the head size, which is cut into parts of PART that warps multiply apart and then add.
 
-    Without it each thread holds whole rows of float32, for which large heads leave no registers.
+    Without it each thread holds whole rows of float32, for which large heads leave no registers. A head of at most
+    PART stays whole; tl.dot takes no part below 16.
     """
-    if SPLIT == 1:
+    if rows.shape[1] <= PART:
         products = tl.dot(rows, columns.T, input_precision=PRECISION)
     else:
-        SIZE: tl.constexpr = rows.shape[1] // SPLIT
-        left = rows.reshape(rows.shape[0], SPLIT, SIZE).permute(1, 0, 2)
-        right = columns.reshape(columns.shape[0], SPLIT, SIZE).permute(1, 2, 0)
+        PARTS: tl.constexpr = rows.shape[1] // PART
+        left = rows.reshape(rows.shape[0], PARTS, PART).permute(1, 0, 2)
+        right = columns.reshape(columns.shape[0], PARTS, PART).permute(1, 2, 0)
         products = tl.sum(tl.dot(left, right, input_precision=PRECISION), 0)
     return products
 
