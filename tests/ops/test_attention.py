@@ -230,6 +230,25 @@ def test_transposed_inputs_and_strided_gradients(implementation):
 
 
 @on_every_implementation
+@pytest.mark.parametrize("dimension", [0, 1, 2], ids=["batch", "row", "head"])
+def test_offsets_beyond_32_bits(implementation, dimension):
+    """Of inputs and of the incoming gradient; those of results are in test_large_offsets.py."""
+    with implementation.active() as device:
+        shape, strides = [1, 2, 1, 16], [32, 16, 16, 1]
+        shape[dimension], strides[dimension] = 3, 2**30
+        near = [random_tensor(*shape, dtype=torch.float16, device=device, seed=i).detach() for i in range(4)]
+        # Four gigabytes of addresses each, of which a few rows are ever touched.
+        far = [torch.empty_strided(x.shape, strides, dtype=x.dtype, device=device).copy_(x) for x in near]
+        masks = (None, None, None, None, None, shape[1], shape[1], 0.25, -1, 0, 0.0, 0.0)
+        results = []
+        for q, k, v, dout in (near, far):
+            out, lse = torch.ops.memkernels.attention_fwd(q, k, v, *masks)
+            gradients = torch.ops.memkernels.attention_bwd(dout, None, q, k, v, out, lse, *masks, True)[:3]
+            results.append((out, lse, *gradients))
+        assert all(map(torch.equal, *results))
+
+
+@on_every_implementation
 @settings(max_examples=12, deadline=None)
 @given(
     queries=st.integers(1, 60), keys=st.integers(1, 120), size=st.integers(1, 40), group=st.integers(1, 3),

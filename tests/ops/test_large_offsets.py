@@ -1,8 +1,8 @@
 """Row kernels past 2^31 elements: what lies there has to equal, bit for bit, the same rows by themselves.
 
-Strided operands have such offsets without the memory; test_rotary.py and test_gated_hidden.py reach them so. What is
-contiguous takes it: here Triton's interpreter runs the last program of a launch over memory of which the rest is never
-touched, and `make test-slow` runs the native kernels over all of it.
+Strided operands have such offsets without the memory; test_rotary.py, test_gated_hidden.py and test_attention.py reach
+them so. What is contiguous takes it: here Triton's interpreter runs the last program of a launch over memory of which
+the rest is never touched, and `make test-slow` runs the native kernels over all of it.
 """
 
 from contextlib import nullcontext
@@ -51,6 +51,18 @@ def gated_activation(gate, up, dh, *_):
     yield from zip(("dgate", "dup"), OPERATORS.gated_activation_bwd(dh, gate, up, "silu"), strict=True)
 
 
+def attention(q, k, v, dout, _, lse):
+    """Sequences of FAR rows, with one head."""
+    q, k, v, dout = (x.reshape(-1, FAR, 1, x.shape[-1]) for x in (q, k, v, dout))
+    masks = (None, None, None, None, None, FAR, FAR, 0.25, -1, 0, 0.0, 0.0)
+    out, lse_out = OPERATORS.attention_fwd(q, k, v, *masks)
+    yield "out", out.flatten(0, 2)
+    yield "lse", lse_out.flatten()
+    lse = lse.view(lse_out.shape)
+    gradients = OPERATORS.attention_bwd(dout, None, q, k, v, out, lse, *masks, True)[:3]
+    yield from ((name, gradient.flatten(0, 2)) for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True))
+
+
 def check(op, rows, size, dtype, device, far=nullcontext):
     """Of the inputs the last rows alone are written; within `far` the op runs over the whole."""
     generator = torch.Generator(device).manual_seed(0)
@@ -72,8 +84,8 @@ def check(op, rows, size, dtype, device, far=nullcontext):
 @pytest.mark.parametrize(
     ("op", "rows", "size"),
     [(norm, triton.cdiv(2**31, size) + FAR, size) for norm in (rms_norm, layer_norm) for size in (NARROW, WIDE)]
-    + [(gated_activation, 2**31 + FAR, 1)],
-    ids=["rms_norm", "rms_norm wide", "layer_norm", "layer_norm wide", "gated_activation"],
+    + [(gated_activation, 2**31 + FAR, 1), (attention, FAR * (triton.cdiv(2**31, FAR * NARROW) + 1), NARROW)],
+    ids=["rms_norm", "rms_norm wide", "layer_norm", "layer_norm wide", "gated_activation", "attention"],
 )
 def test_offsets_of_triton_kernels(monkeypatch, op, rows, size):
     # Programs enough that one walks no further than its first rows, as GPUs of so many multiprocessors would have.
