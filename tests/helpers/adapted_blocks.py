@@ -9,13 +9,16 @@ OUT_IN = {"w_gate": (F_SIZE, D), "w_up": (F_SIZE, D), "w_down": (D, F_SIZE), "w_
           "w_k": (2 * SIZE, D), "w_v": (2 * SIZE, D), "w_o": (D, HEADS * SIZE)}  # fmt: skip
 
 
-def make_inputs(shape, names, dtype, *, magnitude=False, adapter=None, plain=()):
+def make_inputs(shape, names, dtype, *, magnitude=False, adapter=None, plain=(), draw=0):
     """x, a norm's weight, and of each weight the base, frozen, with adapter and bias; no adapter of those in `plain`.
 
     q and k have no bias: without rotation the gradient of k's is zero but for rounding, and q's is attention's error.
     """
-    adapter = adapter or dtype
-    inputs = {"x": random_tensor(*shape, D, dtype=dtype), "norm_weight": random_tensor(D, dtype=dtype, seed=1)}
+    adapter, seed = adapter or dtype, 1000 * draw
+    inputs = {
+        "x": random_tensor(*shape, D, dtype=dtype, seed=seed),
+        "norm_weight": random_tensor(D, dtype=dtype, seed=seed + 1),
+    }
     for index, name in enumerate(names):
         out, size = OUT_IN[name]
         parts = {"": (out, size)}
@@ -24,12 +27,12 @@ def make_inputs(shape, names, dtype, *, magnitude=False, adapter=None, plain=())
         for part, of in parts.items():
             narrow = adapter if part in (".a", ".b") else dtype
             inputs[name + part] = random_tensor(
-                *of, dtype=narrow, seed=10 * index + len(part) + 2, scale=of[-1] ** -0.5
+                *of, dtype=narrow, seed=seed + 10 * index + len(part) + 2, scale=of[-1] ** -0.5
             )
         inputs[name].requires_grad_(name in plain)
         if name in ("w_q", "w_k"):
             continue
-        inputs[f"b{name[1:]}"] = random_tensor(out, dtype=dtype, seed=10 * index + 9)
+        inputs[f"b{name[1:]}"] = random_tensor(out, dtype=dtype, seed=seed + 10 * index + 9)
     return inputs
 
 

