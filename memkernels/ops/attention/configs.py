@@ -69,11 +69,13 @@ PLAIN = {
         256: _config((128, 32, 8, 2), (32, 64, 8, 2), (128, 32, 8, 2), TMA=True),
     },
     "sm_120": {
+        32: _config((128, 64, 8, 3, 255), (32, 128, 8, 3), (128, 32, 8, 3, 255), TMA=True),
         64: _config((128, 64, 8, 3), (32, 128, 8, 3), (128, 32, 8, 3), TMA=True),
         128: _config((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), TMA=True),
         256: _config((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), TMA=True),
     },
     "gfx942": {
+        32: _config((128, 32, 4, 1), (32, 128, 4, 1), (128, 32, 4, 1)),
         64: _config((128, 64, 4, 1), (32, 128, 4, 1), (128, 32, 4, 1)),
         128: _config((128, 32, 8, 2), (32, 64, 4, 1), (128, 32, 4, 1)),
         256: _config((64, 32, 8, 1), (16, 64, 8, 1), (64, 16, 8, 1)),
@@ -84,7 +86,7 @@ RICH = {
     "sm_80": {
         64: _config((128, 64, 8, 3), (16, 64, 4, 3), (128, 32, 8, 3)),
         128: _config((128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
-        256: _config((64, 64, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2)),
+        256: _config((64, 64, 8, 2), (32, 32, 8, 2, 255), (64, 64, 8, 2)),
     },
     "sm_86": {
         64: _config((128, 64, 8, 3), (16, 64, 4, 3), (128, 32, 8, 3)),
@@ -125,6 +127,7 @@ FLOAT32 = {
         256: _config((32, 16, 8, 1, 255, 32), (16, 16, 8, 1, 255, 32), (32, 16, 8, 1, 255, 32), PRECISION="tf32"),
     },
     "amd": {
+        32: _config((32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)),
         64: _config((32, 16, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1)),
         128: _config((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
         256: _config((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
@@ -134,6 +137,11 @@ FLOAT32 = {
 INTERPRETER = _config((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1), TMA=True)
 
 
+def fitting(configs: dict[int, Config], size: int) -> Config:
+    """That of the least head size which is not below `size`."""
+    return configs[min(largest for largest in configs if largest >= size)]
+
+
 def select_config(block_size: int, rich: bool, dtype: torch.dtype, device: torch.device) -> Config:
     """The configuration for a launch whose head sizes are held in blocks of up to `block_size`.
 
@@ -141,9 +149,8 @@ def select_config(block_size: int, rich: bool, dtype: torch.dtype, device: torch
     """
     if device.type != "cuda":
         return INTERPRETER
-    block_size = max(block_size, 64)
     if dtype == torch.float32:
         # torch's own setting decides whether float32 products may round their operands.
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return FLOAT32["amd" if torch.version.hip else "tf32" if tf32 else "exact"][block_size]
-    return (RICH if rich else PLAIN)[architecture(device)][block_size]
+        return fitting(FLOAT32["amd" if torch.version.hip else "tf32" if tf32 else "exact"], block_size)
+    return fitting((RICH if rich else PLAIN)[architecture(device)], block_size)

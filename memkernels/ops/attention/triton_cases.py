@@ -2,10 +2,10 @@
 
 Every tile of every architecture, causal: without options on a batch, with all of them at once on packed sequences and,
 where rows come by TMA, on a batch, whose edges then do too; those of float32 with all of them, and where head sizes
-differ so that one is cut in fewer parts. What training packed sequences and gpt-oss launch, sinks and a window without
-the options that have tiles of their own, and head sizes that differ, by the tiles without options too. The window hides
-nothing here: a kernel knows it as a number alone. The least bytes are those of flash attention at the tile's size: what
-a tile keeps and writes once, and of the other side what it sees, tile by tile.
+differ so that one is cut in fewer parts. Without options also small heads, head sizes that differ, and what training
+packed sequences and gpt-oss launch, sinks and a window without the options that have tiles of their own. The window
+hides nothing here: a kernel knows it as a number alone. The least bytes are those of flash attention at the tile's
+size: what a tile keeps and writes once, and of the other side what it sees, tile by tile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from memkernels.ops.attention.configs import FLOAT32, PLAIN, RICH, Config
+from memkernels.ops.attention.configs import FLOAT32, PLAIN, RICH, Config, fitting
 from memkernels.ops.attention.triton import attention_bwd, attention_fwd
 from memkernels.testing.cases import AMD, NVIDIA, KernelCase, Target, targets_of
 
@@ -91,21 +91,22 @@ def _cases(
     ]
 
 
-def _block(size: int) -> int:
-    return 128 if size == 96 else size
-
-
 KERNEL_CASES = [
     case
     for architecture, size in product(PLAIN, (64, 96, 128, 256))
     for options, configs in (
         (NONE, PLAIN), (PACKED_ALONE, PLAIN), (SINKS, PLAIN), (PACKED_SINKS, PLAIN), (PACKED, RICH), (BATCH, RICH)
     )
-    if options != BATCH or configs[architecture][_block(size)].TMA
+    if options != BATCH or fitting(configs[architecture], size).TMA
     for case in _cases(
-        architecture, configs[architecture][_block(size)], (size, size), options, targets_of(architecture)
+        architecture, fitting(configs[architecture], size), (size, size), options, targets_of(architecture)
     )
 ]  # fmt: skip
+KERNEL_CASES += [
+    case
+    for architecture, size in product(PLAIN, (16, 32))
+    for case in _cases(architecture, fitting(PLAIN[architecture], size), (size, size), NONE, targets_of(architecture))
+]
 KERNEL_CASES += [
     case
     for architecture in PLAIN
@@ -114,8 +115,8 @@ KERNEL_CASES += [
 KERNEL_CASES += [
     case
     for name, targets in (("exact", NVIDIA), ("tf32", NVIDIA), ("amd", AMD))
-    for size in (64, 96, 128, 256)
-    for case in _cases(name, FLOAT32[name][_block(size)], (size, size), PACKED, targets, torch.float32)
+    for size in (32, 64, 96, 128, 256)
+    for case in _cases(name, fitting(FLOAT32[name], size), (size, size), PACKED, targets, torch.float32)
 ]
 KERNEL_CASES += [
     case
