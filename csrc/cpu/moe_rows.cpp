@@ -1,7 +1,9 @@
-// Rows to their experts and back. Token t's choice j has row r = row_of_pair[t, j] of the grouped rows, or none (-1):
-//   dispatch:     x_grouped[r] = w[t, j] * x[t]                     combine:  y[t] = sum over j of w[t, j] *
-//   y_grouped[r] combine_bwd:  dy_grouped[r] = w[t, j] * dy[t]                   dw[t, j] = <dy[t], y_grouped[r]>
-// w is 1 where there are no weights. Each row of tokens is read or written once; sums are float32, in the order of j.
+// Rows to their experts and back. A token's choices are neighbours, k each or as many as token_offsets says; choice p
+// of token t has row r = row_of_pair[p] of the grouped rows, or none (-1):
+//   dispatch:     x_grouped[r] = w[p] x[t]
+//   combine:      y[t] = sum over t's p of w[p] y_grouped[r]
+//   combine_bwd:  dy_grouped[r] = w[p] dy[t], dw[p] = <dy[t], y_grouped[r]>
+// w is 1 where there are no weights. Each row of tokens is read or written once; sums are float32, in the order of p.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -21,31 +23,42 @@ constexpr int64_t kElementsPerTask = 32768;
 // Choices of a token that are summed at a time: sums stay in registers.
 constexpr int64_t kChoices = 8;
 
-int64_t tokens_per_task(int64_t size, int64_t choices) {
-  return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, size * choices));
-}
-
-// The rows of the tokens' choices, checked against the rows there are.
+// The choices of the tokens and their rows, checked against the rows there are.
 struct Rows {
   Tensor table;
+  std::optional<Tensor> starts;
   const int32_t* of_pair;
-  int64_t tokens, choices;
+  const int32_t* token_offsets;  // null: `choices` a token
+  int64_t pairs, tokens, choices;
 
-  Rows(const Tensor& row_of_pair, int64_t rows)
+  Rows(const Tensor& row_of_pair, const std::optional<Tensor>& offsets, int64_t rows)
       : table(as_contiguous(row_of_pair)),
+        starts(as_contiguous(offsets)),
         of_pair(table.const_data_ptr<int32_t>()),
-        tokens(table.size(0)),
-        choices(table.size(1)) {
+        token_offsets(data_or_null<int32_t>(starts)),
+        pairs(table.numel()),
+        tokens(token_count(table, starts)),
+        choices(starts.has_value() ? 0 : table.size(1)) {
     int32_t least = -1, most = -1;
-    for (int64_t pair = 0; pair < tokens * choices; ++pair) {
+    for (int64_t pair = 0; pair < pairs; ++pair) {
       least = std::min(least, of_pair[pair]);
       most = std::max(most, of_pair[pair]);
     }
     STD_TORCH_CHECK(least >= -1 && most < rows, "plan: expected rows from -1 to ", rows - 1, ", got ", least, " to ",
                     most);
+    if (token_offsets == nullptr) return;
+    bool ordered = token_offsets[0] == 0 && token_offsets[tokens] <= pairs;
+    for (int64_t token = 0; token < tokens; ++token) ordered &= token_offsets[token] <= token_offsets[token + 1];
+    STD_TORCH_CHECK(ordered, "plan: expected token_offsets that rise from 0 to at most ", pairs);
   }
 
-  const int32_t* of_token(int64_t token) const { return of_pair + token * choices; }
+  // The choices of a token are first(token) to first(token + 1).
+  int64_t first(int64_t token) const { return token_offsets == nullptr ? token * choices : token_offsets[token]; }
+
+  int64_t tokens_per_task(int64_t size) const {
+    const int64_t of_token = std::max<int64_t>(1, pairs / std::max<int64_t>(1, tokens));
+    return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, size * of_token));
+  }
 };
 
 // The first row that belongs to no expert.
@@ -61,28 +74,28 @@ void fill_rows_with_zero(T* grouped, int64_t first, int64_t rows, int64_t size) 
 }
 
 Tensor moe_dispatch(const Tensor& x_in, const std::optional<Tensor>& weights_in, const Tensor& row_of_pair,
-                    const Tensor& offsets, int64_t num_rows) {
-  check_moe_dispatch(x_in, weights_in, row_of_pair, offsets, num_rows);
+                    const Tensor& offsets, int64_t num_rows, const std::optional<Tensor>& token_offsets) {
+  check_moe_dispatch(x_in, weights_in, row_of_pair, offsets, num_rows, token_offsets);
   const Tensor x = as_contiguous(x_in);
   const std::optional<Tensor> weights = as_contiguous(weights_in);
-  const Rows rows(row_of_pair, num_rows);
+  const Rows rows(row_of_pair, token_offsets, num_rows);
   const int64_t size = x.size(1), end = rows_in_use(as_contiguous(offsets), num_rows);
   Tensor grouped = new_output(x, {num_rows, size});
   dispatch_floating("x", x, [&]<typename T>() {
     const T* from = x.const_data_ptr<T>();
     const float* factors = data_or_null<float>(weights);
     T* to = grouped.mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, rows.tokens, tokens_per_task(size, rows.choices), [&](int64_t begin, int64_t last) {
+    torch::stable::parallel_for(0, rows.tokens, rows.tokens_per_task(size), [&](int64_t begin, int64_t last) {
       for (int64_t token = begin; token < last; ++token) {
         const T* source = from + token * size;
-        for (int64_t choice = 0; choice < rows.choices; ++choice) {
-          const int64_t row = rows.of_token(token)[choice];
+        for (int64_t pair = rows.first(token); pair < rows.first(token + 1); ++pair) {
+          const int64_t row = rows.of_pair[pair];
           if (row < 0) continue;
           T* target = to + row * size;
           if (factors == nullptr) {
             std::memcpy(target, source, size * sizeof(T));
           } else {
-            const float factor = factors[token * rows.choices + choice];
+            const float factor = factors[pair];
             for_each_vec(size, [=](auto at, auto store) { store(target, at(source) * factor); });
           }
         }
@@ -124,25 +137,28 @@ void combine_many(const T* grouped, const float* factors, const int32_t* rows, i
   for_each_vec(size, [=](auto at, auto to) { to(y, at(static_cast<const float*>(sums))); });
 }
 
-Tensor moe_combine(const Tensor& y_grouped_in, const std::optional<Tensor>& weights_in, const Tensor& row_of_pair) {
-  check_moe_combine(y_grouped_in, weights_in, row_of_pair);
+Tensor moe_combine(const Tensor& y_grouped_in, const std::optional<Tensor>& weights_in, const Tensor& row_of_pair,
+                   const std::optional<Tensor>& token_offsets) {
+  check_moe_combine(y_grouped_in, weights_in, row_of_pair, token_offsets);
   const Tensor y_grouped = as_contiguous(y_grouped_in);
   const std::optional<Tensor> weights = as_contiguous(weights_in);
-  const Rows rows(row_of_pair, y_grouped.size(0));
+  const Rows rows(row_of_pair, token_offsets, y_grouped.size(0));
   const int64_t size = y_grouped.size(1);
   Tensor y = new_output(y_grouped, {rows.tokens, size});
   dispatch_floating("y_grouped", y_grouped, [&]<typename T>() {
     const T* grouped = y_grouped.const_data_ptr<T>();
     const float* all_factors = data_or_null<float>(weights);
     T* to = y.mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, rows.tokens, tokens_per_task(size, rows.choices), [&](int64_t begin, int64_t last) {
-      std::vector<float> sums(rows.choices > kChoices ? size : 0);
+    torch::stable::parallel_for(0, rows.tokens, rows.tokens_per_task(size), [&](int64_t begin, int64_t last) {
+      std::vector<float> sums;
       for (int64_t token = begin; token < last; ++token) {
-        const float* factors = all_factors == nullptr ? nullptr : all_factors + token * rows.choices;
-        if (rows.choices <= kChoices) {
-          combine_token(grouped, factors, rows.of_token(token), rows.choices, to + token * size, size);
+        const int64_t first = rows.first(token), choices = rows.first(token + 1) - first;
+        const float* factors = all_factors == nullptr ? nullptr : all_factors + first;
+        if (choices <= kChoices) {
+          combine_token(grouped, factors, rows.of_pair + first, choices, to + token * size, size);
         } else {
-          combine_many(grouped, factors, rows.of_token(token), rows.choices, to + token * size, sums.data(), size);
+          sums.resize(size);
+          combine_many(grouped, factors, rows.of_pair + first, choices, to + token * size, sums.data(), size);
         }
       }
     });
@@ -151,11 +167,12 @@ Tensor moe_combine(const Tensor& y_grouped_in, const std::optional<Tensor>& weig
 }
 
 std::tuple<Tensor, Tensor> moe_combine_bwd(const Tensor& dy_in, const Tensor& y_grouped_in, const Tensor& weights_in,
-                                           const Tensor& row_of_pair, const Tensor& offsets) {
-  check_moe_combine_bwd(dy_in, y_grouped_in, weights_in, row_of_pair, offsets);
+                                           const Tensor& row_of_pair, const Tensor& offsets,
+                                           const std::optional<Tensor>& token_offsets) {
+  check_moe_combine_bwd(dy_in, y_grouped_in, weights_in, row_of_pair, offsets, token_offsets);
   const Tensor dy = as_contiguous(dy_in), y_grouped = as_contiguous(y_grouped_in), weights = as_contiguous(weights_in);
   const int64_t num_rows = y_grouped.size(0), size = y_grouped.size(1);
-  const Rows rows(row_of_pair, num_rows);
+  const Rows rows(row_of_pair, token_offsets, num_rows);
   const int64_t end = rows_in_use(as_contiguous(offsets), num_rows);
   Tensor dy_grouped = output_like(y_grouped);
   Tensor dweights = torch::stable::empty_like(weights);
@@ -164,21 +181,25 @@ std::tuple<Tensor, Tensor> moe_combine_bwd(const Tensor& dy_in, const Tensor& y_
     const float* factors = weights.const_data_ptr<float>();
     T* to = dy_grouped.mutable_data_ptr<T>();
     float* products = dweights.mutable_data_ptr<float>();
-    torch::stable::parallel_for(0, rows.tokens, tokens_per_task(size, rows.choices), [&](int64_t begin, int64_t last) {
-      for (int64_t pair = begin * rows.choices; pair < last * rows.choices; ++pair) {
-        products[pair] = 0.0f;
-        const int64_t row = rows.of_pair[pair];
-        if (row < 0) continue;
-        const T *grad = from + pair / rows.choices * size, *value = values + row * size;
-        T* target = to + row * size;
-        const float factor = factors[pair];
-        products[pair] = sum_each_vec<1>(size, [=](auto at, auto store, Vec* sums) {
-          const Vec g = at(grad);
-          store(target, g * factor);
-          sums[0] += g * at(value);
-        })[0];
+    torch::stable::parallel_for(0, rows.tokens, rows.tokens_per_task(size), [&](int64_t begin, int64_t last) {
+      for (int64_t token = begin; token < last; ++token) {
+        const T* grad = from + token * size;
+        for (int64_t pair = rows.first(token); pair < rows.first(token + 1); ++pair) {
+          products[pair] = 0.0f;
+          const int64_t row = rows.of_pair[pair];
+          if (row < 0) continue;
+          const T* value = values + row * size;
+          T* target = to + row * size;
+          const float factor = factors[pair];
+          products[pair] = sum_each_vec<1>(size, [=](auto at, auto store, Vec* sums) {
+            const Vec g = at(grad);
+            store(target, g * factor);
+            sums[0] += g * at(value);
+          })[0];
+        }
       }
     });
+    std::fill(products + rows.first(rows.tokens), products + rows.pairs, 0.0f);
     fill_rows_with_zero(to, end, num_rows, size);
   });
   return {dy_grouped, dweights};

@@ -1,11 +1,13 @@
 // Tokens to their experts and back. The plan is a counting sort of (token, choice) pairs by expert in three kernels:
 // count, scan, place. It is stable and has no atomics, so that it is the same on every run, and the same as that of
-// csrc/cpu/moe_plan.cpp. Token t's choice j has row r = row_of_pair[t, j] of the grouped rows, or none (-1):
+// csrc/cpu/moe_plan.cpp. A token's choices are neighbours, k each or as many as token_offsets says; choice p of token t
+// has row r = row_of_pair[p] of the grouped rows, or none (-1):
 //
-//   dispatch:     x_grouped[r] = w[t, j] * x[t]                     combine:  y[t] = sum over j of w[t, j] *
-//   y_grouped[r] combine_bwd:  dy_grouped[r] = w[t, j] * dy[t]                   dw[t, j] = <dy[t], y_grouped[r]>
+//   dispatch:     x_grouped[r] = w[p] x[t]
+//   combine:      y[t] = sum over t's p of w[p] y_grouped[r]
+//   combine_bwd:  dy_grouped[r] = w[p] dy[t], dw[p] = <dy[t], y_grouped[r]>
 //
-// Sums are float32, in the order of j. Every index is asserted before it is an address.
+// Sums are float32, in the order of p. Every index is asserted before it is an address.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -182,16 +184,26 @@ void launch_moe_plan(const Id* ids, int64_t pairs, int64_t experts, int64_t capa
 
 // Rows of tokens and of experts, in packs of Size elements.
 struct MoeRows {
-  const int32_t* row_of_pair;  // [tokens, choices]
+  const int32_t* row_of_pair;  // [pairs]
   const int32_t* end;          // the first grouped row that belongs to no expert
   int64_t tokens;
-  int64_t choices;
+  int64_t choices;  // of a token, unless there are token_offsets
   int64_t rows;
-  int64_t packs;  // of a row
+  int64_t packs;                           // of a row
+  const int32_t* token_offsets = nullptr;  // [tokens + 1]
+  int64_t pairs = 0;                       // beside token_offsets
+
+  // The choices of a token are first(token) to first(token + 1).
+  __device__ __forceinline__ int64_t first(int64_t token) const {
+    if (token_offsets == nullptr) return token * choices;
+    const int64_t pair = token_offsets[token];
+    assert(pair >= 0 && pair <= pairs && "token_offsets out of range");
+    return pair;
+  }
 
   // The grouped row of a choice, -1 for none.
-  __device__ __forceinline__ int64_t of(int64_t token, int64_t choice) const {
-    const int64_t row = row_of_pair[token * choices + choice];
+  __device__ __forceinline__ int64_t of(int64_t pair) const {
+    const int64_t row = row_of_pair[pair];
     assert(row >= -1 && row < rows && "row out of range");
     return row;
   }
@@ -204,6 +216,16 @@ __device__ __forceinline__ void zero_tail(const MoeRows& of, Pack<T, Size>* grou
   assert(end >= 0 && end <= of.rows && "offsets out of range");
   for (int64_t row = end + (int64_t{blockIdx.x} - of.tokens); row < of.rows; row += kTailBlocks) {
     for (int64_t i = threadIdx.x; i < of.packs; i += kRowThreads) grouped[row * of.packs + i] = {};
+  }
+}
+
+// The same of the choices that belong to no token.
+__device__ __forceinline__ void zero_choices(const MoeRows& of, float* dweights) {
+  if (of.token_offsets == nullptr) return;
+  const int64_t block = int64_t{blockIdx.x} - of.tokens;
+  for (int64_t pair = of.first(of.tokens) + block * kRowThreads + threadIdx.x; pair < of.pairs;
+       pair += kTailBlocks * kRowThreads) {
+    dweights[pair] = 0.0f;
   }
 }
 
@@ -220,13 +242,14 @@ __global__ void __launch_bounds__(kRowThreads)
     moe_dispatch_kernel(MoeRows of, const Pack<T, Size>* x, const float* weights, Pack<T, Size>* grouped) {
   const int64_t token = blockIdx.x;
   if (token >= of.tokens) return zero_tail(of, grouped);
+  const int64_t first = of.first(token), last = of.first(token + 1);
   for (int64_t i = threadIdx.x; i < of.packs; i += kRowThreads) {
     const Pack<T, Size> pack = x[token * of.packs + i];
-    for (int64_t choice = 0; choice < of.choices; ++choice) {
-      const int64_t row = of.of(token, choice);
+    for (int64_t pair = first; pair < last; ++pair) {
+      const int64_t row = of.of(pair);
       if (row < 0) continue;
       if constexpr (Weighted) {
-        grouped[row * of.packs + i] = scaled(pack, weights[token * of.choices + choice]);
+        grouped[row * of.packs + i] = scaled(pack, weights[pair]);
       } else {
         grouped[row * of.packs + i] = pack;
       }
@@ -238,13 +261,13 @@ __global__ void __launch_bounds__(kRowThreads)
 template <typename T, int Size, bool Weighted>
 __global__ void __launch_bounds__(kRowThreads)
     moe_combine_kernel(MoeRows of, const Pack<T, Size>* grouped, const float* weights, Pack<T, Size>* y) {
-  const int64_t token = blockIdx.x;
+  const int64_t token = blockIdx.x, first = of.first(token), last = of.first(token + 1);
   for (int64_t i = threadIdx.x; i < of.packs; i += kRowThreads) {
     float sum[Size] = {};
-    for (int64_t choice = 0; choice < of.choices; ++choice) {
-      const int64_t row = of.of(token, choice);
+    for (int64_t pair = first; pair < last; ++pair) {
+      const int64_t row = of.of(pair);
       if (row < 0) continue;
-      const float factor = Weighted ? weights[token * of.choices + choice] : 1.0f;
+      const float factor = Weighted ? weights[pair] : 1.0f;
       const Pack<T, Size> pack = grouped[row * of.packs + i];
 #pragma unroll
       for (int n = 0; n < Size; ++n) sum[n] += to_float(pack.value[n]) * factor;
@@ -262,9 +285,13 @@ __global__ void __launch_bounds__(kRowThreads)
     moe_combine_bwd_kernel(MoeRows of, const Pack<T, Size>* dy, const Pack<T, Size>* grouped, const float* weights,
                            Pack<T, Size>* dgrouped, float* dweights) {
   const int64_t token = blockIdx.x;
-  if (token >= of.tokens) return zero_tail(of, dgrouped);
-  for (int64_t choice = 0; choice < of.choices; ++choice) {
-    const int64_t row = of.of(token, choice), pair = token * of.choices + choice;
+  if (token >= of.tokens) {
+    zero_choices(of, dweights);
+    return zero_tail(of, dgrouped);
+  }
+  const int64_t last = of.first(token + 1);
+  for (int64_t pair = of.first(token); pair < last; ++pair) {
+    const int64_t row = of.of(pair);
     float product = 0.0f;
     if (row >= 0) {
       const float factor = weights[pair];

@@ -15,7 +15,7 @@ from memkernels.ops.moe.dispatch import moe_combine, moe_dispatch
 from memkernels.ops.moe.grouped_matmul import grouped_matmul
 from memkernels.ops.moe.lora import ExpertsLoRAWeight
 from memkernels.ops.moe.op import moe_mlp
-from memkernels.ops.moe.plan import DispatchPlan, moe_plan
+from memkernels.ops.moe.plan import DispatchPlan, expert_choice_plan, moe_plan
 from memkernels.ops.rms_norm.op import rms_norm
 from memkernels.ops.rotary.op import apply_rotary
 
@@ -27,6 +27,7 @@ __all__ = [
     "attention",
     "attention_block",
     "decoder_layer",
+    "expert_choice_plan",
     "gated_activation",
     "gated_mlp",
     "grouped_matmul",

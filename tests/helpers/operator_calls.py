@@ -104,15 +104,21 @@ def _moe() -> list[Call]:
         "capacity": [-1, -BEYOND],
     }
     of_tokens = [(2, 7), (4, 7), (3,), (3, 7, 1), (0, 7), DOUBLE]
+    ragged = {"row_of_pair": _ints(0, 3, 1, 4, 2, -1), "weights": _floats(6), "token_offsets": _ints(0, 1, 5, 5)}
+    of_token_offsets = {"token_offsets": [(0,), (), (1, 4), INT64, _ints(0, 1, 5, 7), _ints(0, -1, 5, 5)]}
+    of_pairs = {"row_of_pair": [(5,), (3, 2), INT64], "weights": [(5,), (3, 2), BFLOAT16], **of_token_offsets}
     return [
         Call("moe_plan", ids, wrong_ids),
         Call("moe_dispatch", dispatch, of_plan | of_offsets | {"x": of_tokens, "rows": [-1, 4]}),
+        Call("moe_dispatch", dispatch | ragged, of_pairs | of_offsets | {"x": of_tokens, "rows": [-1, 4]}),
         Call("moe_combine", combine, of_plan | {"y_grouped": [(4, 7), (6,), (6, 7, 1), (0, 7), DOUBLE]}),
+        Call("moe_combine", combine | ragged, of_pairs | {"y_grouped": [(4, 7), (6,), (6, 7, 1), (0, 7), DOUBLE]}),
         Call(
             "moe_combine_bwd",
             backward,
             of_plan | of_offsets | {"dy": [*of_tokens, (3, 6), BFLOAT16], "y_grouped": [(6, 8), (4, 7), (6,)]},
         ),
+        Call("moe_combine_bwd", backward | ragged, of_pairs | of_offsets | {"dy": [*of_tokens, (3, 6), BFLOAT16]}),
     ]
 
 

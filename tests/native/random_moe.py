@@ -112,6 +112,29 @@ def dispatch(calls: Calls) -> None:
     calls.wrong("moe_combine_bwd", x, grouped, weights, outside, offsets)
 
 
+def different_choices(calls: Calls) -> None:
+    """Dispatch and combine where tokens differ in how many choices they have, and some choices are no token's."""
+    choice, below = calls.random.choice, calls.random.randrange
+    tokens, pairs, rows, size, dtype = below(20), below(60), below(40), 1 + below(70), choice(DTYPES)
+    starts = sorted(below(pairs + 1) for _ in range(tokens))
+    token_offsets = torch.tensor([0, *starts], dtype=torch.int32)
+    # A row is one choice's, as a plan has it.
+    every = torch.cat([torch.arange(rows), torch.full((pairs,), -1)])
+    row_of_pair = every[torch.randperm(rows + pairs)[:pairs]].int()
+    offsets, weights = torch.tensor([0, rows], dtype=torch.int32), torch.randn(pairs)
+    x, grouped = torch.randn(tokens, size).to(dtype), torch.randn(rows, size).to(dtype)
+    calls.right("moe_dispatch", x, choice([None, weights]), row_of_pair, offsets, rows, token_offsets)
+    calls.right("moe_combine", grouped, choice([None, weights]), row_of_pair, token_offsets)
+    _, dweights = calls.right("moe_combine_bwd", x, grouped, weights, row_of_pair, offsets, token_offsets)
+    assert not dweights[token_offsets[-1] :].any()
+    if tokens == 0:
+        return
+    outside = calls.with_one_of((-1, pairs + 1, LEAST, MOST), token_offsets)
+    calls.wrong("moe_dispatch", x, None, row_of_pair, offsets, rows, outside)
+    calls.wrong("moe_combine", grouped, weights, row_of_pair, outside)
+    calls.wrong("moe_combine_bwd", x, grouped, weights, row_of_pair, offsets, outside)
+
+
 def expert_activation(calls: Calls) -> None:
     choice, below = calls.random.choice, calls.random.randrange
     rows, size, gated, dtype = below(12), below(70), choice([False, True]), choice(DTYPES)
@@ -147,9 +170,11 @@ def main(simt_library: str, first: str, count: str, simt_count: str) -> None:
     definitions = load_simt(simt_library)
     for number in range(int(first), int(first) + int(count)):
         dispatch(Calls(torch.ops.memkernels, number))
+        different_choices(Calls(torch.ops.memkernels, number))
         expert_activation(Calls(torch.ops.memkernels, number))
     for number in range(int(first), int(first) + int(simt_count)):
         dispatch(Calls(torch.ops.memkernels_simt, number))
+        different_choices(Calls(torch.ops.memkernels_simt, number))
     definitions._destroy()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memkernels import nn
-from memkernels.testing import random_tensor
+from memkernels.testing import random_tensor, saved_bytes
 
 T, D, E = 24, 8, 6
 
@@ -167,12 +167,27 @@ def test_expert_choice_router_is_the_papers():
     x = tokens()
     routing = router(x)
     scores = probabilities(router, x)
+    token = torch.repeat_interleave(routing.plan.token_offsets.diff().long())
     for expert in range(E):
         chosen = scores[:, expert].topk(2 * T // E).indices.sort().values
-        taken = (routing.expert_ids[:, expert] == expert).nonzero()[:, 0]
-        assert torch.equal(taken, chosen)
+        assert torch.equal(token[routing.expert_ids == expert], chosen)
+        assert torch.equal(routing.plan.token_of_row.view(E, -1)[expert].long(), chosen)
     assert routing.plan.dropped.sum() == 0 and routing.plan.pair_of_row.shape[0] == 2 * T
-    torch.testing.assert_close(routing.expert_weights.double(), scores, rtol=1e-5, atol=1e-6)
+    expected = scores[token, routing.expert_ids]
+    torch.testing.assert_close(routing.expert_weights.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_experts_choose_is_kept_for_each_choice_and_token_alone():
+    """Of a token and an expert logit and score, 8 bytes; the rest is of the experts' choices and the tokens."""
+    experts, tokens = 128, 96
+    layer = nn.MoE(nn.ExpertChoiceRouter(D, experts, capacity_factor=2.0), D, 7)
+    x = random_tensor(tokens, D, dtype=torch.float32)
+    choices = experts * layer.router.capacity(tokens)
+    routing = layer.router(x)
+    assert choices == experts and routing.expert_weights.shape == routing.expert_ids.shape == (choices,)
+    assert sum(tensor.nbytes for tensor in routing.plan) == 8 * choices + 4 * (tokens + 1) + 8 * (experts + 1)
+    kept = saved_bytes(lambda: layer(x), exclude=(x, *layer.parameters()))
+    assert kept <= 8 * tokens * experts + 32 * choices + 16 * tokens + 16 * (experts + 1)
 
 
 ROUTERS = {
@@ -190,9 +205,11 @@ def test_padding_goes_nowhere_and_counts_in_no_loss(make):
     x, padding = tokens(), torch.zeros(T, dtype=torch.bool)
     padding[[2, 3, 20]] = True
     routing = router(x, padding)
-    assert (routing.plan.row_of_pair[padding] == -1).all() and (routing.expert_ids[padding] == E).all()
     if isinstance(router, nn.ExpertChoiceRouter):
+        choices = routing.plan.token_offsets.diff()
+        assert not choices[padding].any() and (routing.expert_ids[choices.sum() :] == E).all()
         return  # its capacity is of all tokens, padding included
+    assert (routing.plan.row_of_pair[padding] == -1).all() and (routing.expert_ids[padding] == E).all()
     alone = router(x[~padding])
     torch.testing.assert_close(routing.load_balance_loss, alone.load_balance_loss)
     torch.testing.assert_close(routing.z_loss, alone.z_loss)

@@ -28,15 +28,24 @@ PADDING = torch.arange(T) % 5 == 3
 
 def weight_of_choice(router, logits, ids, place):
     """Of one token: the weight of the choice at a place of its ids."""
-    if isinstance(router, nn.ExpertChoiceRouter):
-        return logits.softmax(0)[place]
-    if isinstance(router, nn.SwitchRouter):
+    if isinstance(router, (nn.SwitchRouter, nn.ExpertChoiceRouter)):
         return logits.softmax(0)[ids[place]]
     if router.scores == "softmax_of_top_k":
         return logits[ids].softmax(0)[place]
     scores = logits.sigmoid() if router.scores == "sigmoid" else logits.softmax(0)
     chosen = scores[ids[place]]
     return router.scaling * (chosen / scores[ids].sum() if router.normalize else chosen)
+
+
+def by_token(routing):
+    """expert_ids and expert_weights, (T, k); of experts that chose, (T, E), each in its own place, zero elsewhere."""
+    ids, weights, token_offsets = routing.expert_ids, routing.expert_weights, routing.plan.token_offsets
+    if token_offsets is None:
+        return ids, weights
+    token = torch.repeat_interleave(token_offsets.diff().long())
+    place = token, ids[: len(token)]
+    weights = weights.new_zeros(T, E).index_put(place, weights[: len(token)])
+    return torch.full((T, E), E).index_put(place, place[1]), weights
 
 
 def loop_over_routed(router, ids, padding, x, weight):
@@ -49,8 +58,11 @@ def loop_over_routed(router, ids, padding, x, weight):
             weights.append(x.new_zeros(ids.shape[1]))
             continue
         logits = torch.stack([torch.dot(row, of_expert) for of_expert in weight])
-        places = range(ids.shape[1])
-        weights.append(torch.stack([weight_of_choice(router, logits, of_token, place) for place in places]))
+        chosen_weights = [
+            weight_of_choice(router, logits, of_token, place) if expert < E else logits.new_zeros(())
+            for place, expert in enumerate(of_token.tolist())
+        ]
+        weights.append(torch.stack(chosen_weights))
         z_losses.append(logits.logsumexp(0).square())
         sigmoid = getattr(router, "scores", None) == "sigmoid"
         shares.append(logits.sigmoid() / logits.sigmoid().sum() if sigmoid else logits.softmax(0))
@@ -81,9 +93,9 @@ def test_a_router_and_its_losses_are_the_loop_over_tokens(kind, dtype, padded):
         routing = route(x, weight)
         visible = ~padding[:, None]
         balance = routing.load_balance_loss + 0.0 * x.sum()  # which has no gradient where it is constant
-        return torch.where(visible, routing.expert_weights, 0.0), balance, routing.z_loss
+        return torch.where(visible, by_token(routing)[1], 0.0), balance, routing.z_loss
 
-    ids = route(**inputs).expert_ids
+    ids, _ = by_token(route(**inputs))
     check_op(results, lambda x, weight: loop_over_routed(router, ids, padding, x, weight), inputs)
 
 
@@ -112,7 +124,8 @@ def test_a_layer_is_the_loop_over_tokens(kind, gated, dtype):
         named = {WEIGHTS[name][0]: tensor for name, tensor in weights.items()}
         return functional_call(layer, named | {"router.weight": weight}, (x, PADDING))
 
-    ids, capacity = run(**inputs)[1].expert_ids, getattr(router, "capacity", lambda _: None)(T)
+    ids, _ = by_token(run(**inputs)[1])
+    capacity = getattr(router, "capacity", lambda _: None)(T)
 
     def results(x, weight, **weights):
         y, routing = run(x, weight, **weights)
@@ -157,6 +170,20 @@ def test_compiles_whole_with_its_backward_and_equals_eager(kind, backend):
     ill[1] = torch.nan
     with pytest.raises(RuntimeError, match="logits: expected numbers, got NaN"):
         compiled(ill.requires_grad_(), PADDING)
+
+
+def test_experts_that_choose_compile_whole_and_equal_eager():
+    torch.compiler.reset()  # the layers above have made it compile `MoE.forward` as often as it may
+    layer = nn.MoE(nn.ExpertChoiceRouter(D, E), D, N)
+    found = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        x = random_tensor(T, D, dtype=torch.float32)
+        y, routing = run(x, PADDING)
+        (y.square().mean() + 1e-2 * routing.z_loss).backward()
+        found.append([y, x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for eager, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 WIDE, TOKENS = 128, 64

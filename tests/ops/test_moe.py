@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from memkernels import _library, ops
 from memkernels.ops.lora_linear.reference import keep_mask
 from memkernels.ops.moe import reference
+from memkernels.ops.moe.dispatch import dispatch_rows
 from memkernels.ops.moe.weights import select_backend
 from memkernels.testing import check_op, implementations, poisoned_memory, random_tensor, saved_bytes
 
@@ -56,7 +57,8 @@ def test_a_plan_gives_each_choice_a_row_of_its_expert_in_the_order_of_tokens(
     assert plan.dropped.tolist() == [count - len(group) for count, group in zip(counts, expected, strict=False)]
     row_of_pair = plan.row_of_pair.flatten().tolist()
     assert row_of_pair == [pairs.index(pair) if pair in pairs else -1 for pair in range(ids.numel())]
-    for ours, theirs in zip(plan, reference.plan(ids, experts, capacity or max(ids.numel(), 1)), strict=True):
+    assert plan.token_offsets is None
+    for ours, theirs in zip(plan[:4], reference.plan(ids, experts, capacity or max(ids.numel(), 1)), strict=True):
         if rows == theirs.shape[0] or theirs.dim() == 2:
             assert torch.equal(ours, theirs)
 
@@ -67,7 +69,7 @@ def test_a_plan_of_many_tokens_is_that_of_the_reference(implementation):
     with implementation.active() as device:
         ids = random_ids(20_000, 2, 63).to(device)
         ids[ids == 17] = 64
-        for ours, theirs in zip(ops.moe_plan(ids, 64, capacity=500), reference.plan(ids, 64, 500), strict=True):
+        for ours, theirs in zip(ops.moe_plan(ids, 64, capacity=500)[:4], reference.plan(ids, 64, 500), strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -89,6 +91,45 @@ def test_a_plan_of_bad_input_names_the_argument(change, error, message):
     arguments = {"expert_ids": torch.zeros(4, 2, dtype=torch.int64), "num_experts": 5, "capacity": None} | change
     with pytest.raises(error, match=message):
         ops.moe_plan(arguments["expert_ids"], arguments["num_experts"], capacity=arguments["capacity"])
+
+
+CHOSEN = torch.tensor([[5, 1, 3, 6], [6, 3, 0, 6], [3, 6, 6, 6], [6, 6, 6, 6], [0, 1, 2, 3]])  # of 6 tokens, 6: nobody
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("chosen", [CHOSEN, CHOSEN[:, :0], CHOSEN[3:4]], ids=["some", "no place", "nobody"])
+def test_experts_that_choose_have_the_rows_of_their_tokens(chosen, dtype):
+    with poisoned_memory():
+        plan, choice_of_pair = ops.expert_choice_plan(chosen.to(dtype), 6)
+    chosen = chosen.tolist()
+    rows = [(token, expert) for expert, of_expert in enumerate(chosen) for token in of_expert if token < 6]
+    pairs = sorted(rows)  # by token, then by expert
+    nobody = [-1] * (sum(map(len, chosen)) - len(rows))
+    assert plan.row_of_pair.tolist() == [rows.index(pair) for pair in pairs] + nobody
+    assert plan.pair_of_row.tolist() == [pairs.index(row) for row in rows] + nobody
+    assert plan.token_of_row.tolist() == [token for token, _ in rows] + nobody
+    assert plan.token_offsets.tolist() == [sum(token < t for token, _ in rows) for t in range(7)]
+    counts = [sum(expert == e for _, expert in rows) for e in range(len(chosen))]
+    assert plan.counts.tolist() == [*counts, len(nobody)] and plan.offsets.diff().tolist() == counts
+    assert not plan.dropped.any() and (plan.num_tokens, plan.num_experts) == (6, len(chosen))
+    assert all(tensor.dtype == torch.int32 for tensor in plan) and choice_of_pair.dtype == torch.int64
+    flat = [(token, expert) for expert, of_expert in enumerate(chosen) for token in of_expert]
+    assert [flat[choice] for choice in choice_of_pair.tolist()] == sorted(flat)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "error", "message"),
+    [
+        (CHOSEN.float(), TypeError, "token_ids: expected int64 or int32, got torch.float32"),
+        (CHOSEN[0], ValueError, r"token_ids: expected shape \(E, C\)"),
+        (CHOSEN[:0], ValueError, r"token_ids: expected shape \(E, C\)"),
+        (CHOSEN + 1, RuntimeError, "token_ids: expected 0 to num_tokens = 6"),
+        (CHOSEN - 1, RuntimeError, "token_ids: expected 0 to num_tokens = 6"),
+    ],
+)
+def test_a_plan_of_experts_of_bad_input_names_the_argument(token_ids, error, message):
+    with pytest.raises(error, match=message):
+        ops.expert_choice_plan(token_ids, 6)
 
 
 # --- dispatch and combine ---
@@ -127,6 +168,39 @@ def test_dispatch_and_combine_match_the_reference(implementation, routing, capac
             )  # fmt: skip
 
 
+def chosen_by_experts(experts, tokens, capacity, device="cpu", seed=0):
+    """The plan of random choices, of which the first of each expert is nobody."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(experts, tokens, generator=generator).argsort(1)[:, :capacity]
+    chosen[:, 0] = tokens
+    return ops.expert_choice_plan(chosen.to(device), tokens)[0]
+
+
+@on_every_implementation
+@dtypes
+@pytest.mark.parametrize("shape", [(5, 23, 7), (40, 9, 8), (3, 1, 1)], ids=str)
+def test_dispatch_and_combine_of_tokens_with_different_numbers_of_choices(implementation, shape, dtype):
+    """Of the second shape a token has more choices than registers hold; of the last none."""
+    with implementation.active() as device:
+        plan = chosen_by_experts(*shape, device)
+        rows, tokens = plan.pair_of_row.shape[0], shape[1]
+        check_op(
+            lambda x: dispatch_rows(x, plan),
+            lambda x: reference.dispatch(x, None, plan.row_of_pair, plan.pair_of_row, plan.token_offsets),
+            {"x": random_tensor(tokens, 37, dtype=dtype, device=device)}, strided_grads=True,
+        )  # fmt: skip
+        y_grouped = random_tensor(rows, 37, dtype=dtype, device=device)
+        weights = random_tensor(rows, dtype=torch.float32, device=device, seed=1)
+        for inputs in ({"y_grouped": y_grouped}, {"y_grouped": y_grouped, "weights": weights}):
+            check_op(
+                lambda y_grouped, weights=None: ops.moe_combine(y_grouped, plan, weights),
+                lambda y_grouped, weights=None: reference.combine(
+                    y_grouped, weights, plan.row_of_pair, plan.token_offsets
+                ),
+                inputs, strided_grads=True,
+            )  # fmt: skip
+
+
 @on_every_implementation
 def test_combine_gives_each_its_gradient_alone(implementation):
     with implementation.active() as device:
@@ -144,7 +218,7 @@ def test_a_combine_that_keeps_no_weights_keeps_no_rows():
     plan = ops.moe_plan(random_ids(9, 2, 4), 4)
     y_grouped = random_tensor(18, 5, dtype=torch.float32)
     weights = torch.rand(9, 2)
-    kept = saved_bytes(lambda: ops.moe_combine(y_grouped, plan, weights), exclude=(y_grouped, weights, *plan))
+    kept = saved_bytes(lambda: ops.moe_combine(y_grouped, plan, weights), exclude=(y_grouped, weights, *plan[:4]))
     assert kept == 0
 
 
@@ -161,6 +235,11 @@ def test_a_plan_that_does_not_fit_is_never_followed(implementation):
                 torch.ops.memkernels.moe_combine(torch.zeros(18, 5, device=device), None, rows)
         with pytest.raises(RuntimeError, match="plan: expected offsets up to 18"):
             torch.ops.memkernels.moe_dispatch(x, None, plan.row_of_pair, plan.offsets + 1, 18)
+        y_grouped, rows = torch.zeros(18, 5, device=device), plan.row_of_pair.flatten()
+        for token_offsets in ([1, 2], [0, 19], [0, 5, 4], [0, -1, 5]):
+            wrong = torch.tensor(token_offsets, dtype=torch.int32, device=device)
+            with pytest.raises(RuntimeError, match="plan: expected token_offsets that rise from 0 to at most 18"):
+                torch.ops.memkernels.moe_combine(y_grouped, None, rows, wrong)
 
 
 def test_dispatch_and_combine_of_bad_input_name_the_argument():
@@ -347,6 +426,25 @@ def test_moe_mlp_is_the_loop_over_tokens(implementation, capacity, recompute, dt
         )  # fmt: skip
 
 
+@on_every_layer
+@pytest.mark.parametrize(("recompute", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=str)
+def test_experts_that_choose_their_tokens(implementation, recompute, dtype):
+    """The same as where each token has a choice for each expert, most of them nowhere."""
+    with implementation.active() as device:
+        plan = chosen_by_experts(5, 23, 7, device)
+        expert = torch.repeat_interleave(plan.offsets.diff().long())
+        ids = torch.full((23, 5), 5, device=device)
+        ids[plan.token_of_row[: len(expert)].long(), expert] = expert
+        inputs = {k: v.to(device) for k, v in layer_inputs(23, 5, 5, 19, 12, dtype).items()} | {"expert_ids": ids}
+
+        def of_choices(expert_ids, expert_weights, **tensors):
+            weights = expert_weights[expert_ids < 5]
+            weights = torch.cat([weights, weights.new_ones(plan.row_of_pair.shape[0] - weights.shape[0])])
+            return ops.moe_mlp(expert_ids=plan, expert_weights=weights, **tensors, recompute=recompute)
+
+        check_op(of_choices, loop_over_tokens, inputs, strided_grads=True)
+
+
 @dtypes
 @pytest.mark.parametrize("recompute", [True, False])
 def test_weights_that_are_tensors_of_their_own(recompute, dtype):
@@ -528,6 +626,8 @@ def test_opcheck(implementation):
         x, grouped, weights = (torch.randn(shape, device=device) for shape in ((9, 6), (rows, 6), (9, 2)))
         matrices, offsets, tokens = torch.randn(4, 6, 8, device=device), plan.offsets, plan.token_of_row
         wide, row_weight = torch.randn(rows, 12, device=device), torch.rand(rows, device=device)
+        chosen = chosen_by_experts(4, 9, 3, device)
+        ys, ones = torch.randn(12, 6, device=device), torch.ones(12, device=device)
         backends = {"loop", select_backend("auto", x)}
         for operator, args in (
             (memkernels.moe_plan, (ids, 4, 3)),
@@ -536,6 +636,9 @@ def test_opcheck(implementation):
             (memkernels.moe_combine, (grouped, None, plan.row_of_pair)),
             (memkernels.moe_combine, (grouped, weights, plan.row_of_pair)),
             (memkernels.moe_combine_bwd, (x, grouped, weights, plan.row_of_pair, offsets)),
+            (memkernels.moe_dispatch, (x, None, chosen.row_of_pair, chosen.offsets, len(ys), chosen.token_offsets)),
+            (memkernels.moe_combine, (ys, ones, chosen.row_of_pair, chosen.token_offsets)),
+            (memkernels.moe_combine_bwd, (x, ys, ones, chosen.row_of_pair, chosen.offsets, chosen.token_offsets)),
             *((memkernels.grouped_product, (x, tokens, matrices, offsets, rows, backend)) for backend in backends),
             *((memkernels.grouped_weight_grad, (grouped, None, x, tokens, offsets, backend)) for backend in backends),
             (memkernels.separate_product, (x, tokens, list(matrices), offsets, rows)),

@@ -17,6 +17,7 @@ struct Case {
   int64_t tokens, choices, experts, capacity, size;
   int64_t offset = 0;  // of every array of rows, in elements past a 16-byte boundary
   bool one_expert = false;
+  bool token_offsets = false;  // tokens of 0 to 3 choices, the last of all that are left, and two choices of none
 
   int64_t pairs() const { return tokens * choices; }
   int64_t rows() const { return std::min(pairs(), experts * capacity); }
@@ -115,11 +116,23 @@ template <typename T>
 void test_rows(const Case& c) {
   const Plan plan = expected_plan(c, make_ids(c));
   const int64_t rows = c.rows(), size = c.size;
-  MoeRows of = {plan.row_of_pair.data(), plan.offsets.data() + c.experts, c.tokens, c.choices, rows, size};
+  std::vector<int32_t> row_of_pair = plan.row_of_pair, starts = {0};
+  for (int64_t token = 0; token < c.tokens; ++token) {
+    const int64_t next = c.token_offsets ? starts.back() + token % 4 : (token + 1) * c.choices;
+    starts.push_back(static_cast<int32_t>(token + 1 == c.tokens ? c.pairs() : std::min(c.pairs(), next)));
+  }
+  std::vector<int64_t> token_of_pair;
+  for (int64_t token = 0; token < c.tokens; ++token) {
+    token_of_pair.insert(token_of_pair.end(), starts[token + 1] - starts[token], token);
+  }
+  if (c.token_offsets) row_of_pair.insert(row_of_pair.end(), 2, -1);
+  const int64_t pairs = row_of_pair.size();
+  MoeRows of = {row_of_pair.data(), plan.offsets.data() + c.experts, c.tokens, c.choices, rows, size};
+  if (c.token_offsets) of.token_offsets = starts.data(), of.pairs = pairs;
   Rows<T> x(random_rows<T>(c.tokens * size, 1), c.offset), grouped(random_rows<T>(rows * size, 2), c.offset);
   std::vector<float> weights;
   Random random(3);
-  for (int64_t pair = 0; pair < c.pairs(); ++pair) weights.push_back(static_cast<float>(random()));
+  for (int64_t pair = 0; pair < pairs; ++pair) weights.push_back(static_cast<float>(random()));
 
   for (const float* factors : {static_cast<const float*>(nullptr), static_cast<const float*>(weights.data())}) {
     const std::string name = c.name + (factors == nullptr ? "" : ", weighted");
@@ -131,7 +144,7 @@ void test_rows(const Case& c) {
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t pair = plan.pair_of_row[row];
       for (int64_t i = 0; i < size; ++i) {
-        const double exact = pair < 0 ? 0.0 : double{factor(pair)} * x[pair / c.choices * size + i];
+        const double exact = pair < 0 ? 0.0 : double{factor(pair)} * x[token_of_pair[pair] * size + i];
         right = right && close<T>(dispatched[row * size + i], exact);
       }
     }
@@ -140,8 +153,8 @@ void test_rows(const Case& c) {
     for (int64_t token = 0; token < c.tokens; ++token) {
       for (int64_t i = 0; i < size; ++i) {
         double exact = 0;
-        for (int64_t pair = token * c.choices; pair < (token + 1) * c.choices; ++pair) {
-          const int64_t row = plan.row_of_pair[pair];
+        for (int64_t pair = starts[token]; pair < starts[token + 1]; ++pair) {
+          const int64_t row = row_of_pair[pair];
           if (row >= 0) exact += double{factor(pair)} * grouped[row * size + i];
         }
         right = right && close<T>(combined[token * size + i], exact);
@@ -151,24 +164,24 @@ void test_rows(const Case& c) {
   }
 
   Rows<T> dgrouped(rows * size, c.offset);
-  Guarded<float> dweights(c.pairs(), 1, kFloatCanary);
+  Guarded<float> dweights(pairs, 1, kFloatCanary);
   launch_moe_combine_bwd(of, x.data.data(), grouped.data.data(), weights.data(), dgrouped.data.data(), dweights.data(),
                          nullptr);
   bool right = dgrouped.data.intact() && dweights.intact();
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t pair = plan.pair_of_row[row];
     for (int64_t i = 0; i < size; ++i) {
-      const double exact = pair < 0 ? 0.0 : double{weights[pair]} * x[pair / c.choices * size + i];
+      const double exact = pair < 0 ? 0.0 : double{weights[pair]} * x[token_of_pair[pair] * size + i];
       right = right && close<T>(dgrouped[row * size + i], exact);
     }
   }
   expect(right, c.name + ": gradient of the rows");
   right = true;
-  for (int64_t pair = 0; pair < c.pairs(); ++pair) {
-    const int64_t row = plan.row_of_pair[pair];
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const int64_t row = row_of_pair[pair];
     double exact = 0;
     for (int64_t i = 0; row >= 0 && i < size; ++i)
-      exact += double{x[pair / c.choices * size + i]} * grouped[row * size + i];
+      exact += double{x[token_of_pair[pair] * size + i]} * grouped[row * size + i];
     right = right && close<float>(dweights[pair], exact);
   }
   expect(right, c.name + ": gradient of the weights");
@@ -201,7 +214,16 @@ void test_rows_out_of_range() {
     });
   }
   for (int32_t bad : {-1, 5}) {
-    const std::vector<int32_t> row_of_pair = {0, 1, 2, 3};
+    const std::vector<int32_t> row_of_pair = {0, 1, 2, 3}, end = {4}, starts = {0, bad, 4};
+    const MoeRows ragged = {row_of_pair.data(), end.data(), 2, 0, 4, 4, starts.data(), 4};
+    expect_kernel_error("token_offsets out of range",
+                        [&] { launch_moe_dispatch<float>(ragged, x.data(), nullptr, grouped.data(), nullptr); });
+    expect_kernel_error("token_offsets out of range",
+                        [&] { launch_moe_combine<float>(ragged, grouped.data(), nullptr, x.data(), nullptr); });
+    expect_kernel_error("token_offsets out of range", [&] {
+      launch_moe_combine_bwd<float>(ragged, x.data(), grouped.data(), weights.data(), grouped.data(), weights.data(),
+                                    nullptr);
+    });
     const MoeRows of = {row_of_pair.data(), &bad, 2, 2, 4, 4};
     expect_kernel_error("offsets out of range",
                         [&] { launch_moe_dispatch<float>(of, x.data(), nullptr, grouped.data(), nullptr); });
@@ -226,6 +248,7 @@ void test_type() {
            Case{"between boundaries", 9, 3, 4, 5, 64, 1},
            Case{"long rows", 5, 2, 3, 9, 2056},
            Case{"many choices", 4, 11, 12, 3, 24},
+           Case{"token offsets", 23, 2, 5, 4, 64, 0, false, true},
            Case{"one token", 1, 1, 4, 1, 8},
        }) {
     test_rows<T>(c);

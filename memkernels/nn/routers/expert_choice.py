@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from memkernels.nn.routers.router import ROUNDING, Router, Routing, check_padding_mask, largest
+from memkernels.ops.moe.plan import expert_choice_plan
 
 
 class ExpertChoiceRouter(Router):
@@ -27,8 +27,9 @@ class ExpertChoiceRouter(Router):
     Raises:
         ValueError: as `Router`; a capacity factor that is not positive.
 
-    Saved for backward: as `Router`. A token has a choice for each expert, most of them nowhere: the plan's rows of
-    choices and their weights, 8 bytes each, grow with T E, and so does the combine.
+    A token has as many choices as experts took it, capacity E in all: plan and weights grow with those and with T.
+
+    Saved for backward: as `Router`.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class ExpertChoiceRouter(Router):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Of x (T, d); padding_mask (T,), bool, is True where a token is padding: no expert takes it.
 
-        `expert_ids` and `expert_weights` of the result are (T, E): e, or E (nowhere) where expert e does not take t.
+        `expert_ids` and `expert_weights` of the result are (P,), P = E capacity, those of one token behind those of the
+        one before, as `plan.token_offsets` says.
 
         Raises:
             ValueError: a shape or dtype other than those.
@@ -57,9 +59,14 @@ class ExpertChoiceRouter(Router):
         check_padding_mask(padding_mask, x.shape[0])
         scores = logits.softmax(1)
         order = scores.detach() if padding_mask is None else scores.detach().masked_fill(padding_mask[:, None], -1.0)
-        capacity = self.capacity(x.shape[0])
-        tokens = largest(order.t(), capacity)
-        taken = torch.zeros_like(order.t(), dtype=torch.bool).scatter_(1, tokens, True).t()
-        experts = torch.arange(self.num_experts, device=x.device).expand_as(taken)
-        ids = torch.where(taken, experts, self.num_experts)
-        return self.routing(logits, ids, scores, logits.new_zeros(()), padding_mask, capacity)
+        tokens = x.shape[0]
+        # In the order of tokens; none, numbered T, in the place of padding.
+        taken = largest(order.t(), self.capacity(tokens)).sort(1).values
+        if padding_mask is not None:
+            taken = taken.masked_fill(padding_mask[taken], tokens)
+        plan, choice = expert_choice_plan(taken, tokens)
+        token, expert = taken.flatten()[choice], choice.div(max(1, taken.shape[1]), rounding_mode="floor")
+        weights = scores.flatten().gather(0, token.clamp(max=tokens - 1) * self.num_experts + expert)
+        if padding_mask is not None:
+            expert = expert.masked_fill(token == tokens, self.num_experts)
+        return self.planned(plan, logits, expert, weights, logits.new_zeros(()), padding_mask)

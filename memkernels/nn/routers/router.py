@@ -22,8 +22,9 @@ class Routing(NamedTuple):
 
     Args:
         plan: the dispatch; `plan.dropped` and `plan.counts` report what each expert got.
-        expert_ids: (T, k), int64; num_experts means nowhere, where padding goes.
-        expert_weights: (T, k), float32, with gradient to the router.
+        expert_ids: (T, k), int64, or (P,) where the plan has `token_offsets`; num_experts means nowhere, where padding
+            goes.
+        expert_weights: likewise, float32, with gradient to the router.
         load_balance_loss: a scalar, as the router defines it, not yet scaled by a coefficient.
         z_loss: the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5), not yet scaled.
         logits: (T, E), float32.
@@ -92,12 +93,28 @@ class Router(torch.nn.Module):
         padding_mask: Tensor | None,
         capacity: int | None,
     ) -> Routing:
-        """Raises:
-        RuntimeError: a token's logits are NaN, padding aside; on a GPU a device-side assertion.
+        """Of tokens that chose experts.
+
+        Raises:
+            RuntimeError: a token's logits are NaN, padding aside; on a GPU a device-side assertion.
         """
-        check_logits(logits, padding_mask)
         expert_ids = hide(expert_ids, padding_mask, self.num_experts)
         plan = moe_plan(expert_ids, self.num_experts, capacity=capacity)
+        return self.planned(plan, logits, expert_ids, expert_weights, load_balance_loss, padding_mask)
+
+    def planned(
+        self,
+        plan: DispatchPlan,
+        logits: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        load_balance_loss: Tensor,
+        padding_mask: Tensor | None,
+    ) -> Routing:
+        """Raises:
+        RuntimeError: as `routing`.
+        """
+        check_logits(logits, padding_mask)
         z_loss = mean_over_tokens(logits.logsumexp(1).square(), padding_mask)
         return Routing(plan, expert_ids, expert_weights, load_balance_loss, z_loss, logits)
 

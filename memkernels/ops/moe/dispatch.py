@@ -13,67 +13,77 @@ from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.saved import exact
 
 
-def _dispatch_fake(x, weights, row_of_pair, offsets, rows):
+def _dispatch_fake(x, weights, row_of_pair, offsets, rows, token_offsets=None):
     return x.new_empty(rows, x.shape[1])
 
 
-def _combine_fake(y_grouped, weights, row_of_pair):
-    return y_grouped.new_empty(row_of_pair.shape[0], y_grouped.shape[1])
+def _combine_fake(y_grouped, weights, row_of_pair, token_offsets=None):
+    tokens = row_of_pair.shape[0] if token_offsets is None else token_offsets.shape[0] - 1
+    return y_grouped.new_empty(tokens, y_grouped.shape[1])
 
 
-def _combine_bwd_fake(dy, y_grouped, weights, row_of_pair, offsets):
+def _combine_bwd_fake(dy, y_grouped, weights, row_of_pair, offsets, token_offsets=None):
     return y_grouped.new_empty(y_grouped.shape), weights.new_empty(weights.shape)
 
 
-# x_grouped[r] = weights[t, j] x[t] for the row r of token t's choice j; zero where a row belongs to no expert.
+# x_grouped[r] = weights[p] x[t] for the row r of token t's choice p; zero where a row belongs to no expert. Choices and
+# weights are (T, k), or (P,) beside token_offsets.
 define(
-    "moe_dispatch(Tensor x, Tensor? weights, Tensor row_of_pair, Tensor offsets, SymInt rows) -> Tensor",
+    "moe_dispatch(Tensor x, Tensor? weights, Tensor row_of_pair, Tensor offsets, SymInt rows,"
+    " Tensor? token_offsets=None) -> Tensor",
     _dispatch_fake,
 )
-# y[t] = sum over j of weights[t, j] y_grouped[r]
-define("moe_combine(Tensor y_grouped, Tensor? weights, Tensor row_of_pair) -> Tensor", _combine_fake)
-# dy_grouped[r] = weights[t, j] dy[t], dweights[t, j] = <dy[t], y_grouped[r]>
+# y[t] = sum over t's choices p of weights[p] y_grouped[r]
 define(
-    "moe_combine_bwd(Tensor dy, Tensor y_grouped, Tensor weights, Tensor row_of_pair, Tensor offsets)"
-    " -> (Tensor dy_grouped, Tensor dweights)",
+    "moe_combine(Tensor y_grouped, Tensor? weights, Tensor row_of_pair, Tensor? token_offsets=None) -> Tensor",
+    _combine_fake,
+)
+# dy_grouped[r] = weights[p] dy[t], dweights[p] = <dy[t], y_grouped[r]>
+define(
+    "moe_combine_bwd(Tensor dy, Tensor y_grouped, Tensor weights, Tensor row_of_pair, Tensor offsets,"
+    " Tensor? token_offsets=None) -> (Tensor dy_grouped, Tensor dweights)",
     _combine_bwd_fake,
 )
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, row_of_pair, offsets, rows):
-        ctx.save_for_backward(row_of_pair)
-        return torch.ops.memkernels.moe_dispatch(x, None, row_of_pair, offsets, rows)
+    def forward(ctx, x, row_of_pair, offsets, rows, token_offsets):
+        ctx.save_for_backward(row_of_pair, token_offsets)
+        return torch.ops.memkernels.moe_dispatch(x, None, row_of_pair, offsets, rows, token_offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_grouped):
-        (row_of_pair,) = ctx.saved_tensors
-        return torch.ops.memkernels.moe_combine(dx_grouped, None, row_of_pair), None, None, None
+        choices = ctx.saved_tensors
+        return torch.ops.memkernels.moe_combine(dx_grouped, None, *choices), None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_grouped, weights, row_of_pair, offsets):
+    def forward(ctx, y_grouped, weights, row_of_pair, offsets, token_offsets):
         ctx.rows = y_grouped.shape[0]
         kept = y_grouped if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept, None if weights is None else exact(weights), row_of_pair, offsets)
-        return torch.ops.memkernels.moe_combine(y_grouped, weights, row_of_pair)
+        ctx.save_for_backward(kept, None if weights is None else exact(weights), row_of_pair, offsets, token_offsets)
+        return torch.ops.memkernels.moe_combine(y_grouped, weights, row_of_pair, token_offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        y_grouped, weights, row_of_pair, offsets = ctx.saved_tensors
+        y_grouped, weights, row_of_pair, offsets, token_offsets = ctx.saved_tensors
+        dweights = None
         if ctx.needs_input_grad[1]:
-            dy_grouped, dweights = torch.ops.memkernels.moe_combine_bwd(dy, y_grouped, weights, row_of_pair, offsets)
-            return dy_grouped if ctx.needs_input_grad[0] else None, dweights, None, None
-        return torch.ops.memkernels.moe_dispatch(dy, weights, row_of_pair, offsets, ctx.rows), None, None, None
+            dy_grouped, dweights = torch.ops.memkernels.moe_combine_bwd(
+                dy, y_grouped, weights, row_of_pair, offsets, token_offsets
+            )
+        else:
+            dy_grouped = torch.ops.memkernels.moe_dispatch(dy, weights, row_of_pair, offsets, ctx.rows, token_offsets)
+        return dy_grouped if ctx.needs_input_grad[0] else None, dweights, None, None, None
 
 
 def check_tokens(name: str, tensor: Tensor, plan: DispatchPlan) -> None:
     """(T, d) of a plan's T tokens, on its device."""
-    _check_rows(name, tensor, plan.row_of_pair.shape[0], "T", plan)
+    _check_rows(name, tensor, plan.num_tokens, "T", plan)
 
 
 def check_grouped(name: str, tensor: Tensor, plan: DispatchPlan) -> None:
@@ -89,7 +99,7 @@ def _check_rows(name: str, tensor: Tensor, rows: int, symbol: str, plan: Dispatc
 
 
 def check_weights(name: str, weights: Tensor, plan: DispatchPlan) -> None:
-    """(T, k), one a choice."""
+    """(T, k) or (P,), one a choice."""
     check_floating(name, weights)
     check_shape(name, weights, tuple(plan.row_of_pair.shape), "that of expert_ids")
     check_same_device("expert_ids", plan.row_of_pair, **{name: weights})
@@ -127,8 +137,8 @@ def moe_dispatch(
 def dispatch_rows(x: Tensor, plan: DispatchPlan) -> Tensor:
     """x_grouped of x (T, d), as `moe_dispatch` has it, by a plan that there is."""
     if not has_kernel("moe_dispatch", x):
-        return reference.dispatch(x, None, plan.row_of_pair, plan.pair_of_row)
-    return _Dispatch.apply(x, plan.row_of_pair, plan.offsets, plan.pair_of_row.shape[0])
+        return reference.dispatch(x, None, plan.row_of_pair, plan.pair_of_row, plan.token_offsets)
+    return _Dispatch.apply(x, plan.row_of_pair, plan.offsets, plan.pair_of_row.shape[0], plan.token_offsets)
 
 
 def moe_combine(y_grouped: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -> Tensor:
@@ -139,7 +149,7 @@ def moe_combine(y_grouped: Tensor, plan: DispatchPlan, weights: Tensor | None = 
     Args:
         y_grouped: (R, d); float32, bfloat16 or float16 (float64 is computed by the reference).
         plan: that of the dispatch.
-        weights: (T, k), any of those dtypes, computed with in float32; None: 1.
+        weights: (T, k), or (P,) where the plan is so, any of those dtypes, computed with in float32; None: 1.
 
     Returns:
         y, (T, d), of y_grouped's dtype. A token all of whose choices were dropped is zero.
@@ -148,11 +158,12 @@ def moe_combine(y_grouped: Tensor, plan: DispatchPlan, weights: Tensor | None = 
         TypeError: a dtype other than those above.
         ValueError: a shape or device that does not fit the plan.
 
-    Saved for backward: row_of_pair and weights; y_grouped where weights need a gradient.
+    Saved for backward: the plan's choices and weights; y_grouped where weights need a gradient.
     """
     check_grouped("y_grouped", y_grouped, plan)
     if weights is not None:
         check_weights("weights", weights, plan)
     if not has_kernel("moe_combine", y_grouped):
-        return reference.combine(y_grouped, weights, plan.row_of_pair)
-    return _Combine.apply(y_grouped, None if weights is None else weights.float(), plan.row_of_pair, plan.offsets)
+        return reference.combine(y_grouped, weights, plan.row_of_pair, plan.token_offsets)
+    weights = None if weights is None else weights.float()
+    return _Combine.apply(y_grouped, weights, plan.row_of_pair, plan.offsets, plan.token_offsets)

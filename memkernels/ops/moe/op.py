@@ -59,9 +59,9 @@ class _MoEMLP(torch.autograd.Function):
     """Saves x, the routing and the parameters; the pre-activation too unless it is recomputed."""
 
     @staticmethod
-    def forward(ctx, layer, x, expert_weights, row_of_pair, pair_of_row, offsets, counts, *tensors):
+    def forward(ctx, layer, x, expert_weights, row_of_pair, pair_of_row, offsets, counts, token_offsets, *tensors):
         ctx.layer = layer
-        plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts)
+        plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts, token_offsets)
         groups = Groups(offsets, pair_of_row.shape[0])
         with torch.autocast(x.device.type, enabled=False):
             gate_up_projection, down = layer.bind(tensors)
@@ -72,18 +72,21 @@ class _MoEMLP(torch.autograd.Function):
                 gate_up, _row_weight(expert_weights, plan), layer.gated, layer.activation
             )
             del gate_up, kept
-            return torch.ops.memkernels.moe_combine(down.forward(h, None, groups), None, row_of_pair)
+            y_grouped = down.forward(h, None, groups)
+            return torch.ops.memkernels.moe_combine(y_grouped, None, row_of_pair, token_offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         layer = ctx.layer
-        x, expert_weights, row_of_pair, pair_of_row, offsets, counts, gate_up, *tensors = ctx.saved_tensors
-        plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts)
+        x, expert_weights, row_of_pair, pair_of_row, offsets, counts, token_offsets, gate_up, *tensors = (
+            ctx.saved_tensors
+        )
+        plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts, token_offsets)
         groups = Groups(offsets, pair_of_row.shape[0])
         tokens = plan.token_of_row
         x_needed, weights_needed = ctx.needs_input_grad[1:3]
-        sums = gradient_sums(tensors, ctx.needs_input_grad[7:])
+        sums = gradient_sums(tensors, ctx.needs_input_grad[8:])
         gate_up_sums, down_sums = split_by((layer.gate_up, layer.down), sums)
         with torch.autocast(x.device.type, enabled=False):
             gate_up_projection, down = layer.bind(tensors)
@@ -103,12 +106,12 @@ class _MoEMLP(torch.autograd.Function):
             dx = dexpert_weights = None
             if x_needed:
                 dx_grouped = gate_up_projection.input_grad(dgate_up, None, groups)
-                dx = torch.ops.memkernels.moe_combine(dx_grouped, None, row_of_pair)
+                dx = torch.ops.memkernels.moe_combine(dx_grouped, None, row_of_pair, token_offsets)
             if weights_needed and drow_weight.shape[0] == 0:
                 dexpert_weights = torch.zeros_like(expert_weights)
             elif weights_needed:
                 dexpert_weights = torch.where(row_of_pair >= 0, drow_weight[row_of_pair.clamp(min=0)], 0.0)
-        return None, dx, dexpert_weights, None, None, None, None, *results(sums)
+        return None, dx, dexpert_weights, None, None, None, None, None, *results(sums)
 
 
 def moe_mlp(
@@ -143,7 +146,7 @@ def moe_mlp(
     Args:
         x: (T, d); float32, bfloat16 or float16 (float64 is computed by the reference).
         expert_ids: (T, k), int64 or int32, 0 to E; E itself means nowhere. Or the `DispatchPlan` of `moe_plan`.
-        expert_weights: (T, k), any of those dtypes, computed with in float32.
+        expert_weights: (T, k), or (P,) beside a plan of P choices, any of those dtypes, computed with in float32.
         w_gate_up: (E, 2 n, d), or (E, n, d); x's dtype. Dense, or quantised (`memkernels.quant`) and frozen; either in
             an `ExpertsLoRAWeight` with an adapter; or a sequence of E dense tensors without the first dimension.
         w_down: (E, d, n), likewise.
@@ -196,8 +199,9 @@ def moe_mlp(
         dense = {name: dense_of(weight) for name, weight in weights.items()}
         with torch.autocast(x.device.type, enabled=False):
             return reference.moe_mlp(
-                x, *plan[:3], expert_weights, **dense, activation=activation, dropout_p=dropout_p, seed=mask_seed
-            )
+                x, *plan[:3], expert_weights, **dense, activation=activation, dropout_p=dropout_p, seed=mask_seed,
+                token_offsets=plan.token_offsets,
+            )  # fmt: skip
     gate_up, down = (projection_of(weight, backend) for weight in weights.values())
     if mask_seed is not None:
         down = DroppedExpertsProjection(down, mask_seed, dropout_p)

@@ -102,9 +102,9 @@ class _Combine(torch.autograd.Function):
     """`moe_combine` of what is back. Saves the plan and, to send it again in backward, x unless it is None."""
 
     @staticmethod
-    def forward(ctx, journey, y_grouped, x, row_of_pair, pair_of_row, offsets, counts, *_):
+    def forward(ctx, journey, y_grouped, x, row_of_pair, pair_of_row, offsets, counts, token_offsets, *_):
         ctx.journey = journey
-        plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts)
+        plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts, token_offsets)
         ctx.save_for_backward(x, *plan)
         return moe_combine(y_grouped, plan)
 
@@ -119,7 +119,7 @@ class _Combine(torch.autograd.Function):
             journey.send("dy", part, dy_grouped)
             if x_grouped is not None:
                 journey.send("x", part, x_grouped)
-        return *(None for _ in range(7)), *(dy.new_empty(0) for _ in journey.parts)
+        return *(None for _ in range(8)), *(dy.new_empty(0) for _ in journey.parts)
 
 
 class PendingMoE:

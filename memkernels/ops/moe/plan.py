@@ -30,21 +30,29 @@ define(
 
 
 class DispatchPlan(NamedTuple):
-    """Where the choices of T tokens, k each, go: R grouped rows, in E groups, one an expert. All tensors are int32.
+    """Where the choices of T tokens go: R grouped rows, in E groups, one an expert. All tensors are int32.
 
-    R is T k, or E capacity where that is less: rows from offsets[E] on belong to no expert.
+    R is T k, or E capacity where that is less, or P: rows from offsets[E] on belong to no expert.
 
     Args:
-        row_of_pair: (T, k): the grouped row of a token's choice; -1 where it was dropped or goes nowhere.
-        pair_of_row: (R,): the choice of a row, token * k + choice; -1 where the row belongs to no expert.
+        row_of_pair: (T, k): the grouped row of a token's choice; -1 where it was dropped or goes nowhere. Or (P,),
+            beside token_offsets.
+        pair_of_row: (R,): the choice of a row, its index among all T k or P; -1 where the row belongs to no expert.
         offsets: (E + 1,): the rows of expert e are offsets[e] to offsets[e + 1].
         counts: (E + 1,): choices of each expert before capacity drops any; the last of those that go nowhere.
+        token_offsets: (T + 1,), where tokens differ in how many choices they have: those of token t are
+            token_offsets[t] to token_offsets[t + 1], and from token_offsets[T] on they are no token's. None: k each.
     """
 
     row_of_pair: Tensor
     pair_of_row: Tensor
     offsets: Tensor
     counts: Tensor
+    token_offsets: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.row_of_pair.shape[0] if self.token_offsets is None else self.token_offsets.shape[0] - 1
 
     @property
     def num_experts(self) -> int:
@@ -58,7 +66,7 @@ class DispatchPlan(NamedTuple):
     @property
     def token_of_row(self) -> Tensor:
         """(R,): the token of a row; -1 where the row belongs to no expert."""
-        return self.pair_of_row.div(self.row_of_pair.shape[1], rounding_mode="floor").int()
+        return reference.token_of_pair(self.pair_of_row, self.row_of_pair, self.token_offsets).int()
 
 
 def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = None) -> DispatchPlan:
@@ -100,3 +108,47 @@ def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = Non
     rows = pairs if capacity is None else min(capacity, pairs)
     compute = reference.plan if missing("moe_plan", expert_ids.device.type) else torch.ops.memkernels.moe_plan
     return DispatchPlan(*compute(expert_ids, num_experts, rows))
+
+
+def expert_choice_plan(token_ids: Tensor, num_tokens: int) -> tuple[DispatchPlan, Tensor]:
+    """The plan of experts that choose tokens: P = E C choices and rows, whatever T and E are.
+
+    A token's choices are in the order of the experts, and the rows of an expert in that of its token_ids.
+
+    Args:
+        token_ids: (E, C), int64 or int32, 0 to num_tokens; num_tokens itself means nobody.
+        num_tokens: T.
+
+    Returns:
+        The plan, with `token_offsets`, and of each of its P choices which of token_ids it is, e C + c, (P,), int64.
+
+    Raises:
+        TypeError: a dtype other than those above.
+        ValueError: a shape that does not fit.
+        RuntimeError: an id out of range; on a GPU a device-side assertion.
+    """
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token_ids: expected int64 or int32, got {token_ids.dtype}.")
+    if token_ids.dim() != 2 or token_ids.shape[0] == 0 or token_ids.numel() > torch.iinfo(torch.int32).max:
+        raise ValueError(
+            f"token_ids: expected shape (E, C) of at most 2^31 - 1 elements, got {tuple(token_ids.shape)}."
+        )
+    torch._assert_async(
+        ((token_ids >= 0) & (token_ids <= num_tokens)).all(),
+        f"token_ids: expected 0 to num_tokens = {num_tokens} (num_tokens: nobody), got an id out of range.",
+    )
+    pairs = token_ids.numel()
+    taken = token_ids < num_tokens
+    counts = taken.sum(1)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    row = torch.where(taken.flatten(), taken.flatten().cumsum(0) - 1, -1)
+    token_of_pair, choice_of_pair = token_ids.flatten().sort(stable=True)
+    row_of_pair = row[choice_of_pair]
+    # One place more, for those that have no row.
+    pair_of_row = row.new_full((pairs + 1,), -1)
+    pair_of_row.scatter_(0, row_of_pair.remainder(pairs + 1), torch.arange(pairs, device=row.device))
+    tokens = torch.arange(num_tokens + 1, dtype=token_ids.dtype, device=row.device)
+    token_offsets = torch.searchsorted(token_of_pair, tokens, out_int32=True)
+    counts = torch.cat([counts, pairs - offsets[-1:]])
+    rows = row_of_pair.int(), pair_of_row[:-1].int()
+    return DispatchPlan(*rows, offsets.int(), counts.int(), token_offsets), choice_of_pair

@@ -29,22 +29,41 @@ def plan(expert_ids: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, T
     return row_of_pair.view(expert_ids.shape).int(), pair_of_row.int(), offsets.int(), counts.int()
 
 
-def dispatch(x: Tensor, weights: Tensor | None, row_of_pair: Tensor, pair_of_row: Tensor) -> Tensor:
+def token_of_pair(pairs: Tensor, row_of_pair: Tensor, token_offsets: Tensor | None) -> Tensor:
+    """The tokens of choices; -1 of the choice -1."""
+    if token_offsets is None:
+        return pairs.div(row_of_pair.shape[1], rounding_mode="floor")
+    return torch.searchsorted(token_offsets, pairs, right=True) - 1
+
+
+def dispatch(
+    x: Tensor,
+    weights: Tensor | None,
+    row_of_pair: Tensor,
+    pair_of_row: Tensor,
+    token_offsets: Tensor | None = None,
+) -> Tensor:
     """x_grouped; rows that belong to no expert are zero."""
-    token = pair_of_row.div(row_of_pair.shape[1], rounding_mode="floor").long()
-    grouped = _with_zero_row(x)[token]
+    grouped = _with_zero_row(x)[token_of_pair(pair_of_row, row_of_pair, token_offsets).long()]
     if weights is not None:
         grouped = grouped * weights.reshape(-1)[pair_of_row.clamp(min=0).long(), None]
     return grouped.to(x.dtype)
 
 
-def combine(y_grouped: Tensor, weights: Tensor | None, row_of_pair: Tensor) -> Tensor:
+def combine(
+    y_grouped: Tensor, weights: Tensor | None, row_of_pair: Tensor, token_offsets: Tensor | None = None
+) -> Tensor:
     """y; summed in float32 or wider."""
     wide = y_grouped.to(torch.promote_types(y_grouped.dtype, torch.float32))
     rows = _with_zero_row(wide)[row_of_pair.long()]
     if weights is not None:
-        rows = rows * weights[:, :, None]
-    return rows.sum(1).to(y_grouped.dtype)
+        rows = rows * weights.unsqueeze(-1)
+    if token_offsets is None:
+        return rows.sum(1).to(y_grouped.dtype)
+    tokens = token_offsets.shape[0] - 1
+    pairs = torch.arange(rows.shape[0], dtype=token_offsets.dtype, device=rows.device)
+    token = token_of_pair(pairs, row_of_pair, token_offsets)
+    return rows.new_zeros(tokens + 1, rows.shape[1]).index_add(0, token, rows)[:tokens].to(y_grouped.dtype)
 
 
 def _with_zero_row(rows: Tensor) -> Tensor:
@@ -71,9 +90,10 @@ def moe_mlp(
     activation: str,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    token_offsets: Tensor | None = None,
 ) -> Tensor:
     """The experts' feed-forward layer, each step an op of its own."""
-    x_grouped = dispatch(x, None, row_of_pair, pair_of_row)
+    x_grouped = dispatch(x, None, row_of_pair, pair_of_row, token_offsets)
     gate_up = grouped_matmul(x_grouped, w_gate_up, offsets)
     if w_gate_up.shape[1] == w_down.shape[2]:
         h = gated_activation(gate_up, None, activation)
@@ -82,4 +102,4 @@ def moe_mlp(
         h = gated_activation(gate, up, activation)
     if seed is not None:
         h = row_dropout(h, seed, dropout_p, 0, h.dtype)
-    return combine(grouped_matmul(h, w_down, offsets), expert_weights, row_of_pair)
+    return combine(grouped_matmul(h, w_down, offsets), expert_weights, row_of_pair, token_offsets)
