@@ -14,7 +14,7 @@ from memkernels.ops.philox import threshold
 class Dropout(NamedTuple):
     """The mask of a call as kernels take it."""
 
-    seed: Tensor
+    seed: Tensor  # or several, of which `kept` is told which
     first_row: int  # the number of the matrix's first row in the whole
     dropped_below: int  # the threshold of dropout, less 2^31
     keep_scale: float  # 1 / (1 - dropout_p)
@@ -27,9 +27,10 @@ def make_dropout(seed: Tensor | None, dropout_p: float, first_row: int) -> Dropo
 
 
 @triton.jit
-def kept(dropout, first_row, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def kept(dropout, first_row, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, seed_index=0):
     """Which elements of a tile are kept; it starts and ends at multiples of 64 columns."""
-    a, b, c, d = row_words(dropout.seed, dropout.first_row + first_row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
+    seed_ptr = dropout.seed + seed_index
+    a, b, c, d = row_words(seed_ptr, dropout.first_row + first_row, first_column, BLOCK_ROWS, BLOCK_COLUMNS)
     a, b, c, d = _is_kept(a, dropout), _is_kept(b, dropout), _is_kept(c, dropout), _is_kept(d, dropout)
     return by_columns(a, b, c, d, BLOCK_ROWS, BLOCK_COLUMNS)
 

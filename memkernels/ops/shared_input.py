@@ -34,17 +34,11 @@ def _stacked(projections: Sequence[LoRAProjection]) -> _Adapters:
 
 
 def _groups(projections: Sequence[Projection]) -> tuple[dict[int, LoRAProjection], list[list[int]]]:
-    """Of those that are adapted weights, by place; and the places of those that go together.
-
-    On GPUs each goes alone, by kernels with its mask inline and its term in the base product's epilogue: a group's
-    operators have none there yet.
-    """
+    """Of those that are adapted weights, by place; and the places of those that go together."""
     adapted = {i: of for i, of in enumerate(projections) if isinstance(of, LoRAProjection) and not of.scales_dropped}
     alike: dict[tuple, list[int]] = {}
     for i, projection in adapted.items():
         lora_a = projection.of.lora_a
-        if lora_a.is_cuda:
-            continue
         alike.setdefault((lora_a.shape, lora_a.dtype, projection.description.dropout_p), []).append(i)
     return adapted, [places for places in alike.values() if len(places) > 1]
 

@@ -100,3 +100,4 @@ for _name in _NAMES:
 for _name in _SHARED_NAMES:
     implement_with_python(_name, getattr(shared_products, _name))
 implement_with_triton("memkernels.ops.lora_linear.triton", *_NAMES, otherwise=products)
+implement_with_triton("memkernels.ops.lora_linear.triton_shared", *_SHARED_NAMES, otherwise=shared_products)

@@ -33,21 +33,27 @@ class NarrowTile:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+Tiles = dict[str, dict[int, NarrowTile]]
 # By vendor and the bytes of an element of the adapter.
-NARROW_TILES = {
+NARROW_TILES: Tiles = {
     "nvidia": {
         2: NarrowTile(64, 64, num_warps=4, num_stages=3, maxnreg=255),
         4: NarrowTile(32, 64, num_warps=8, num_stages=2, maxnreg=255),
     },
     "amd": {2: NarrowTile(64, 64, num_warps=4, num_stages=1), 4: NarrowTile(32, 64, num_warps=4, num_stages=1)},
 }
+# Where a program makes the masks of several adapters from a tile and sums for each.
+SHARED_TILES: Tiles = {
+    "nvidia": {2: NARROW_TILES["nvidia"][2], 4: NarrowTile(16, 64, num_warps=4, num_stages=2, maxnreg=255)},
+    "amd": {2: NarrowTile(32, 64, num_warps=4, num_stages=1), 4: NARROW_TILES["amd"][4]},
+}
 # Several tiles each way at the sizes that tests use.
 INTERPRETER_TILE = NarrowTile(32, 64, num_warps=1, num_stages=1)
 
 
-def select_narrow(dtype: torch.dtype, device: torch.device) -> NarrowTile:
+def select_narrow(dtype: torch.dtype, device: torch.device, tiles: Tiles = NARROW_TILES) -> NarrowTile:
     """The tile for an adapter of a dtype."""
     if device.type != "cuda":
         return INTERPRETER_TILE
-    tile = NARROW_TILES["amd" if torch.version.hip else "nvidia"][dtype.itemsize]
+    tile = tiles["amd" if torch.version.hip else "nvidia"][dtype.itemsize]
     return replace(tile, PRECISION=low_rank_precision(dtype, device))

@@ -108,7 +108,7 @@ def _lora_factor_grad_kernel(
         store_tile(grad_ptr, total, first_column, first_rank, size, rank, rank, BLOCK_N, BLOCK_R, False)
 
 
-def _rank_block(rank: int) -> int:
+def rank_block(rank: int) -> int:
     return max(16, min(64, triton.next_power_of_2(rank)))
 
 
@@ -121,7 +121,7 @@ def _small_tile(low_rank: Tensor, y: Tensor) -> ProductTile:
     return select_tile(y.dtype, low_rank.dtype, y.device, aligned=False)
 
 
-def _cut(x: Tensor, tiles: int, size: int, block: int) -> tuple[int, int]:
+def cut_in_parts(x: Tensor, tiles: int, size: int, block: int) -> tuple[int, int]:
     """Into how many parts a walk over `size` is cut so that those of all tiles fill the GPU, and how long each is."""
     parts = max(1, num_programs(x, tiles * triton.cdiv(size, block), 1) // tiles)
     length = triton.cdiv(triton.cdiv(size, parts), block) * block
@@ -141,8 +141,8 @@ def _narrow(
     if not x.numel():
         return factor.new_zeros(rows, rank)
     tile = tile or select_narrow(factor.dtype, x.device)
-    block_r, tiles = _rank_block(rank), triton.cdiv(rows, tile.BLOCK_M)
-    parts, length = _cut(x, tiles, size, tile.BLOCK_N)
+    block_r, tiles = rank_block(rank), triton.cdiv(rows, tile.BLOCK_M)
+    parts, length = cut_in_parts(x, tiles, size, tile.BLOCK_N)
     z = x.new_empty(parts, rows, rank, dtype=factor.dtype if parts == 1 else torch.float32)
     _lora_narrow_kernel[(tiles, parts, triton.cdiv(rank, block_r))](
         x, factor.contiguous(), z, dropout, rows, size, rank, x.stride(0), length, scaling,
@@ -160,8 +160,8 @@ def _factor_grad(
     if not x.numel():
         return z.new_zeros(shape)
     tile = tile or select_narrow(z.dtype, x.device)
-    block_r, tiles = _rank_block(rank), triton.cdiv(size, tile.BLOCK_N)
-    parts, length = _cut(x, tiles, rows, tile.BLOCK_M)
+    block_r, tiles = rank_block(rank), triton.cdiv(size, tile.BLOCK_N)
+    parts, length = cut_in_parts(x, tiles, rows, tile.BLOCK_M)
     grad = x.new_empty(parts, *shape, dtype=z.dtype if parts == 1 else torch.float32)
     _lora_factor_grad_kernel[(tiles, parts, triton.cdiv(rank, block_r))](
         z.contiguous(), x, grad, dropout, rows, size, rank, x.stride(0), length, scaling,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from memkernels.ops.lora_linear import triton as kernels
 from memkernels.ops.lora_linear import triton_dropout as dropouts
-from memkernels.ops.lora_linear.tiles import NARROW_TILES, NarrowTile
+from memkernels.ops.lora_linear import triton_shared as shared
+from memkernels.ops.lora_linear.tiles import NARROW_TILES, SHARED_TILES, NarrowTile
 from memkernels.ops.product_tiles import (
     EXACT_QUANTIZED_TILE,
     QUANTIZED_TILES,
@@ -33,6 +34,8 @@ ALIGNED, UNALIGNED = (512, 256, 512), (250, 130, 250)
 # One tile of rows, or of columns: sums in parts, whose terms are float32.
 FEW = {"few rows": (64, 256, 256), "few columns": (256, 64, 64)}
 DROPOUT_P, RANK, SCALING = 0.1, 16, 0.5
+# Of one input, as q, k and v have.
+ADAPTERS = 3
 
 
 class Inputs:
@@ -49,6 +52,7 @@ class Inputs:
         self.s, self.p = (ones(tokens, rank, dtype=adapter_dtype) for _ in range(2))
         seed = torch.zeros((), dtype=torch.int64, device=device) if dropout else None
         self.mask = (seed, DROPOUT_P, 0)
+        self.masks = (None if seed is None else seed.expand(ADAPTERS).contiguous(), DROPOUT_P, 0)
 
     def stored(self, kind: str) -> tuple[list[Tensor], str, list[int]]:
         """A quantised weight in the place of the dense one."""
@@ -71,6 +75,33 @@ def _up_grad(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
 def _down_grad(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
     da = kernels.lora_down_grad(inputs.p, inputs.x, *inputs.mask, tile)
     return inputs.x, *[inputs.p] * -(-inputs.x.shape[1] // tile.BLOCK_N), da
+
+
+def _of_adapters(tensor: Tensor) -> Tensor:
+    return tensor.expand(ADAPTERS, *tensor.shape).contiguous()
+
+
+def _read_by_ranks(inputs: Inputs) -> list[Tensor]:
+    """x once for every 32 of the rank of adapters that share it."""
+    return [inputs.x] * -(-len(inputs.a) // 32)
+
+
+def _down_shared(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    a = _of_adapters(inputs.a)
+    s = shared.lora_down_shared(inputs.x, a, *inputs.masks, tile)
+    return *_read_by_ranks(inputs), s, *[a] * -(-len(inputs.x) // tile.BLOCK_M)
+
+
+def _down_grad_shared(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    p = _of_adapters(inputs.p)
+    da = shared.lora_down_grad_shared(p, inputs.x, *inputs.masks, tile)
+    return *_read_by_ranks(inputs), *[p] * -(-inputs.x.shape[1] // tile.BLOCK_N), da
+
+
+def _input_add_shared(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    (rows, size), a, p = inputs.x.shape, _of_adapters(inputs.a), _of_adapters(inputs.p)
+    shared.lora_input_add_shared_(inputs.x, p, a, *inputs.masks, tile)
+    return inputs.x, inputs.x, *[a] * -(-rows // tile.BLOCK_M), *[p] * -(-size // tile.BLOCK_N)
 
 
 def _up(tile: ProductTile, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -137,10 +168,17 @@ def _case(
 
 def _narrow_cases() -> list[KernelCase]:
     cases = []
-    functions = ((_down, ("few rows",)), (_up_grad, ("few rows", "few columns")), (_down_grad, ("few columns",)))
+    functions = (
+        (_down, ("few rows",)),
+        (_up_grad, ("few rows", "few columns")),
+        (_down_grad, ("few columns",)),
+        (_down_shared, ("few rows",)),
+        (_down_grad_shared, ("few columns",)),
+        (_input_add_shared, ()),
+    )
     vendors = (("nvidia", NVIDIA, ("tf32x3", "tf32")), ("amd", AMD, ("ieee",)))
     for (function, in_parts), (vendor, targets, precisions) in product(functions, vendors):
-        tiles = NARROW_TILES[vendor]
+        tiles = (SHARED_TILES if function is _down_shared else NARROW_TILES)[vendor]
         case = partial(_case, function=function, targets=targets, traffic_limit=1.05)
         for rank in (RANK, 64):
             cases.append(case(vendor, tile=tiles[2], rank=rank))
