@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[2]
 
 def make(target, folder, **variables):
     command = ["make", target, f"PYTHON={sys.executable}", f"VENV={folder / 'venv'}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables)
+    # As at first hand: within `make test` it would say which folder it enters.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment | variables)
     assert result.returncode != 0 and not (folder / "venv").exists()
     return result.stdout
 
