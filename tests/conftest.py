@@ -4,6 +4,7 @@ Hypothesis draws the same examples every time, so that one commit is green or re
 new ones (--hypothesis-profile=search).
 """
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -18,6 +19,12 @@ torch.set_num_threads(THREADS)
 settings.register_profile("gate", derandomize=True)
 settings.register_profile("search", derandomize=False)
 settings.load_profile("gate")
+
+
+def pytest_collection_finish() -> None:
+    """Nothing of thousands of collected tests is garbage: tests that count tensors by `gc` look at what came later."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
