@@ -144,16 +144,16 @@ class GradientTiers:
         return param.grad is not None or param in self._sums
 
     def squares(self) -> list[Tensor]:
-        """Of each sum on the tier the sum of its squares."""
+        """Of each sum on the tier the sum of its squares. Those of which a part stayed in memory come there before."""
+        for param in [param for param in self._sums if param.grad is not None]:
+            self._complete(param, ())
         return [kept.square for kept in self._sums.values()]
 
     @contextmanager
     def fetched(self, param: Tensor, then: Sequence[Tensor]) -> Iterator[None]:
         """Within it `grad` of `param` is the sum, in memory; those of `then` come next. Afterwards it is gone."""
         if param in self._sums:
-            total = self._load(param, then)
-            param.grad = total if param.grad is None else param.grad + total
-            del self._sums[param]
+            self._complete(param, then)
         try:
             yield
         finally:
@@ -163,6 +163,12 @@ class GradientTiers:
     def drop(self) -> None:
         """No gradients."""
         self._sums, self._claims = {}, {}
+
+    def _complete(self, param: Tensor, then: Sequence[Tensor]) -> None:
+        """Makes `grad` of `param` the sum of what is in memory and what is on the tier."""
+        total = self._load(param, then)
+        param.grad = total if param.grad is None else param.grad + total
+        del self._sums[param]
 
     def _load(self, param: Tensor, then: Sequence[Tensor]) -> Tensor:
         ahead = (self._sums[other].stored for other in then if other in self._sums)

@@ -122,8 +122,8 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             scale = divided(scale, amp_scale)
         self._check_gradients()
         if max_norm is not None:
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             squares = [] if self.gradient_tiers is None else self.gradient_tiers.squares()
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.grad_norm = total_norm(grads, squares) * scale
             scale = scale * clip_factor(self.grad_norm, max_norm)
         self.step_scaled(scale)

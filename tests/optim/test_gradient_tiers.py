@@ -165,8 +165,9 @@ def test_a_closure_and_a_loss_scale(folder):
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-def test_gradients_that_are_part_of_a_graph_stay(folder):
-    found = []
+@pytest.mark.parametrize("max_norm", [None, 1e4])
+def test_gradients_that_are_part_of_a_graph_stay(folder, max_norm):
+    found, norms = [], []
     for offload in (False, True):
         model, optimizer = build(SGD, lr=0.1)
         if offload:
@@ -176,9 +177,11 @@ def test_gradients_that_are_part_of_a_graph_stay(folder):
         model(x, rare=True).square().mean().backward(create_graph=True)
         if offload:
             assert model.rare.weight.grad.requires_grad
-        optimizer.step()
+        optimizer.step(max_norm=max_norm)
         found.append([param.detach() for param in model.parameters()])
+        norms.append(optimizer.grad_norm)
     assert_same(found[1], found[0])
+    torch.testing.assert_close(norms[1], norms[0])
 
 
 def residents(path):
