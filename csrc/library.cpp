@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(nf4_dequantize_);
   MEMKERNELS_IMPL(nf4_quantize);
   MEMKERNELS_IMPL(nf4_quantize_absmax);
+  MEMKERNELS_IMPL(on_huge_pages_);
   MEMKERNELS_IMPL(rms_norm_bwd);
   MEMKERNELS_IMPL(rms_norm_fwd);
   MEMKERNELS_IMPL(rotary_bwd);

@@ -319,6 +319,10 @@ def _row_words() -> list[Call]:
     ]
 
 
+def _huge_pages() -> list[Call]:
+    return [Call("on_huge_pages_", {"fresh": _floats(3, 70)}, {"fresh": [_floats(70, 3).t()]})]
+
+
 def strided(tensor: Tensor) -> Tensor:
     """The same elements, each beside another."""
     return torch.stack([tensor, tensor], -1)[..., 0]
@@ -373,6 +377,6 @@ def _optimizers() -> list[Call]:
 
 CALLS = [
     *(*_moe(), *_expert_activation(), *_gated_activation(), *_norms(), *_rotary(), *_attention(), *_cross_entropy()),
-    *(*_nf4(), *_fp8_blocks(), *_row_words(), *_optimizers()),
+    *(*_nf4(), *_fp8_blocks(), *_row_words(), *_huge_pages(), *_optimizers()),
 ]
 CUDA_CALLS = [*(call for call in CALLS if call.operator in CUDA_OPERATORS), *_wide_norm()]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memkernels.ops.huge_pages import on_huge_pages
 from memkernels.ops.linear_cross_entropy.head import Head
 from memkernels.ops.lora_linear.dropout import row_dropout_add_
 from memkernels.ops.matmul import addmm, mm
@@ -41,7 +42,7 @@ class HeadGradients:
         self.head, self.wanted = head, Wanted(*wanted)
         x, of, wants = head.x, head.of, self.wanted
         self.wide_dtype = torch.promote_types(x.dtype, torch.float32)
-        self.dweight = new_gradient(of.weight, x, wants.weight)
+        self.dweight = on_huge_pages(new_gradient(of.weight, x, wants.weight))
         self.dlora_a = new_gradient(None, x, False)  # comes from p at the end
         self.dlora_b = new_gradient(of.lora_b, x, wants.lora_b)
         self.dbias = new_gradient(of.bias, x, wants.bias)

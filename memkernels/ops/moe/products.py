@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memkernels.ops.huge_pages import on_huge_pages
 from memkernels.ops.lora_linear.products import lora_down, lora_down_grad, lora_up_add_
 from memkernels.ops.matmul import mm
 from memkernels.ops.quantized.products import encoding_of
@@ -32,7 +33,7 @@ def loop_product(
     x: Tensor, rows: Tensor | None, weights: Tensor | Sequence[Tensor], offsets: Tensor, num_rows: int
 ) -> Tensor:
     """By one product an expert; weights (in, out) of each, together or apart."""
-    y = weights[0].new_empty(num_rows, weights[0].shape[1])
+    y = on_huge_pages(weights[0].new_empty(num_rows, weights[0].shape[1]))
     end = 0
     for weight, group in zip(weights, groups_of(offsets), strict=True):
         if group.stop > group.start:
@@ -59,7 +60,7 @@ def grouped_weight_grad(
         dweights = F.grouped_mm(_all_rows(dy, dy_rows).t(), _all_rows(x, x_rows), offs=offsets[1:])
         return dweights.masked_fill_((offsets.diff() == 0)[:, None, None], 0.0)
     dtype = torch.promote_types(dy.dtype, x.dtype)
-    dweights = x.new_empty(offsets.shape[0] - 1, dy.shape[1], x.shape[1], dtype=dtype)
+    dweights = on_huge_pages(x.new_empty(offsets.shape[0] - 1, dy.shape[1], x.shape[1], dtype=dtype))
     for dweight, group in zip(dweights, groups_of(offsets), strict=True):
         if group.stop == group.start:
             dweight.zero_()
@@ -87,7 +88,7 @@ def grouped_quantized_product(
 ) -> Tensor:
     encoding = encoding_of(parts, kind, sizes, x.dtype)
     size = encoding.rows // (offsets.shape[0] - 1)
-    y = x.new_empty(num_rows, size if by_rows else encoding.row_size)
+    y = on_huge_pages(x.new_empty(num_rows, size if by_rows else encoding.row_size))
     end = 0
     for expert, group in enumerate(groups_of(offsets)):
         if group.stop > group.start:
