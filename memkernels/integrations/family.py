@@ -88,8 +88,9 @@ class Family:
         eager_attention: what computes attention where the configuration says "eager".
         outputs: what causal_lm returns; None: CausalLMOutputWithPast.
         head_left: why head and loss are transformers' own.
-        multimodal: the family where `causal_lm` reads images too, and its base model builds a mask for each type of
-            layer: `model` is None there, and padding is computed.
+        multimodal: the family where `causal_lm` reads images too, and `model` is its base model, which builds a mask
+            for each type of layer.
+        image_types: token_type_ids of 1 are tokens of images, which see each other.
         norm_offset: what a norm adds to its weight.
         norm_eps: the attribute of a norm.
         norms: attributes of a decoder layer: norms before and after attention, before and after the MLP.
@@ -124,6 +125,7 @@ class Family:
     outputs: type | None = None
     head_left: str | None = None
     multimodal: Family | None = None
+    image_types: bool = False
     experts: type[nn.Module] | None = None
     experts_left: str | None = None
     router_loss: Callable[..., Tensor | int] | None = None

@@ -20,11 +20,13 @@ _TEXT = Family(
     norms=gemma.NORMS,
     sliding_window=own_window,
 )
+_IS_NEW = release() >= (5, 24)
 _MULTIMODAL = replace(
     _TEXT,
-    model=None,
+    model=gemma3.Gemma3Model if _IS_NEW else None,
     causal_lm=gemma3.Gemma3ForConditionalGeneration,
     outputs=gemma3.Gemma3CausalLMOutputWithPast,
-    head_left=None if release() >= (5, 24) else "before transformers 5.24 its loss is another: upgrade transformers",
+    head_left=None if _IS_NEW else "before transformers 5.24 its loss is another: upgrade transformers",
+    image_types=True,
 )
 FAMILY = replace(_TEXT, multimodal=_MULTIMODAL)

@@ -31,7 +31,10 @@ def stack_of(base_model: Any) -> Any:
 
 
 def tells(model: Any, family: Family, kwargs: dict) -> bool:
-    """Whether every attention module of this call to a stack of layers would understand a told mask."""
+    """Whether every attention module of this call would understand a told mask, and no token sees a later one.
+
+    The call is to the stack of layers `model`, or to the base model around it.
+    """
     of_tokens = getattr(model, family.embeddings)
     embeddings = of_tokens.weight if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     use_cache, output_attentions = (
@@ -45,9 +48,14 @@ def tells(model: Any, family: Family, kwargs: dict) -> bool:
         and kwargs.get("encoder_hidden_states") is None
         and not output_attentions
         and kwargs.get("is_causal") is not False
+        and not (family.image_types and _may_have_images(kwargs.get("token_type_ids")))
         and has_kernel("attention_fwd", embeddings)
         and all(_understands(layer, family) for layer in getattr(model, family.layers))
     )
+
+
+def _may_have_images(types: Tensor | None) -> bool:
+    return types is not None and (torch.compiler.is_compiling() or bool((types == 1).any()))
 
 
 def _understands(layer: Any, family: Family) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from memkernels.integrations.family import Family
-from memkernels.integrations.masks import has_cache, tells, told_mask
+from memkernels.integrations.masks import has_cache, stack_of, tells, told_mask
 from memkernels.integrations.replacement import Replacement, argument_names, bind, by_name
 
 
@@ -21,16 +21,19 @@ def model_forward(model: Any, *args, family: Family, names: tuple[str, ...], **k
 
     In training no cache unless the call asks for one, as transformers has it under gradient checkpointing: its
     configurations ask for one by default, and attention that fills a cache cannot be computed again.
+    A base model around the stack is told a mask for each type of layer.
     """
+    stack = stack_of(model)
     kwargs |= by_name(names, args)
     asked = kwargs.get("use_cache") is not None or has_cache(kwargs)
     if model.training and torch.is_grad_enabled() and not asked:
         kwargs["use_cache"] = False
     given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    if given is not None and tells(model, family, kwargs):
+    if given is not None and tells(stack, family, kwargs):
         positions = kwargs.get("position_ids")
         if family.sequence_positions is not None:
             positions = family.sequence_positions(positions)
         mask = told_mask(kwargs.get("attention_mask"), positions, given.shape[:2])
-        kwargs["attention_mask"] = kwargs.get("attention_mask") if mask is None else mask
+        if mask is not None:
+            kwargs["attention_mask"] = mask if stack is model else dict.fromkeys(stack.config.layer_types, mask)
     return type(model).forward(model, **kwargs)

@@ -82,8 +82,8 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
 
     Qwen2-VL, Qwen2.5-VL and Qwen3-VL train so with images and videos. In their vision towers attention within images
     and windows, MLPs and, with `recompute`, blocks are replaced; embeddings of patches and mergers are not. Gemma 3
-    with images has transformers' masks, in which the tokens of an image see each other, its attention implementation
-    wherever a mask hides or shows more than causal attention, and its vision tower; padding is computed.
+    that reads images has transformers' vision tower, and in a batch whose token_type_ids name images, whose tokens see
+    each other, transformers' masks and attention implementation; padding is computed there.
 
     BERT's encoder computes the visible tokens of a padded batch alone, for "sdpa" and "eager"; hidden positions of
     last_hidden_state are zero, in evaluation too, unless a label, the pooler, spans of answers, a hook or an output of
@@ -199,10 +199,10 @@ def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss
         return _left("experts", family.experts_left) or plan_experts(module, recomputed)
     if kind is family.decoder_layer and recompute != "none":
         return plan_layer(module, family, recompute)
-    if kind is family.model:
-        return plan_model(module, family)
     multimodal = family.multimodal
     for of in (family,) if multimodal is None else (family, multimodal):
+        if kind is of.model:
+            return plan_model(module, of)
         if kind is of.causal_lm and loss:
             return _left("head and loss", of.head_left) or plan_loss(module, of)
     return None

@@ -59,7 +59,7 @@ def make_batch(images=True, padding=None):
 @pytest.mark.parametrize(
     ("images", "padding", "attention"),
     [(True, None, "sdpa"), (True, "right", "eager"), (True, "left", "sdpa"), (False, None, "sdpa"),
-     (False, "right", "sdpa")],
+     (False, "right", "sdpa"), (False, "left", "sdpa")],
 )  # fmt: skip
 def test_loss_and_gradients(images, padding, attention):
     batch, make_it = make_batch(images, padding), lambda: make(attn_implementation=attention)
@@ -75,6 +75,55 @@ def test_loss_and_gradients(images, padding, attention):
         assert outputs.logits is None
         assert (outputs.image_outputs is not None) == images
         memkernels.unpatch(model)
+
+
+@pytest.mark.parametrize("types", [None, 0, 1], ids=["", "types of text", "types of images"])
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+def test_of_text_alone_no_mask_is_built_and_no_padding_computed(types, padding):
+    """But for padding on the left; types of images may show later tokens."""
+    batch, model = make_batch(False, padding), make()
+    if types is not None:
+        batch["token_type_ids"] = torch.full((2, 37), types)
+    memkernels.patch(model)
+    seen = []
+    model.model.language_model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0].shape, kwargs["attention_mask"])), with_kwargs=True
+    )
+    model(**batch)
+    ((shape, mask),) = seen
+    if padding == "left" or types == 1:
+        assert shape == (2, 37, 48) and mask.shape == (2, 1, 37, 37)
+    elif padding == "right":
+        assert shape == (1, 65, 48) and mask.tolist()[0][0][0] == [0, 37, 65]
+        assert mask.untyped_storage().nbytes() == 3 * 4
+    else:
+        assert shape == (2, 37, 48) and mask.shape == (1, 1, 0, 0)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_packed_sequences_told_by_position_ids(images):
+    """Three of 14, 23 and 37 tokens, of which no image is cut."""
+    batch, model = make_batch(images), make()
+    batch |= {"position_ids": torch.stack([torch.cat([torch.arange(14), torch.arange(23)]), torch.arange(37)])}
+    batch["use_cache"], batch["labels"][batch["position_ids"] == 0] = False, -100
+    plain, exact = train_step(model, batch), exact_step(make(), batch)
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    for recompute in ("none", "sublayer", "layer"):
+        memkernels.patch(model, recompute=recompute)
+        assert_same_step(train_step(model, batch), exact, plain, labels=labels)
+        memkernels.unpatch(model)
+
+
+@pytest.mark.parametrize("images", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_torch_compile(images):
+    """In one graph, with images too."""
+    batch, model = make_batch(images), make()
+    plain, exact = train_step(model, batch), exact_step(make(), batch)
+    memkernels.patch(model, recompute="layer")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    assert_same_step(train_step(model, batch, compiled), exact, plain, labels=labels)
 
 
 def test_head_and_loss_are_replaced_or_left(monkeypatch):
