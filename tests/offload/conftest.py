@@ -31,6 +31,12 @@ def full_disk(tmp_path_factory, no_io_uring):
 
 
 @pytest.fixture(scope="session")
+def plain_file_system(tmp_path_factory):
+    """Environment variables under which file systems offer less; see plain_file_system.cpp."""
+    return {"LD_PRELOAD": compile_library("plain_file_system.cpp", tmp_path_factory)}
+
+
+@pytest.fixture(scope="session")
 def few_threads(tmp_path_factory):
     """Environment variables under which a process gets no more than some threads; see few_threads.cpp."""
     return {"LD_PRELOAD": compile_library("few_threads.cpp", tmp_path_factory)}

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -273,6 +274,82 @@ except OSError as error:
     read, written = said.splitlines()
     assert "short read: Input/output error: 4194304 bytes wanted, 2097152 available" in read, errors
     assert "short write: File too large: 4194304 bytes wanted, 2097152 written, " in written, errors
+
+
+# For a child: a file system of its own at sys.argv[1], of 6 MiB, which `give_room` makes larger.
+SMALL_DISK = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+user, group = os.getuid(), os.getgid()
+
+def may(status, what):
+    if status != 0:
+        print("skip:", what, os.strerror(ctypes.get_errno()))
+        sys.exit()
+
+may(libc.unshare(0x10020000), "unshare(CLONE_NEWNS | CLONE_NEWUSER):")
+for name, value in ("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1"):
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(value)
+folder = sys.argv[1].encode()
+may(libc.mount(b"tmpfs", folder, b"tmpfs", 0, b"size=6m"), "mount:")
+
+def give_room():
+    assert libc.mount(None, folder, None, 32, b"size=64m") == 0
+"""
+
+
+@pytest.mark.parametrize("preallocates", [True, False])
+def test_a_disk_that_is_full_for_the_kernel(tmp_path, plain_file_system, io_uring, preallocates):
+    """Where the file system preallocates, that fails; where it does not, the write of a part. Both end with the disk's
+    getting room."""
+    code = """
+slab = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20)
+file = _runtime.SpillFile(sys.argv[1], threads=2, io_uring=sys.argv[2] == "True")
+block, back = slab.allocate(8 << 20), slab.allocate(8 << 20)
+memoryview(block)[:] = os.urandom(8 << 20)
+extent = None
+try:
+    extent = file.write(block)
+    extent.writing.wait()
+except OSError as error:
+    print(error.errno, error)
+del extent
+give_room()
+extent = file.write(block)
+extent.writing.wait()
+file.read(extent, back).wait()
+print(bytes(memoryview(back)) == bytes(memoryview(block)))
+"""
+    environment = {} if preallocates else plain_file_system
+    said, errors = run_python(SMALL_DISK + code, tmp_path, io_uring, **environment).communicate(timeout=60)
+    if said.startswith("skip: "):
+        pytest.skip(f"no file system of its own for a child: {said.removeprefix('skip: ').strip()}")
+    wanted = "8388608 bytes wanted beyond" if preallocates else "short write: No space left on device: 4194304 bytes"
+    error, again = said.splitlines()
+    assert error.startswith("28 [Errno 28] disk tier: ") and "No space left on device" in error, errors
+    assert wanted in error and error.endswith(f" available: '{tmp_path}'"), error
+    assert again == "True"
+
+
+def test_a_file_system_that_offers_little_is_enough(tmp_path, plain_file_system, io_uring):
+    code = """
+import os
+slab = _runtime.PinnedSlab(limit=1 << 28, step=1 << 20)
+file = _runtime.SpillFile(sys.argv[1], threads=2, io_uring=sys.argv[2] == "True")
+block, back = slab.allocate(8 << 20), slab.allocate(8 << 20)
+memoryview(block)[:] = os.urandom(8 << 20)
+extent = file.write(block)
+extent.writing.wait()
+file.read(extent, back).wait()
+status = os.fstat(file.fileno())
+print(os.readlink(f"/proc/self/fd/{file.fileno()}"), os.listdir(sys.argv[1]), oct(status.st_mode), status.st_nlink)
+print(status.st_size, status.st_blocks * 512 < 16 << 20, bytes(memoryview(back)) == bytes(memoryview(block)))
+"""
+    said, errors = run_python(code, tmp_path, io_uring, **plain_file_system).communicate(timeout=60)
+    file, content = said.splitlines()
+    assert re.fullmatch(rf"{tmp_path}/\.memkernels-\w{{6}} \(deleted\) \[\] 0o100600 0", file), errors
+    assert content == f"{256 * MB} True True"
 
 
 def test_a_kernel_that_refuses_io_uring_leaves_threads(tmp_path, no_io_uring):
