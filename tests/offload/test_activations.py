@@ -177,6 +177,43 @@ def test_threads(tmp_path):
         assert_same_bits(found[i], expected[i])
 
 
+def test_threads_leave_in_any_order(tmp_path):
+    """One that leaves ends its own entry: another's modules, and so its buffers, are known for as long as it is in."""
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.randn(64, 64))
+
+        def forward(self, x):
+            return x * self.table
+
+    offload, found = disk(tmp_path), []
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first():
+        with offload:
+            first_in.set()
+            assert second_in.wait(10)
+        first_out.set()
+
+    def second():
+        x = torch.randn(64, 64, requires_grad=True)
+        assert first_in.wait(10)
+        with offload:
+            second_in.set()
+            assert first_out.wait(10)
+            found.extend((Owner()(x), x.exp()))
+        found.append(x.exp())
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and offload.statistics["moved"] == 1  # the exponential within
+
+
 def test_a_branch_that_backward_does_not_reach_is_freed(tmp_path):
     offload, x = disk(tmp_path), torch.randn(512, 64, requires_grad=True)
     with offload:
