@@ -95,6 +95,7 @@ class CopyEngine:
     """Copies on two streams of its own, one each way; a block is free again, and an event used again, after its copy.
 
     Each copy waits for what `stream`, that of the caller, was given before; it is the caller who waits for the copy.
+    Memory of the host needs none: see copy_engine.h.
     """
 
     def __init__(self, cuda: CudaCalls, *, device: int) -> None: ...

@@ -1,6 +1,11 @@
 // Copies between device memory and blocks of a slab, on two streams of their own, one each way. A copy waits for what
 // its caller's stream was given before, and that stream waits for a copy only where it is told to. A block goes back to
 // its slab, and an event is used again, only when the copy is done.
+//
+// There is none between host memory and a slab. What is saved on a CPU is copied by the thread that saves it: a copy
+// beside would take cores and bandwidth from what computes, and until it is done the tensor could be neither freed nor
+// written to. What comes back is used in the block that a file was read into, without a copy. There SpillFile's threads
+// are what works beside the computing.
 #pragma once
 
 #include <cstdint>

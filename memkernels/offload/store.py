@@ -76,6 +76,8 @@ class TieredStore:
     from several threads.
 
     Memory of a CUDA device is copied on streams of the store's own, beside what is computed, and the slab is pinned.
+    Memory of the host is copied by the thread that puts it: a copy beside would take cores and bandwidth from what is
+    computed, and hold on to the memory meanwhile. What is read from the file comes back in its block, without one.
 
     Args:
         tier: "host", "disk" or "auto".
