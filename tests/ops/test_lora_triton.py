@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memkernels import _library
 from memkernels.ops.lora_linear import operators, products, reference  # noqa: F401  (defines the operators)
-from memkernels.ops.lora_linear.tiles import NARROW_TILES, select_narrow
+from memkernels.ops.lora_linear.tiles import NARROW_TILES, UP_GRAD_TILES, select_narrow
 from memkernels.ops.product_tiles import EXACT_QUANTIZED_TILE, QUANTIZED_TILES, SMALL_TILES, TILES, select_tile
-from memkernels.testing import implementations, poisoned_memory, random_tensor
+from memkernels.testing import assert_within_factor_two, implementations, poisoned_memory, random_tensor
 
 OPERATORS = torch.ops.memkernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,35 +114,117 @@ def test_equal_inputs_give_equal_bits(implementation):
         assert all(map(torch.equal, every_operator(*of), every_operator(*of)))
 
 
-class Allocations(TorchDispatchMode):
-    """Sums the bytes of the results of every operator called inside it, those of views apart."""
+@pytest.mark.parametrize("implementation", implementations("lora_up")[-1:], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "adapter", "rank"),
+    [
+        (torch.float32, torch.float32, 1),
+        (torch.bfloat16, torch.bfloat16, 15),
+        (torch.bfloat16, torch.float32, 15),
+        (torch.float16, torch.float16, 7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("rows", "columns", "rows_at_once"), [(300, 64, None), (300, 130, None), (300, 130, 128), (5, 200, 128)]
+)
+def test_p_and_the_gradient_of_b_from_one_read(
+    monkeypatch, implementation, rows, columns, rows_at_once, dtype, adapter, rank
+):
+    """Of one tile of columns in parts of rows, of several tiles, and in stretches of rows."""
+    of_one_read = pytest.importorskip("memkernels.ops.lora_linear.triton_up_grad")
+    kernels = importlib.import_module("memkernels.ops.lora_linear.triton")
+    for name in ("_lora_narrow_kernel", "_lora_factor_grad_kernel"):
+        monkeypatch.setattr(kernels, name, None)
+    if rows_at_once is not None:
+        monkeypatch.setattr(of_one_read, "_TERMS_BYTES", rows_at_once * 4 * rank * -(-columns // 64))
+    dy = random_tensor(rows, columns, dtype=dtype).detach()
+    s, b = (random_tensor(size, rank, dtype=adapter, seed=size).detach() for size in (rows, columns))
 
-    allocated = 0
+    def computed(dtype):
+        wide_dy, wide_s, wide_b = (of.to(dtype) for of in (dy, s, b))
+        return 0.7 * (wide_dy @ wide_b), 0.7 * (wide_dy.t() @ wide_s)
+
+    with implementation.active() as device, poisoned_memory():
+        ours = OPERATORS.lora_up_grad(dy.to(device), s.to(device), b.to(device), 0.7, True)
+    for name, actual, exact, plain in zip(("p", "db"), ours, computed(torch.float64), computed(adapter), strict=True):
+        assert_within_factor_two(name, actual.cpu(), exact, plain)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter", "rank", "columns", "expected"),
+    [
+        (torch.bfloat16, torch.bfloat16, 32, 4096, True),
+        (torch.bfloat16, torch.bfloat16, 33, 4096, False),
+        (torch.bfloat16, torch.float32, 16, 4096, True),
+        (torch.bfloat16, torch.float32, 32, 4096, False),
+        (torch.bfloat16, torch.float32, 16, 64, True),
+        (torch.bfloat16, torch.float32, 17, 64, False),
+        (torch.float32, torch.float32, 16, 4096, True),
+        (torch.float32, torch.float32, 17, 4096, False),
+    ],
+    ids=str,
+)
+def test_one_read_is_taken_where_it_moves_less(dtype, adapter, rank, columns, expected):
+    """Than the terms of p that it leaves, written and read once in float32."""
+    of_one_read = pytest.importorskip("memkernels.ops.lora_linear.triton_up_grad")
+    for vendor in ("nvidia", "amd"):
+        tile = UP_GRAD_TILES[vendor][adapter.itemsize]
+        dy, b = (torch.empty(512, columns, dtype=dtype, device="meta"), torch.empty(columns, rank, dtype=adapter))
+        assert of_one_read.reads_once(dy, b, tile) == expected
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of the results of every operator called inside it, but for views and what is written in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if not function.is_view:
-            self.allocated += result.nbytes
+        if not function.is_view and not function._schema.is_mutable:
+            self.sizes.append(result.nbytes)
         return result
 
 
+@pytest.fixture
+def as_on_an_h100(monkeypatch):
+    """Launchers run but for the kernels' work, with as many programs as there: on meta tensors, whose bytes count."""
+    pytest.importorskip("triton")
+    modules = {
+        name: importlib.import_module(f"memkernels.ops.lora_linear.{name}")
+        for name in ("parts", "triton", "triton_up_grad")
+    }
+    launch = {"__getitem__": lambda self, grid: lambda *_, **__: None}
+    for kernel in ("_lora_narrow_kernel", "_lora_factor_grad_kernel", "_lora_up_grad_kernel"):
+        for module in modules.values():
+            if hasattr(module, kernel):
+                monkeypatch.setattr(module, kernel, type("NotLaunched", (), launch)())
+    monkeypatch.setattr(
+        modules["parts"],
+        "num_programs",
+        lambda x, size, block, *, per_multiprocessor: min(132 * per_multiprocessor, -(-size // block)),
+    )
+    return modules["triton"]
+
+
+def test_programs_of_an_h100(monkeypatch):
+    """That `as_on_an_h100` counts as the launchers' function does."""
+    launch = pytest.importorskip("memkernels.ops.launch")
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    on_gpu = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    assert [launch.num_programs(on_gpu, 1 << 20, 1, per_multiprocessor=of) for of in (1, 2)] == [132, 264]
+
+
+SIZES = [(2**14, 14336), (2**20, 14336), (64, 14336), (2**20, 256), (512, 512), (2**14, 128256)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(
-    ("tokens", "columns"), [(2**14, 14336), (2**20, 14336), (64, 14336), (2**20, 256), (512, 512), (2**14, 128256)]
-)
-def test_terms_of_sums_are_of_one_size_whatever_the_tokens(monkeypatch, tokens, columns, dtype):
-    """As on an H100 but for the kernels' work: on meta tensors, whose bytes alone count."""
-    kernels = pytest.importorskip("memkernels.ops.lora_linear.triton")
-    programs, rank, launch = 2 * 132, 64, {"__getitem__": lambda self, grid: lambda *_, **__: None}
-    monkeypatch.setattr(kernels, "num_programs", lambda x, size, block: min(programs, -(-size // block)))
-    with monkeypatch.context() as patched:
-        properties = types.SimpleNamespace(multi_processor_count=132)
-        patched.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        on_gpu = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
-        assert importlib.import_module("memkernels.ops.launch").num_programs(on_gpu, 1 << 20, 1) == programs
-    for name in ("_lora_narrow_kernel", "_lora_factor_grad_kernel"):
-        monkeypatch.setattr(kernels, name, type("NotLaunched", (), launch)())
-    tile = NARROW_TILES["nvidia"][dtype.itemsize]
+@pytest.mark.parametrize(("tokens", "columns"), SIZES)
+def test_terms_of_sums_are_of_one_size_whatever_the_tokens(as_on_an_h100, tokens, columns, dtype):
+    kernels, rank, tile = as_on_an_h100, 64, NARROW_TILES["nvidia"][dtype.itemsize]
     dy = torch.empty(tokens, columns, dtype=torch.bfloat16, device="meta")
     p, b = (torch.empty(size, rank, dtype=dtype, device="meta") for size in (tokens, columns))
     for function, results in (
@@ -152,9 +234,23 @@ def test_terms_of_sums_are_of_one_size_whatever_the_tokens(monkeypatch, tokens, 
     ):
         with Allocations() as memory:
             function()
-        terms = len(results) * programs * 64 * rank * 4
+        terms = len(results) * 2 * 132 * 64 * rank * 4
         # Of a result in parts also their sum in float32, half of the terms or less.
-        assert memory.allocated - sum(result.nbytes for result in results) <= 1.5 * terms
+        assert sum(memory.sizes) - sum(result.nbytes for result in results) <= 1.5 * terms
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 1), (torch.bfloat16, 32), (torch.float32, 16)], ids=str)
+@pytest.mark.parametrize(("tokens", "columns"), SIZES)
+def test_terms_of_one_read_are_of_one_size_whatever_the_tokens(as_on_an_h100, tokens, columns, dtype, rank):
+    tile = UP_GRAD_TILES["nvidia"][dtype.itemsize]
+    dy = torch.empty(tokens, columns, dtype=torch.bfloat16, device="meta")
+    p, b = (torch.empty(size, rank, dtype=dtype, device="meta") for size in (tokens, columns))
+    with Allocations() as memory:
+        as_on_an_h100.lora_up_grad(dy, p, b, 0.7, True, tile)
+    of_gradient = max(132 * tile.BLOCK_N, columns) * rank * 4
+    others = sorted(memory.sizes)
+    others.remove(p.nbytes)
+    assert max(others) <= max(16 << 20, of_gradient)
 
 
 F32, BF16, F64 = (torch.zeros(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64))

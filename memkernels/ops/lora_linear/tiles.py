@@ -47,6 +47,14 @@ SHARED_TILES: Tiles = {
     "nvidia": {2: NARROW_TILES["nvidia"][2], 4: NarrowTile(16, 64, num_warps=4, num_stages=2, maxnreg=255)},
     "amd": {2: NarrowTile(32, 64, num_warps=4, num_stages=1), 4: NARROW_TILES["amd"][4]},
 }
+# Where p and the gradient of B come from one read of dy, at low ranks: the wider, the fewer terms of p.
+UP_GRAD_TILES: Tiles = {
+    "nvidia": {
+        2: NarrowTile(64, 256, num_warps=8, num_stages=2, maxnreg=255),
+        4: NarrowTile(32, 128, num_warps=8, num_stages=2, maxnreg=255),
+    },
+    "amd": {2: NarrowTile(32, 256, num_warps=8, num_stages=1), 4: NarrowTile(32, 128, num_warps=8, num_stages=1)},
+}
 # Several tiles each way at the sizes that tests use.
 INTERPRETER_TILE = NarrowTile(32, 64, num_warps=1, num_stages=1)
 

@@ -1,11 +1,10 @@
 """The adapter's operators on GPUs: each product reads x or dy once for every 64 of the rank, and makes the dropout mask
 anew where it reads x.
 
-Where a result has too few tiles to fill the GPU, what is summed is cut in parts, whose terms are added in a fixed
-order: without atomics, so the same bits on every run. Tiles times parts are then at most `num_programs`, two a
-multiprocessor, and each leaves at most 64 r float32 whatever the sizes: 4.3 MB at r = 64 on 132 multiprocessors, and
-half of that again in their sum before it is rounded. For that dB reads dy a second time: where p and dB come from one
-read, each tile of rows leaves a term of dB's size.
+Where a result has too few tiles to fill the GPU, what is summed is cut in parts. Tiles times parts are then at most
+`num_programs`, two a multiprocessor, and each leaves at most 64 r float32 whatever the sizes: 4.3 MB at r = 64 on 132
+multiprocessors, and half of that again in their sum before it is rounded. p and dB come from one read of dy where that
+moves less (`triton_up_grad`).
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernels.ops.dropout_triton import Dropout, kept, make_dropout
-from memkernels.ops.launch import num_programs
 from memkernels.ops.lora_linear import products
-from memkernels.ops.lora_linear.tiles import NarrowTile, select_narrow
+from memkernels.ops.lora_linear.parts import cut_in_parts, rank_block, sum_of
+from memkernels.ops.lora_linear.tiles import UP_GRAD_TILES, NarrowTile, select_narrow
+from memkernels.ops.lora_linear.triton_up_grad import reads_once, up_grad_of_one_read
 from memkernels.ops.matrix_triton import is_aligned, load_tile, row_major, store_tile
 from memkernels.ops.product_tiles import ProductTile, select_tile
 from memkernels.ops.product_triton import launch_product
@@ -108,10 +108,6 @@ def _lora_factor_grad_kernel(
         store_tile(grad_ptr, total, first_column, first_rank, size, rank, rank, BLOCK_N, BLOCK_R, False)
 
 
-def rank_block(rank: int) -> int:
-    return max(16, min(64, triton.next_power_of_2(rank)))
-
-
 def _tile(low_rank: Tensor, y: Tensor, x: Tensor, weight: Tensor) -> ProductTile:
     return select_tile(y.dtype, low_rank.dtype, y.device, aligned=all(map(is_aligned, (y, x, weight))))
 
@@ -119,18 +115,6 @@ def _tile(low_rank: Tensor, y: Tensor, x: Tensor, weight: Tensor) -> ProductTile
 def _small_tile(low_rank: Tensor, y: Tensor) -> ProductTile:
     """Where no product with a weight is to be fed."""
     return select_tile(y.dtype, low_rank.dtype, y.device, aligned=False)
-
-
-def cut_in_parts(x: Tensor, tiles: int, size: int, block: int) -> tuple[int, int]:
-    """Into how many parts a walk over `size` is cut so that those of all tiles fill the GPU, and how long each is."""
-    parts = max(1, num_programs(x, tiles * triton.cdiv(size, block), 1) // tiles)
-    length = triton.cdiv(triton.cdiv(size, parts), block) * block
-    return triton.cdiv(size, length), length
-
-
-def _sum(terms: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of the terms of each part, in their order."""
-    return (terms[0] if len(terms) == 1 else terms.sum(0)).to(dtype)
 
 
 def _narrow(
@@ -148,7 +132,7 @@ def _narrow(
         x, factor.contiguous(), z, dropout, rows, size, rank, x.stride(0), length, scaling,
         BY_ROWS=by_rows, BLOCK_R=block_r, **tile.options(),
     )  # fmt: skip
-    return _sum(z, factor.dtype)
+    return sum_of(z, factor.dtype)
 
 
 def _factor_grad(
@@ -167,7 +151,7 @@ def _factor_grad(
         z.contiguous(), x, grad, dropout, rows, size, rank, x.stride(0), length, scaling,
         BY_ROWS=by_rows, BLOCK_R=block_r, **tile.options(),
     )  # fmt: skip
-    return _sum(grad, z.dtype)
+    return sum_of(grad, z.dtype)
 
 
 def lora_down(
@@ -248,6 +232,10 @@ def lora_up_grad(
     dy: Tensor, s: Tensor | None, lora_b: Tensor, scaling: float, p_needed: bool, tile: NarrowTile | None = None
 ) -> tuple[Tensor, Tensor]:
     dy = row_major(dy)
+    if p_needed and s is not None:
+        wide = tile or select_narrow(lora_b.dtype, dy.device, UP_GRAD_TILES)
+        if reads_once(dy, lora_b, wide):
+            return up_grad_of_one_read(dy, s, lora_b, scaling, wide)
     p = _narrow(dy, lora_b, None, scaling, tile, by_rows=False) if p_needed else lora_b.new_empty(0)
     db = lora_b.new_empty(0) if s is None else _factor_grad(s, dy, None, scaling, tile, by_rows=False)
     return p, db

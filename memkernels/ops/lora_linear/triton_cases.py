@@ -2,7 +2,7 @@
 
 Every tile of every architecture, with dropout and without; adapters of x's dtype and in float32. The least bytes are
 those at the tile's size: x or dy once a product, the result once, and what the tiles need of the adapter, tile by tile.
-The terms of sums in parts are not among them.
+The terms of sums in parts are not among them; where p and dB come from one read of dy, p's are always there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from memkernels.ops.lora_linear import triton as kernels
 from memkernels.ops.lora_linear import triton_dropout as dropouts
 from memkernels.ops.lora_linear import triton_shared as shared
-from memkernels.ops.lora_linear.tiles import NARROW_TILES, SHARED_TILES, NarrowTile
+from memkernels.ops.lora_linear.tiles import NARROW_TILES, SHARED_TILES, UP_GRAD_TILES, NarrowTile
 from memkernels.ops.product_tiles import (
     EXACT_QUANTIZED_TILE,
     QUANTIZED_TILES,
@@ -70,6 +70,11 @@ def _up_grad(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
     p, db = kernels.lora_up_grad(inputs.dy, inputs.s, inputs.b, SCALING, True, tile)
     (rows, columns), dy = inputs.dy.shape, inputs.dy
     return dy, dy, *[inputs.b] * -(-rows // tile.BLOCK_M), p, *[inputs.s] * -(-columns // tile.BLOCK_N), db
+
+
+def _up_grad_of_one_read(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
+    p, db = kernels.lora_up_grad(inputs.dy, inputs.s, inputs.b, SCALING, True, tile)
+    return inputs.dy, inputs.b, p, *[inputs.s] * -(-inputs.dy.shape[1] // tile.BLOCK_N), db.float()
 
 
 def _down_grad(tile: NarrowTile, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -193,6 +198,22 @@ def _narrow_cases() -> list[KernelCase]:
     return cases
 
 
+def _one_read_cases() -> list[KernelCase]:
+    """p's terms, in float32 and two of each element at this size, are beside the least."""
+    cases = []
+    for vendor, targets, precisions in (("nvidia", NVIDIA, ("tf32x3", "tf32")), ("amd", AMD, ("ieee",))):
+        tiles = UP_GRAD_TILES[vendor]
+        case = partial(_case, function=_up_grad_of_one_read, targets=targets, dropout=True, traffic_limit=1.25)
+        for rank in (RANK, 32):
+            cases.append(case(vendor, tile=tiles[2], rank=rank))
+        cases.append(case(f"unaligned {vendor}", tile=tiles[2], shape=UNALIGNED))
+        for dtype, precision in product((torch.bfloat16, torch.float32), precisions):
+            tile = replace(tiles[4], PRECISION=precision)
+            cases.append(case(precision, tile=tile, dtype=dtype, adapter=torch.float32))
+        cases.append(case(f"few columns {vendor}", tile=tiles[2], shape=FEW["few columns"], traffic_limit=None))
+    return cases
+
+
 def _product_cases() -> list[KernelCase]:
     cases = []
     for name, tile in TILES.items():
@@ -250,4 +271,4 @@ def _dropout_cases() -> list[KernelCase]:
     ]
 
 
-KERNEL_CASES = [*_narrow_cases(), *_product_cases(), *_quantized_cases(), *_dropout_cases()]
+KERNEL_CASES = [*_narrow_cases(), *_one_read_cases(), *_product_cases(), *_quantized_cases(), *_dropout_cases()]

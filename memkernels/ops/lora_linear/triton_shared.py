@@ -2,7 +2,7 @@
 
 Each program holds a tile of x and makes one adapter's mask after the other of it, in a loop that is not unrolled, since
 several masks at once spill. It sums for up to three adapters, q's, k's and v's, and 32 of their rank: more of either
-reads x again for each. Sums are cut in parts as those of one adapter in `triton.py`.
+reads x again for each. Sums are cut in parts as those of one adapter.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernels.ops.dropout_triton import kept, make_dropout
+from memkernels.ops.lora_linear.parts import cut_in_parts, rank_block
 from memkernels.ops.lora_linear.tiles import SHARED_TILES, NarrowTile, select_narrow
-from memkernels.ops.lora_linear.triton import cut_in_parts, rank_block
 from memkernels.ops.matrix_triton import load_tile, row_major, store_tile
 
 _MOST = 3
