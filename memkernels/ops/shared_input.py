@@ -1,6 +1,7 @@
-"""Several projections of one input: their adapters read it together, once in forward and once in each half of backward.
+"""Projections of one input: their adapters read it together, once in forward and once in each half of backward.
 
-Each function does what the projections' own would one after the other.
+Each function does what the projections' own would one after the other. p of adapted weights goes from the half of
+backward that made it, from one read of dy with the gradient of B where it may, to the other.
 """
 
 from __future__ import annotations
@@ -64,17 +65,23 @@ def add_gradients_all(
     first_row: int = 0,
     *,
     input_grad: bool,
+    p: dict[int, Tensor] | None = None,
 ) -> dict[int, Tensor]:
-    """Adds one tile's gradients to the sums of each; with input_grad p of adapted weights, by place, for dx."""
+    """Adds one tile's gradients to the sums of each, given any p that is known.
+
+    With input_grad p of adapted weights, by place, for dx.
+    """
     adapted, groups = _groups(projections)
-    p: dict[int, Tensor] = {}
+    p = {} if p is None else dict(p)
     for places in groups:
         wanted = {i: adapted[i].description.named(sums[i]) for i in places}
         s: dict[int, Tensor] = {}
         if any(of.lora_b is not None or of.out_scale is not None for of in wanted.values()):
             s |= zip(places, _down(_stacked([adapted[i] for i in places]), x, first_row), strict=True)
         for i in places:
-            p[i] = adapted[i].add_gradients_of(dys[i], x, s.get(i), sums[i], first_row, p_needed=input_grad, but_a=True)
+            p[i] = adapted[i].add_gradients_of(
+                dys[i], x, s.get(i), sums[i], first_row, p.get(i), p_needed=input_grad, but_a=True
+            )
         trained = [i for i in places if wanted[i].lora_a is not None]
         if trained:
             mask = _stacked([adapted[i] for i in trained]).mask(first_row)
@@ -82,21 +89,40 @@ def add_gradients_all(
             da = torch.ops.memkernels.lora_down_grad_shared(of_trained, x, *mask)
             for i, term in zip(trained, da, strict=True):
                 wanted[i].lora_a.add(term)
+    together = {i for places in groups for i in places}
     for i, projection in enumerate(projections):
-        if i not in p:
+        if i in together:
+            continue
+        if isinstance(projection, LoRAProjection):
+            p[i] = projection.add_gradients_and_p(dys[i], x, sums[i], first_row, p.get(i), p_needed=input_grad)
+        else:
             projection.add_gradients(dys[i], x, sums[i], first_row)
     return p
+
+
+def low_rank_grads(projections: Sequence[Projection], dys: Sequence[Tensor]) -> dict[int, Tensor]:
+    """p of adapted weights, by place, where dx is wanted before their input is there."""
+    return {
+        i: projection.low_rank_grad(dys[i])
+        for i, projection in enumerate(projections)
+        if isinstance(projection, LoRAProjection)
+    }
 
 
 def input_grad_all(
     projections: Sequence[Projection], dys: Sequence[Tensor], p: dict[int, Tensor], first_row: int = 0
 ) -> Tensor:
-    """The sum of dx of each, given the p of `add_gradients_all`."""
+    """The sum of dx of each, given the p of `add_gradients_all` or `low_rank_grads`."""
     adapted, groups = _groups(projections)
+    together = {i for places in groups for i in places}
     dx: Tensor | None = None
     for i, projection in enumerate(projections):
-        grouped = i in p
-        dx = adapted[i].base_grad(dys[i], dx) if grouped else projection.input_grad(dys[i], dx, first_row)
+        if i in together:
+            dx = adapted[i].base_grad(dys[i], dx)
+        elif isinstance(projection, LoRAProjection):
+            dx = projection.input_grad_of(dys[i], p[i], dx, first_row)
+        else:
+            dx = projection.input_grad(dys[i], dx, first_row)
     assert dx is not None
     for places in groups:
         adapters = _stacked([adapted[i] for i in places])

@@ -1,11 +1,13 @@
 """Adapters that share an input: their operators, each adapter's own mask among them, and how blocks take them."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
-from adapted_blocks import MLP, assembled, make_inputs, over_flat
+from adapted_blocks import ATTENTION, HEADS, MLP, assembled, make_inputs, over_flat
 from calls import Calls
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memkernels import ops
 from memkernels.ops.gated_mlp import reference as mlp_reference
@@ -118,7 +120,36 @@ def test_a_block_reads_what_its_adapters_share_once(dropout_p):
     assert [calls.names.count(f"lora_{name}") for name in ("down_shared", "down_grad_shared", "input_add_shared_")] == [
         2, 1, 1
     ]  # fmt: skip
-    assert calls.names.count("lora_up_grad") == 4  # gate's and up's once, down's in each half of backward
+
+
+class UpGrads(TorchDispatchMode):
+    """What each call of `lora_up_grad` asks for: "p", "db", or both, of one dy."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is OPERATORS.lora_up_grad.default:
+            _, s, *_, p_needed = args
+            self.asked.append(" ".join(name for name, asked in (("p", p_needed), ("db", s is not None)) if asked))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("function", "names", "expected"),
+    [
+        (ops.gated_mlp, MLP, ["p", "db", "p db", "p db"]),  # down's dx is wanted before its input is there
+        (functools.partial(ops.attention_block, num_heads=HEADS, causal=True), ATTENTION, ["p db"] * 4),
+    ],
+    ids=["gated_mlp", "attention_block"],
+)
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+def test_a_block_makes_p_and_the_gradient_of_b_at_once(function, names, expected, magnitude):
+    y = over_flat(function, 0.3)(**make_inputs((2, 9), names, torch.float32, magnitude=magnitude))
+    with UpGrads() as calls:
+        y.sum().backward()
+    assert calls.asked == expected
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

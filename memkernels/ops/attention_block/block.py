@@ -124,10 +124,11 @@ class Layer:
             y = self.o.forward(self._rows(out))
             dy = self.post_norm.backward(dy, y, self.post_norm.forward(y)[1], gradients.post_norm)
             del y
-        self.o.add_gradients(dy, self._rows(out), gradients.o)
-        if not gradients.through_attention:
+        through = gradients.through_attention
+        p = add_gradients_all([self.o], [dy], self._rows(out), [gradients.o], input_grad=through)
+        if not through:
             return None
-        dout = self.o.input_grad(dy).view(out.shape)
+        dout = input_grad_all([self.o], [dy], p).view(out.shape)
         heads = self._heads(x)
         _, attention_bwd = operators(self.plan.attention)
         dq, dk, dv, dsinks = attention_bwd(

@@ -13,7 +13,7 @@ from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.projection import DenseProjection, Description, Projection, split_by
-from memkernels.ops.shared_input import add_gradients_all, forward_all, input_grad_all
+from memkernels.ops.shared_input import add_gradients_all, forward_all, input_grad_all, low_rank_grads
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Layer:
             h = self._hidden(n, first)
             self.down.add_gradients(self._through_post_norm(dy, h, first, gradients), h, gradients.down, first)
             return None
-        dy, h, dgate, dup = self._hidden_backward(dy, n, first, gradients)
-        self.down.add_gradients(dy, h, gradients.down, first)
+        dy, h, dgate, dup, p = self._hidden_backward(dy, n, first, gradients)
+        add_gradients_all([self.down], [dy], h, [gradients.down], first, input_grad=False, p=p)
         del h
         projections, dys, sums = [self.up], [dup], [gradients.up]
         if self.gate is not None and dgate is not None:
@@ -147,8 +147,11 @@ class Layer:
 
     def _hidden_backward(
         self, dy: Tensor, n: Tensor, first: int, gradients: Gradients
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """The down product's gradient, h, dgate and dup, with gate and up recomputed; dgate is None if ungated."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, dict[int, Tensor]]:
+        """The down product's gradient, h, dgate and dup, with gate and up recomputed; dgate is None if ungated.
+
+        And p of the down product, where it has an adapter, by place in [down].
+        """
         if self.plan.fused:
             assert isinstance(self.down, DenseProjection)
             if self.post_norm.weight is not None:
@@ -156,16 +159,17 @@ class Layer:
             h, dgate, dup = torch.ops.memkernels.gated_hidden_bwd(
                 dy, self.down.weight, n, *self._dense_hidden(), self.plan.activation
             )
-            return dy, h, None if self.gate is None else dgate, dup
+            return dy, h, None if self.gate is None else dgate, dup, {}
         pair = self._pair(n, first)
         if self.post_norm.weight is not None:
             h = torch.ops.memkernels.gated_activation_fwd(*pair, self.plan.activation)
             dy = self._through_post_norm(dy, h, first, gradients)
             del h
-        dh = self.down.input_grad(dy, None, first)
+        p = low_rank_grads([self.down], [dy])
+        dh = input_grad_all([self.down], [dy], p, first)
         torch.ops.memkernels.gated_activation_bwd_(dh, *pair, self.plan.activation)
         gate, up = pair
-        return (dy, dh, None, gate) if up is None else (dy, dh, gate, up)
+        return (dy, dh, None, gate, p) if up is None else (dy, dh, gate, up, p)
 
 
 class Gradients:

@@ -72,9 +72,9 @@ class LoRAProjection:
     g * (x W^T + scaling s B^T) + bias.
 
     Backward with p = scaling (g * dy) B: dA = p^T (m * x), dB = scaling (g * dy)^T s, dx = (g * dy) W + m * (p A).
-    `first_row` is the number of a tile's first row, from which the mask is made. Where both halves of backward are
-    called each makes p, and s is made again from x: each a product by r columns. Where W is quantised, `parts` hold it,
-    and `QuantizedProjection` multiplies by it.
+    `first_row` is the number of a tile's first row, from which the mask is made. Where the halves of backward are
+    called apart s is made again from x, a product by r columns, and so is p, unless it is handed from one to the other.
+    Where W is quantised, `parts` hold it, and `QuantizedProjection` multiplies by it.
     """
 
     def __init__(self, description: LoRA, of: Tensors, parts: tuple[Tensor, ...] = ()):
@@ -113,19 +113,35 @@ class LoRAProjection:
         return self.up(x, self.down(x, first_row), first_row)
 
     def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
-        p, _ = self._up_grad(dy, None, True)
-        return self.input_grad_of(dy, p, into, first_row)
+        return self.input_grad_of(dy, self.low_rank_grad(dy), into, first_row)
+
+    def low_rank_grad(self, dy: Tensor) -> Tensor:
+        """p."""
+        return self._up_grad(dy, None, True)[0]
 
     def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:
+        self.add_gradients_and_p(dy, x, sums, first_row, None, p_needed=False)
+
+    def add_gradients_and_p(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        sums: Sequence[GradientSum | None],
+        first_row: int,
+        p: Tensor | None,
+        *,
+        p_needed: bool,
+    ) -> Tensor:
+        """`add_gradients`, given p if it is known; p, empty unless it is needed for them or outside."""
         wanted = self.description.named(sums)
         s = self.down(x, first_row) if wanted.lora_b is not None or wanted.out_scale is not None else None
-        self.add_gradients_of(dy, x, s, sums, first_row, p_needed=False)
+        return self.add_gradients_of(dy, x, s, sums, first_row, p, p_needed=p_needed)
 
     def backward(
         self, dy: Tensor, x: Tensor | None, s: Tensor | None, sums: Sequence[GradientSum | None], input_grad: bool
     ) -> Tensor | None:
         """Both halves at once, of a whole x, with forward's s: from one p. dx, or None where it is not wanted."""
-        p = self.add_gradients_of(dy, x, s, sums, 0, p_needed=input_grad)
+        p = self.add_gradients_of(dy, x, s, sums, 0, None, p_needed=input_grad)
         return self.input_grad_of(dy, p, None, 0) if input_grad else None
 
     @property
@@ -171,11 +187,12 @@ class LoRAProjection:
         s: Tensor | None,
         sums: Sequence[GradientSum | None],
         first_row: int,
+        p: Tensor | None,
         *,
         p_needed: bool,
         but_a: bool = False,
     ) -> Tensor:
-        """Adds the gradients of the tensors, given s; p, empty unless it is needed for them or outside.
+        """Adds the gradients of the tensors, given s, and p if it is known; p, empty unless it is needed.
 
         but_a: the gradient of A is made from p by the caller.
         """
@@ -184,12 +201,13 @@ class LoRAProjection:
             wanted.bias.add(dy.sum(0))
         if wanted.out_scale is not None:
             wanted.out_scale.add(self._out_scale_grad(dy, x, s, first_row))
-        p_needed = p_needed or wanted.lora_a is not None
-        p = dy.new_empty(0)
+        p_needed = p is None and (p_needed or wanted.lora_a is not None)
         if p_needed or wanted.lora_b is not None:
-            p, db = self._up_grad(dy, None if wanted.lora_b is None else s, p_needed)
+            made, db = self._up_grad(dy, None if wanted.lora_b is None else s, p_needed)
+            p = made if p is None else p
             if wanted.lora_b is not None:
                 wanted.lora_b.add(db)
+        p = dy.new_empty(0) if p is None else p
         if wanted.lora_a is not None and not but_a:
             wanted.lora_a.add(torch.ops.memkernels.lora_down_grad(p, x, *self._mask(first_row)))
         if wanted.weight is not None and self.scales_dropped:
