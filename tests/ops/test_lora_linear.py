@@ -146,11 +146,12 @@ class SeededDropout(torch.nn.Module):
         return torch.where(keep, x / (1 - self.dropout_p), 0.0)
 
 
+@on_every_implementation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("adapter", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(("magnitude", "rslora"), [(False, False), (False, True), (True, False)])
-def test_agrees_with_peft(dtype, adapter, dropout_p, magnitude, rslora):
+def test_agrees_with_peft(implementation, dtype, adapter, dropout_p, magnitude, rslora):
     inputs = make_inputs((2, 33), 60, 70, 9, dtype, adapter=adapter, magnitude=magnitude)
     names = ("x", "lora_a", "lora_b", *(("magnitude",) if magnitude else ()))
     results = {}
@@ -164,13 +165,14 @@ def test_agrees_with_peft(dtype, adapter, dropout_p, magnitude, rslora):
         y = layer(x)
         cotangent = torch.cos(torch.arange(y.numel()).to(dtype)).to(of).view(y.shape)
         results[kind] = [y, *torch.autograd.grad(y, (x, *parameters), cotangent)]
-    for name, tensor in inputs.items():
-        tensor.requires_grad_(name in names)
-    y = ops.lora_linear(**inputs, scaling=6 / 3 if rslora else 6 / 9, dropout_p=dropout_p, seed=SEED)
-    cotangent = torch.cos(torch.arange(y.numel()).to(dtype)).view(y.shape)
-    ours = [y, *torch.autograd.grad(y, tuple(inputs[name] for name in names), cotangent)]
+    with implementation.active() as device:
+        inputs = {name: tensor.detach().to(device).requires_grad_(name in names) for name, tensor in inputs.items()}
+        scaling, seed = 6 / 3 if rslora else 6 / 9, SEED.to(device)
+        y = ops.lora_linear(**inputs, scaling=scaling, dropout_p=dropout_p, seed=seed)
+        cotangent = torch.cos(torch.arange(y.numel()).to(dtype)).view(y.shape).to(device)
+        ours = [y, *torch.autograd.grad(y, tuple(inputs[name] for name in names), cotangent)]
     for name, actual, exact, plain in zip(("y", *names), ours, results["exact"], results["plain"], strict=True):
-        assert_within_factor_two(name, actual, exact, plain, atol=1e-5 if dtype == torch.float32 else 1e-6)
+        assert_within_factor_two(name, actual.cpu(), exact, plain, atol=1e-5 if dtype == torch.float32 else 1e-6)
 
 
 @on_every_implementation
