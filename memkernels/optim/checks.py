@@ -35,6 +35,13 @@ def check_step(max_norm: Any, loss_scale: Any) -> None:
     check_number("loss_scale", loss_scale, 1e-38)
 
 
+def check_moving(min_bytes: Any, prefetch: Any) -> None:
+    """What `offload_states` and `offload_gradients` move, and read ahead."""
+    for name, value, least in (("min_bytes", min_bytes, 1), ("prefetch", prefetch, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}.")
+
+
 def check_betas(betas: Any) -> None:
     """Two numbers from 0 to 1 exclusively."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

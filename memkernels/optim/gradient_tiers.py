@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memkernels.offload.budget import Claim
 from memkernels.offload.store import Stored, Tier, TieredStore
+from memkernels.optim.checks import check_moving
 from memkernels.optim.operators import square_sum
 from memkernels.optim.optimizer import LowMemoryOptimizer
 
@@ -45,7 +46,7 @@ def offload_gradients(
     A backward moves each sum to the tier, and the one before it back. Of a batch in one part `step_in_backward` moves
     nothing, and needs less memory. A batch in parts by `micro_batch`, losses scaled by `torch.amp.GradScaler`, and
     wrappers that reduce gradients between ranks, as DistributedDataParallel does, are not supported; a loss scale of
-    one's own is (`step(loss_scale=...)`).
+    one's own is (`step(loss_scale=...)`). A `ShardedOptimizer` has an `offload_gradients` of its own.
 
     Args:
         optimizer: of this package; of parameters that it has now.
@@ -67,9 +68,7 @@ def offload_gradients(
     """
     if not isinstance(optimizer, LowMemoryOptimizer):
         raise TypeError(f"optimizer: expected one of memkernels.optim, got {type(optimizer).__name__}.")
-    for name, value, least in (("min_bytes", min_bytes, 1), ("prefetch", prefetch, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}.")
+    check_moving(min_bytes, prefetch)
     if optimizer.gradient_tiers is not None:
         raise ValueError("optimizer: its gradients are offloaded already.")
     params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memkernels.offload.budget import Claim
 from memkernels.offload.store import Stored, Tier, TieredStore
+from memkernels.optim.checks import check_moving
 from memkernels.optim.optimizer import LowMemoryOptimizer
 
 _ALIGNMENT = 64
@@ -57,9 +58,7 @@ def offload_states(
     """
     if not isinstance(optimizer, LowMemoryOptimizer):
         raise TypeError(f"optimizer: expected one of memkernels.optim, got {type(optimizer).__name__}.")
-    for name, value, least in (("min_bytes", min_bytes, 1), ("prefetch", prefetch, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}.")
+    check_moving(min_bytes, prefetch)
     if optimizer.tiers is not None:
         raise ValueError("optimizer: its states are offloaded already.")
     tiers = StateTiers(TieredStore(tier, max_host_bytes=max_host_bytes, path=path), min_bytes, prefetch)

@@ -13,13 +13,17 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from memkernels import micro_batch
+from memkernels.offload.store import Stored
 from memkernels.optim import (
     SGD,
+    Adafactor,
     AdamW,
     Lion,
     ShardedGradScaler,
     ShardedOptimizer,
     load_checkpoint,
+    offload_states,
     save_checkpoint,
 )
 from memkernels.optim.sharded.gradients import Buffers
@@ -173,8 +177,8 @@ def dtypes_on_their_way():
                 else:
                     kept = (kept.float() + (own.to(wire or dtype).float() + others)).to(dtype)
             optimizer.clip_grad_norm_(1e9)
-            _, sums = optimizer._parts[0]
-            first = optimizer.local.origins[optimizer._parts[0][0]]
+            sums = optimizer._all_sums()[0]
+            first = optimizer.local.origins[optimizer._parts[0].part]
             assert torch.equal(sums, kept[first : first + len(sums)]), (stage, dtype, wire)
     # At stage 3, where FSDP2 adds, no worse than its sum in the dtype that it is told.
     model, optimizer = sharded(3, Vector, reduce_dtype=torch.bfloat16)
@@ -313,11 +317,137 @@ def offloaded(folder):
         ShardedOptimizer(Wide(torch.float32), AdamW, offload="tape")
 
 
+def in_parts(optimizer, model, step):
+    """Two backwards, whose sums are clipped apart in some steps, and within the step in others."""
+    dtype = next(model.parameters()).dtype
+    for part in range(2):
+        seed = 10 * step + 2 * part + dist.get_rank()
+        x = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        model(x).float().square().sum().backward()
+        if step == 1:
+            assert optimizer.clip_grad_norm_(0.01) > 0.01
+    optimizer.step(max_norm=0.02 if step == 2 else None)
+
+
+def layers(dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(6))).to(dtype)
+
+
+def sums_on_a_tier():
+    """The bits of sums in memory, of states on disk too, and of Adafactor, for which a step has all at once."""
+    bucket = 36_000  # bytes, of two layers in float32
+    for cls, dtype, options, states_too in (
+        (AdamW, torch.float32, {}, False),
+        (AdamW, torch.float32, {}, True),
+        (Lion, torch.bfloat16, {"reduce_dtype": torch.float32}, False),
+        (Adafactor, torch.float32, {}, False),
+    ):
+        found = []
+        for tier in (None, "host", "disk"):
+            model = layers(dtype)
+            optimizer = ShardedOptimizer(model, cls, bucket_bytes=bucket, lr=1e-2, **options)
+            if tier is not None:
+                limit = 20_000 if tier == "disk" else None  # one sum of 18 KiB
+                optimizer.offload_gradients(tier, max_host_bytes=limit, min_bytes=1024, prefetch=1)
+            if tier is not None and states_too:
+                offload_states(optimizer.local, tier, min_bytes=1024)
+            for step in range(4):
+                in_parts(optimizer, model, step)
+            optimizer.wait()
+            found.append(full(model))
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True)), (cls, dtype, options)
+        assert optimizer._reducer.gradients.tier.statistics.disk_bytes_read > 0
+
+
+def where_sums_are():
+    """On disk, none in memory, until a step or `zero_grad` lets go of them; as before after a part that fails."""
+    model, expected = layers(), layers()
+    plain = ShardedOptimizer(expected, SGD, lr=0.1)
+    optimizer = ShardedOptimizer(model, SGD, lr=0.1)
+    optimizer.offload_gradients("disk", min_bytes=1024)
+    gradients = optimizer._reducer.gradients
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for _ in range(2):
+        for trained, stepped in ((model, optimizer), (expected, plain)):
+            trained(x).square().sum().backward()
+            assert stepped.clip_grad_norm_(0.01) > 0.01
+        assert [type(kept.kept) for kept in gradients._sums.values()] == [Stored] and not gradients.shards
+        parts = []
+
+        def fails_in_the_second(part, targets, parts=parts):
+            parts.append(part)
+            if len(parts) == 2:
+                raise ArithmeticError
+            return model(part).square().sum() / targets
+
+        with pytest.raises(ArithmeticError):
+            micro_batch(fails_in_the_second, x, size=2, optimizer=optimizer)
+        optimizer.step(max_norm=0.005)
+        plain.step(max_norm=0.005)
+        torch.testing.assert_close(optimizer.grad_norm, plain.grad_norm)
+        assert not gradients._sums
+    optimizer.wait()
+    plain.wait()
+    assert_values(model, expected)
+    model(x).sum().backward()
+    assert gradients._sums
+    optimizer.zero_grad()
+    assert not gradients._sums
+
+
+def disks_that_fail():
+    """On one rank: an error on every rank, before a parameter changes; without those sums the next step is made."""
+    model, expected = layers(), layers()
+    plain = ShardedOptimizer(expected, SGD, lr=0.1)
+    optimizer = ShardedOptimizer(model, SGD, lr=0.1)
+    optimizer.offload_gradients("disk", min_bytes=1024)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for method in ("put", "load"):
+        error = OSError("no space")
+        failing = mock.patch.object(optimizer._reducer.gradients.tier, method, side_effect=error)
+        with failing if dist.get_rank() else contextlib.nullcontext():
+            for _ in range(2):
+                model(x).square().mean().backward()
+            for refused in (optimizer.step, optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+                with pytest.raises((OSError, ValueError), match="no space"):
+                    refused()
+        assert_values(model, layers())
+        optimizer.zero_grad()
+    for trained, stepped in ((model, optimizer), (expected, plain)):
+        trained(x).square().mean().backward()
+        stepped.step()
+        stepped.wait()
+    assert_values(model, expected)
+
+
+def offload_that_is_refused():
+    for stage in (1, 3):
+        with pytest.raises(ValueError, match=f"optimizer: expected stage 2, .* got {stage}"):
+            ShardedOptimizer(layers(), SGD, stage=stage, lr=0.1).offload_gradients("disk")
+    model = layers()
+    optimizer = ShardedOptimizer(model, SGD, lr=0.1)
+    for options, message in (({"prefetch": -1}, "prefetch: expected an integer of 0 or more, got -1"),
+                             ({"path": f"/no/such/{dist.get_rank()}"}, "disk tier: .*/no/such/")):  # fmt: skip
+        with pytest.raises((ValueError, OSError), match=message):
+            optimizer.offload_gradients("disk", **options)
+    model(torch.ones(1, 64)).sum().backward()
+    with pytest.raises(RuntimeError, match="optimizer: expected no gradients"):
+        optimizer.offload_gradients("disk")
+    optimizer.zero_grad()
+    optimizer.offload_gradients("disk")
+    with pytest.raises(ValueError, match="optimizer: its gradients are offloaded already"):
+        optimizer.offload_gradients("disk")
+
+
 def every_case(folder):
     for case in (lists_of_lists, dropped, scaled, dtypes_on_their_way, storages_and_state_dicts, torchs_adamw):
         case()
     if importlib.util.find_spec("memkernels._runtime"):  # not built without pybind11 or Python's headers
         offloaded(folder)
+        for case in (sums_on_a_tier, where_sums_are, disks_that_fail, offload_that_is_refused):
+            case()
 
 
 def test_gradients_on_two_ranks(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from memkernels.optim.operators import square_sum
 from memkernels.optim.sharded.layout import Bucket, Piece
 
 _CHUNK = 1 << 18  # elements that are added up at a time
@@ -38,9 +40,10 @@ class Buffers:
 
 
 class Gradients:
-    """Of every bucket: `shards` are the sums over the ranks of this rank's range, in the parameters' dtype, and `wire`
-    is the dtype that it is sent in."""
+    """Of every bucket: `shards` are the sums over the ranks of this rank's range, in the parameters' dtype, where they
+    are in memory, and `wire` is the dtype that it is sent in."""
 
+    may_fail: ClassVar[bool] = False  # whether `square` and `sums` may, for a disk, on one rank alone
     shards: list[Tensor]
     wire: Sequence[torch.dtype]
 
@@ -68,11 +71,24 @@ class Gradients:
     def clear(self, only_sums: bool) -> None:
         """No gradients; with `only_sums` nothing was taken since all of it was stored."""
 
-    def copies(self) -> list[Tensor]:
+    def sums(self) -> Iterator[Mapping[int, Tensor]]:
+        """The sums by bucket, as many at a time as are in memory at once."""
+        yield dict(enumerate(self.shards))
+
+    def square(self) -> Tensor:
+        """The sum of the squares of all sums, 0-dim float64."""
+        return square_sum(self.shards) if self.shards else torch.zeros((), dtype=torch.float64)
+
+    def multiply(self, factor: float) -> None:
+        """Multiplies the sums."""
+        for shard in self.shards:
+            shard.mul_(factor)
+
+    def copies(self) -> Any:
         """The sums; nothing was taken since all of it was stored."""
         return [shard.clone() for shard in self.shards]
 
-    def put_back(self, sums: Sequence[Tensor]) -> None:
+    def put_back(self, sums: Any) -> None:
         """Makes the sums those that `copies` gave; there are no gradients."""
         for shard, kept in zip(self.shards, sums, strict=True):
             shard.copy_(kept)
@@ -137,10 +153,9 @@ class PassingGradients(Gradients):
     """Stage 2: a gradient is copied into a buffer of its bucket and freed; the sums are added to the ranges."""
 
     def __init__(
-        self, buckets: Sequence[Bucket], rank: int, buffers: Buffers, wire: Sequence[torch.dtype], device: torch.device
+        self, buckets: Sequence[Bucket], buffers: Buffers, wire: Sequence[torch.dtype], shards: list[Tensor]
     ) -> None:
-        self._buckets, self._buffers, self.wire = buckets, buffers, wire
-        self.shards = [torch.zeros(bucket.shard_size, dtype=bucket.dtype, device=device) for bucket in buckets]
+        self._buckets, self._buffers, self.wire, self.shards = buckets, buffers, wire, shards
         self._empty = set(range(len(buckets)))
         self._filling: dict[int, Tensor] = {}
         self._taken: set[int] = set()
@@ -169,13 +184,7 @@ class PassingGradients(Gradients):
         return self._buffers.borrow(self._buckets[i].size, self.wire[i])
 
     def store(self, i: int, parts: Tensor) -> None:
-        shard = self.shards[i]
-        if i in self._empty and parts.dtype == shard.dtype:
-            torch.sum(parts, 0, out=shard)
-        else:
-            for own, sent in _chunks(shard, parts):
-                total = _sum_of(sent)
-                own.copy_(total if i in self._empty else own + total)
+        add_up(self.shards[i], parts, is_empty=i in self._empty)
         self._empty.discard(i)
 
     def sent(self, i: int, buffer: Tensor) -> None:
@@ -190,9 +199,19 @@ class PassingGradients(Gradients):
             for piece in bucket.pieces:
                 piece.parameter.grad = None
 
-    def put_back(self, sums: Sequence[Tensor]) -> None:
+    def put_back(self, sums: Any) -> None:
         super().put_back(sums)
         self._empty.clear()
+
+
+def add_up(shard: Tensor, parts: Tensor, *, is_empty: bool) -> None:
+    """Adds the sum over the first dimension of parts to a rank's range, or with is_empty makes it that."""
+    if is_empty and parts.dtype == shard.dtype:
+        torch.sum(parts, 0, out=shard)
+        return
+    for own, sent in _chunks(shard, parts):
+        total = _sum_of(sent)
+        own.copy_(total if is_empty else own + total)
 
 
 def _chunks(shard: Tensor, parts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

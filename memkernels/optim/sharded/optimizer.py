@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,20 +14,29 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
+from memkernels.offload.store import Tier, TieredStore
 from memkernels.optim.agreement import device_of, on_all, start, wait_for
 from memkernels.optim.buckets import BUCKET_BYTES
-from memkernels.optim.checks import check_number, check_step
+from memkernels.optim.checks import check_moving, check_number, check_step
 from memkernels.optim.clipping import clip_factor
-from memkernels.optim.operators import square_sum
 from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, others, send_from_first
 from memkernels.optim.sharded.gather import Gatherer
-from memkernels.optim.sharded.gradients import Buffers, PassingGradients, WholeGradients
+from memkernels.optim.sharded.gradients import Buffers, Gradients, PassingGradients, WholeGradients
 from memkernels.optim.sharded.layout import Bucket, make_buckets
 from memkernels.optim.sharded.reduction import Reducer
 from memkernels.optim.sharded.states import Part
+from memkernels.optim.sharded.sums_on_tier import SumsOnTier
 from memkernels.optim.sharded.whole import Owners
 from memkernels.optim.tiers import offload_states
+
+
+class _Own(NamedTuple):
+    """What this rank steps of a parameter, and where its bucket's sum has this rank's range of it."""
+
+    part: Parameter
+    bucket: int
+    elements: slice
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -89,7 +99,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         reduce_dtype: of gradients on their way; the parameters' by default. At stages 1 and 2 those that arrive are
             added up in float32, and the sum is kept in the parameters' dtype; stage 3 is as FSDP2 has it.
         offload: where each rank's states are between steps, at stages 1 and 2: as `memkernels.optim.offload_states` has
-            it, which on `local`, the optimizer of this rank's parts, takes a path and limits too.
+            it, which on `local`, the optimizer of this rank's parts, takes a path and limits too. Of gradients see
+            `offload_gradients`.
         defaults: the optimizer's arguments.
 
     Raises:
@@ -150,14 +161,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         values = [_into_bucket(bucket, device, group) for bucket in buckets]
         wire = [reduce_dtype or bucket.dtype for bucket in buckets]
         buffers = Buffers(buckets, bucket_bytes, device)
-        gradients = (WholeGradients if stage == 1 else PassingGradients)(buckets, rank, buffers, wire, device)
+        if stage == 1:
+            gradients: Gradients = WholeGradients(buckets, rank, buffers, wire, device)
+        else:
+            shards = [torch.zeros(bucket.shard_size, dtype=bucket.dtype, device=device) for bucket in buckets]
+            gradients = PassingGradients(buckets, buffers, wire, shards)
         self._owners = None if optimizer_class.elementwise else Owners(buckets, group)
         self._gatherer = Gatherer(model, buckets, values, group, self._owners)
         self._reducer = Reducer(buckets, gradients, buffers, self._gatherer, group)
-        # Of each trained parameter, by place in the optimizer: what this rank steps, and its sums of gradients.
-        self._parts: dict[int, tuple[Parameter, Tensor]] = {}
+        self._parts: dict[int, _Own] = {}  # of trained parameters, by place in the optimizer
         origins: dict[Tensor, int] = {}
-        for bucket, flat, sums in zip(buckets, values, gradients.shards, strict=True):
+        for i, (bucket, flat) in enumerate(zip(buckets, values, strict=True)):
             own = bucket.shard(flat, rank)
             for piece in bucket.pieces:
                 first, last = bucket.elements_of(piece, rank)
@@ -166,7 +180,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     part = Parameter(own[at : at + last - first])
                 else:
                     part = Parameter(self._owners.part(piece, bucket.view(flat, piece)))
-                self._parts[piece.place] = (part, sums[at : at + last - first])
+                self._parts[piece.place] = _Own(part, i, slice(at, at + last - first))
                 origins[part] = first if last > first and self._owners is None else 0
         self.local = optimizer_class(self._local_groups(), **defaults)
         self.local.origins |= origins
@@ -175,6 +189,48 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._totals_of_step: tuple[Tensor, set[int]] | None = None
         _drop_with(model, self.zero_grad)
         self._complete = True
+
+    def offload_gradients(
+        self,
+        tier: Tier,
+        *,
+        max_host_bytes: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        min_bytes: int = 1 << 20,
+        prefetch: int = 2,
+    ) -> None:
+        """Keeps this rank's sums of gradients on a tier from their exchange to the step, at stage 2.
+
+        Every rank calls it. It is for batches in parts: P / N bytes a parameter are not in memory between backwards.
+        Each moves the sum of a bucket to the tier, and the one before it back; a step takes them one by one, but for
+        Muon and Adafactor, for which all are in memory when it begins. It gives the bits that sums in memory give; with
+        max_norm but for the order in which float64 squares are added up.
+
+        Args:
+            tier, max_host_bytes, path: as `memkernels.optim.offload_gradients` has them.
+            min_bytes: smaller sums of a bucket stay.
+            prefetch: of how many buckets sums are read ahead.
+
+        Raises:
+            ValueError: another stage, min_bytes, prefetch, or one of those of `TieredStore`, does not fit; or they are
+                offloaded already.
+            RuntimeError: there are gradients.
+            OSError: path does not exist or cannot be written. Each of these on every rank, on those where all is well
+                as ValueError. After a backward whose sums could not be written or read, and so too where one does not
+                fit into max_host_bytes (MemoryError), it comes from the next `step` or `clip_grad_norm_`, before any
+                parameter has changed; `zero_grad()` drops what there is.
+        """
+
+        def on_tier() -> SumsOnTier:
+            check_moving(min_bytes, prefetch)
+            if self.stage != 2:
+                raise ValueError(f"optimizer: expected stage 2, whose sums are apart from gradients, got {self.stage}.")
+            if isinstance(self._reducer.gradients, SumsOnTier):
+                raise ValueError("optimizer: its gradients are offloaded already.")
+            store = TieredStore(tier, max_host_bytes=max_host_bytes, path=path)
+            return self._reducer.with_sums_on(store, min_bytes, prefetch)
+
+        self._reducer.gradients = on_all(self.process_group, on_tier)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuses: what each rank has is settled when the optimizer is made."""
@@ -283,7 +339,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ValueError: max_norm or loss_scale is not positive.
             RuntimeError: a parameter was frozen when the optimizer was made, or has other memory since.
             OSError: with offload, of this rank's disk; ValueError where it is another's. Ranks' parts made the step,
-                all or some, and are not gathered: go on from the last checkpoint.
+                all or some, and are not gathered: go on from the last checkpoint. With `offload_gradients`, also of a
+                backward before it, as that says.
             RankFailure: another rank has ended.
         """
         check_step(max_norm, loss_scale)
@@ -364,8 +421,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._totals()[0].sqrt().float()
 
     def _multiply_gradients(self, factor: float) -> None:
-        for sums in self._reducer.gradients.shards:
-            sums.mul_(factor)
+        self._reducer.gradients.multiply(factor)
         self._totals()[0].mul_(factor**2)
 
     def _step(self, scale: float) -> None:
@@ -373,23 +429,46 @@ class ShardedOptimizer(torch.optim.Optimizer):
         _, present = self._totals()
         self._gatherer.wait()
         self._share_options()
-        sums = {index: of_part for index, (_, of_part) in self._parts.items()}
-        grads = sums if self._owners is None else self._owners.gather(sums, present)
-        for index, (part, _) in self._parts.items():
-            part.grad = grads[index] if index in present else None
-        if self.local.tiers is None:
-            self.local.step_scaled(scale)
-        else:  # a disk may fail on one rank
-            on_all(self.process_group, lambda: self.local.step_scaled(scale))
-        self.local.zero_grad()
+        if self._owners is None:
+            self._where_disks_fail(lambda: self._step_by_sums(present, scale))
+        else:
+            grads = self._owners.gather(self._where_disks_fail(self._all_sums), present)
+            self._where_disks_fail(lambda: self._step_by(grads, present, scale))
         torch.autograd.graph.increment_version([parameter for _, parameter, i in self._named() if i in present])
         self._gatherer.start()
 
+    def _where_disks_fail(self, function: Callable[[], Any]) -> Any:
+        """function(); where there are disks on every rank or on none."""
+        if self.local.tiers is None and not self._reducer.gradients.may_fail:
+            return function()
+        return on_all(self.process_group, function)
+
+    def _all_sums(self) -> dict[int, Tensor]:
+        """This rank's range of each parameter's sum, by place in the optimizer."""
+        shards = {i: shard for sums in self._reducer.gradients.sums() for i, shard in sums.items()}
+        return {place: shards[own.bucket][own.elements] for place, own in self._parts.items() if own.bucket in shards}
+
+    def _step_by_sums(self, present: set[int], scale: float) -> None:
+        for sums in self._reducer.gradients.sums():
+            of_parts = {i: own for i, own in self._parts.items() if own.bucket in sums}
+            self._step_by({i: sums[own.bucket][own.elements] for i, own in of_parts.items()}, present, scale)
+
+    def _step_by(self, grads: Mapping[int, Tensor], present: set[int], scale: float) -> None:
+        """The step of those parts that are `present` and have gradients, by place in the optimizer."""
+        for index in present & grads.keys():
+            self._parts[index].part.grad = grads[index]
+        try:
+            self.local.step_scaled(scale)
+        finally:
+            self.local.zero_grad()
+
     def _totals(self) -> tuple[Tensor, set[int]]:
         """The sum of the squares of all sums of gradients, float64, and which parameters had a gradient on any rank."""
-        if self._reducer.finish() or self._totals_of_step is None:
+        if self._reducer.finish():
+            self._totals_of_step = None
+        if self._totals_of_step is None:
             totals = torch.zeros(1 + len(self._named()), dtype=torch.float64)
-            totals[0] = square_sum(self._reducer.gradients.shards) if self._parts else 0.0
+            totals[0] = self._where_disks_fail(self._reducer.gradients.square)
             for index in self._reducer.present:
                 totals[1 + index] = 1.0
             totals = totals.to(device_of(self.process_group))
@@ -408,7 +487,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _local_groups(self) -> list[dict[str, Any]]:
         """The groups with this rank's part of each parameter; those that are not trained have none."""
         parts = iter(
-            self._parts[i][0]
+            self._parts[i].part
             if i in self._parts
             else Parameter(torch.empty((0,) * max(1, whole.dim())), requires_grad=False)
             for _, whole, i in self._named()

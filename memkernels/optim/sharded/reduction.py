@@ -7,17 +7,19 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memkernels.offload.store import TieredStore
 from memkernels.optim.agreement import RankFailure, device_of, start, wait_for
 from memkernels.optim.buckets import EXCHANGES_AT_ONCE
 from memkernels.optim.sharded.gather import Gatherer
 from memkernels.optim.sharded.gradients import Buffers, Gradients
 from memkernels.optim.sharded.layout import Bucket
+from memkernels.optim.sharded.sums_on_tier import SumsOnTier
 
 
 class _InFlight(NamedTuple):
@@ -31,7 +33,7 @@ class Kept(NamedTuple):
     """Gradients as they were: which parameters had one on this rank, and copies of this rank's sums."""
 
     present: set[int]
-    sums: list[Tensor]
+    sums: Any
 
 
 class GradientHook:
@@ -114,13 +116,25 @@ class Reducer:
 
     def clear(self) -> None:
         """No gradients; of a backward that failed what is on its way is dropped when it has come."""
-        if not self._summed and not self._in_backward and not self.present:
+        if self._is_clear:
             return
         self._drop()
         self.gradients.clear(only_sums=not self._unsent and not self._in_backward)
         self._begin()
         self._unsent, self._summed = True, False
         self.present.clear()
+
+    def with_sums_on(self, store: TieredStore, min_bytes: int, prefetch: int) -> SumsOnTier:
+        """Gradients whose sums are on a tier, to take the place of those that there are."""
+        if not self._is_clear:
+            raise RuntimeError("optimizer: expected no gradients: call it before a backward, or after a step.")
+        device = self._buckets[0].pieces[0].parameter.device if self._buckets else torch.device("cpu")
+        wire = self.gradients.wire
+        return SumsOnTier(self._buckets, self._buffers, wire, device, store, min_bytes, prefetch)
+
+    @property
+    def _is_clear(self) -> bool:
+        return not self._summed and not self._in_backward and not self.present
 
     def has_unsent(self) -> bool:
         """Whether there are gradients on any rank that are not in the sums; every rank calls it."""
