@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from memkernels.optim.checks import check_number
 from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, through_moment
+from memkernels.optim.operators import square_sum
 from memkernels.optim.optimizer import Moment
+from memkernels.optim.rows import sum_over_ranks
 
 
 class Adafactor(DirectedOptimizer):
@@ -27,7 +30,8 @@ class Adafactor(DirectedOptimizer):
 
     R and C take 4 (1 / M + 1 / N) bytes a parameter of a matrix (M, N), V of a vector 4, in float32; m takes 4, 2,
     1 + 4 / 256 or 1/2 + 4 / 128 bytes at 32, 16, 8 or 4 state_bits, stored as `AdamW` stores its first moment, and
-    nothing without beta1. A step takes three tensors of a parameter's size in float32, one parameter at a time.
+    nothing without beta1. A step takes three tensors of a parameter's size in float32, one parameter at a time, and on
+    a GPU waits for none. Of DTensors, as FSDP2 makes them, each rank has rows of R, V and m, and all of C.
     Checkpoints of `torch.optim.Adafactor` load, and torch's loads those without beta1. `params`, `maximize`,
     `state_bits`, `rounding` and `seed`, the step's arguments and what is raised are those of `AdamW`.
 
@@ -87,35 +91,47 @@ class Adafactor(DirectedOptimizer):
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         return {}
 
-    def _step_along(self, of: Stored, group: dict[str, Any]) -> None:
+    def _step_along(self, several: Sequence[Stored], group: dict[str, Any]) -> None:
+        for of in several:
+            self._step_one(of, group)
+
+    def _step_one(self, of: Stored, group: dict[str, Any]) -> None:
         lr, (least, least_rms), beta1 = float(group["lr"]), group["eps"], group["beta1"]
         least = torch.finfo(of.param.dtype).eps if least is None else least
         grad = of.grad.float() * of.scale
-        u = scaled(grad, of.state, of.step ** group["beta2_decay"], least)
-        alpha = max(least_rms, rms(of.param)) * min(lr, of.step**-0.5)
-        size, decay = alpha / max(1.0, rms(u) / group["d"]), lr * group["weight_decay"]
+        u = scaled(grad, of.state, of.step ** group["beta2_decay"], least, of.whole)
+        alpha = rms(of.param, of.whole).clamp(min=least_rms) * min(lr, of.step**-0.5)
+        size: float | Tensor = alpha / (rms(u, of.whole) / group["d"]).clamp(min=1.0)
         if beta1 is not None:
             u = through_moment(of, "exp_avg", u, group, scale=size, momentum=beta1, dampening=beta1, nesterov=False)
             size = 1.0
-        step_along(of, u, group, size=size, decay=decay)
+        step_along(of, u, group, size=size, decay=lr * group["weight_decay"])
 
 
-def scaled(grad: Tensor, state: dict[str, Any], c: float, least: float) -> Tensor:
-    """g / sqrt(max(V, least^2)), with the new V of the state; g, which is float32 or wider, is overwritten by it."""
+def scaled(grad: Tensor, state: dict[str, Any], c: float, least: float, whole: Tensor) -> Tensor:
+    """g / sqrt(max(V, least^2)), with the new V of the state; g, which is float32 or wider, is overwritten by it.
+
+    Of a DTensor `whole` all but it are this rank's rows; the columns of a matrix are those of all ranks' rows.
+    """
     if grad.dim() < 2:
         variance = state["variance"]
         variance.lerp_(grad * grad, c)
         denominator = variance.clone()
     else:
-        rows, columns = state["row_var"], state["col_var"]
-        for of, dim in ((rows, -1), (columns, -2)):
-            norms = torch.linalg.vector_norm(grad, dim=dim, keepdim=True)
-            of.lerp_(norms.square_().div_(grad.shape[dim]), c)
+        rows, columns, count = state["row_var"], state["col_var"], whole.shape[-2]
+        squares = [torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_() for dim in (-1, -2)]
+        rows.lerp_(squares[0].div_(grad.shape[-1]), c)
+        total, of_columns = rows.sum(-2, keepdim=True), squares[1]
+        if grad.dim() == 2:  # otherwise whole matrices are divided
+            sums = sum_over_ranks(torch.cat((total, of_columns), dim=1), whole)
+            total, of_columns = sums.split((1, sums.shape[1] - 1), dim=1)
+        columns.lerp_(of_columns / count, c)
         denominator = rows @ columns
-        denominator.div_(rows.mean(-2, keepdim=True).clamp_(min=least))
+        denominator.div_((total / count).clamp_(min=least))
     return grad.mul_(denominator.clamp_(min=least * least).rsqrt_())
 
 
-def rms(tensor: Tensor) -> float:
-    """The root of the mean square; 0 of nothing."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).item() / max(1, tensor.numel()) ** 0.5
+def rms(local: Tensor, whole: Tensor) -> Tensor:
+    """The root of the mean square of a tensor of which `local` is this rank's part, 0-dim float32."""
+    square = sum_over_ranks(square_sum([local]), whole)
+    return (square / max(1, whole.numel())).sqrt().float()

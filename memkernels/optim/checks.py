@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,12 +61,15 @@ def check_storage(options: dict[str, Any]) -> None:
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}.")
 
 
-def check_parameters(names: Sequence[str], parameters: Sequence[Tensor], *, divided: bool) -> None:
-    """Of float32 or bfloat16, dense, on one device; DTensors with `divided`. Frozen ones are not looked at."""
+def check_parameters(
+    names: Sequence[str], parameters: Sequence[Tensor], takes_division: Callable[[Tensor], bool]
+) -> None:
+    """Of float32 or bfloat16, dense, on one device; DTensors that `takes_division`. Frozen ones are not looked at."""
     trained = [(name, p) for name, p in zip(names, parameters, strict=True) if p.requires_grad]
     for name, parameter in trained:
-        if is_traceable_wrapper_subclass(parameter) and not (divided and is_distributed(parameter)):
-            raise TypeError(f"{name}: expected a plain tensor, got {type(parameter).__name__}.")
+        if is_traceable_wrapper_subclass(parameter) and not takes_division(parameter):
+            rows = " or a DTensor divided by rows" if is_distributed(parameter) else ""
+            raise TypeError(f"{name}: expected a plain tensor{rows}, got {type(parameter).__name__}.")
         _check_dense(name, parameter)
         if parameter.dtype not in DTYPES:
             raise TypeError(f"{name}: expected float32 or bfloat16, got {parameter.dtype}.")

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from memkernels.optim.local import is_distributed, local_of
 from memkernels.optim.operators import step_group
 from memkernels.optim.optimizer import LowMemoryOptimizer
+from memkernels.optim.rows import is_divided_by_rows
 
 
 class Stored(NamedTuple):
     """A parameter with what a step of it takes.
 
+    `param`, `grad` and `state` are contiguous, and of a DTensor, `whole`, this rank's rows; `local` is what `param` is
+    a copy of, or itself.
     `step` counts from 1; `place` is the parameter's among all of the optimizer's, `origin` where its random bits begin;
     `scale` multiplies the gradient.
     """
 
+    whole: Tensor
+    local: Tensor
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
@@ -36,25 +43,46 @@ class DirectedOptimizer(LowMemoryOptimizer):
 
     elementwise = False
 
+    @staticmethod
+    def takes_division(parameter: Tensor) -> bool:
+        return is_divided_by_rows(parameter)
+
     @abstractmethod
-    def _step_along(self, of: Stored, group: dict[str, Any]) -> None:
-        """The step of one parameter."""
+    def _step_along(self, several: Sequence[Stored], group: dict[str, Any]) -> None:
+        """The step of one parameter with elements, or of all whose rows are divided among ranks."""
 
     def _step_in_memory(self, group: dict[str, Any], chosen: dict[int, Tensor], scale: float | Tensor) -> None:
+        divided: list[Stored] = []
         for place, param in chosen.items():
-            assert param.grad is not None
-            state = self._state_of(param, group)
-            state["step"].add_(1)
-            dense = param if param.is_contiguous() else param.contiguous()
-            signed_scale = -scale if group["maximize"] else scale
-            of = Stored(
-                dense, param.grad.contiguous(), state, int(state["step"]), place, self._origin_of(param), signed_scale
-            )
-            if dense.numel():
-                self._step_along(of, group)
-            if dense is not param:
-                param.copy_(dense)
+            of = self._stored(group, place, param, scale)
+            if is_distributed(param):
+                divided.append(of)
+            elif of.param.numel():
+                self._step_along([of], group)
+                _store(of)
+        if divided:
+            self._step_along(divided, group)
+        for of in divided:
+            _store(of)
         torch.autograd.graph.increment_version(list(chosen.values()))
+
+    def _stored(self, group: dict[str, Any], place: int, param: Tensor, scale: float | Tensor) -> Stored:
+        assert param.grad is not None
+        state = {key: local_of(value) for key, value in self._state_of(param, group).items()}
+        state["step"].add_(1)
+        signed_scale = -scale if group["maximize"] else scale
+        local = local_of(param)
+        dense = local if local.is_contiguous() else local.contiguous()
+        return Stored(
+            param, local, dense, local_of(param.grad).contiguous(), state, int(state["step"]), place,
+            self._origin_of(param), signed_scale,
+        )  # fmt: skip
+
+
+def _store(of: Stored) -> None:
+    """Writes back what was copied for the step."""
+    if of.param is not of.local:
+        of.local.copy_(of.param)
 
 
 def through_moment(
@@ -77,7 +105,7 @@ def through_moment(
     return result
 
 
-def step_along(of: Stored, direction: Tensor, group: dict[str, Any], *, size: float, decay: float) -> None:
+def step_along(of: Stored, direction: Tensor, group: dict[str, Any], *, size: float | Tensor, decay: float) -> None:
     """param = param (1 - decay) - size direction; the direction is rounded to the parameter's dtype."""
     direction = direction.to(of.param.dtype).contiguous()
     remainders = [of.state["remainder"]] if "remainder" in of.state else []

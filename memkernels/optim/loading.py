@@ -80,7 +80,7 @@ def _converted(
             state[key] = as_parameter(state[key], param)
         else:
             state[f"{key}_absmax"] = absmax.clone()
-    for key, shape in optimizer.float_states(param.shape).items():
+    for key, shape in optimizer.float_states(own.shape).items():
         value = _entry(name, saved, key)
         _check_shape(f"{name}[{key}]", value, torch.Size(shape))
         state[key] = value.to(param.device, torch.float32).clone(memory_format=torch.contiguous_format)

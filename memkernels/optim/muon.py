@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from memkernels.optim.checks import check_number
 from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, through_moment
+from memkernels.optim.local import is_distributed
 from memkernels.optim.optimizer import Moment
+from memkernels.optim.rows import through_whole
 
 # The dtype of products; elsewhere bfloat16. Processors without products of bfloat16 take longer for them.
 _PRODUCTS = {"cpu": torch.float32}
@@ -31,7 +34,9 @@ class Muon(DirectedOptimizer):
 
     b takes 4, 2, 1 + 4 / 256 or 1/2 + 4 / 128 bytes a parameter at 32, 16, 8 or 4 state_bits, stored as `AdamW` stores
     its first moment. The products are in bfloat16 on GPUs, as torch's are, and in float32 on CPU. A step takes four
-    matrices of a parameter's size, one parameter at a time. Embeddings, heads, norms and biases are for `AdamW`::
+    matrices of a parameter's size, one parameter at a time. Of DTensors, as FSDP2 makes them, each rank has rows of b;
+    u comes together on one rank, each rank having another matrix at a time, and O(u) goes back by rows, for which a
+    rank has u of all of its rows too. Embeddings, heads, norms and biases are for `AdamW`::
 
         matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
         others = [p for p in model.parameters() if all(p is not of for of in matrices)]
@@ -104,15 +109,31 @@ class Muon(DirectedOptimizer):
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         return {}
 
-    def _step_along(self, of: Stored, group: dict[str, Any]) -> None:
+    def _step_along(self, several: Sequence[Stored], group: dict[str, Any]) -> None:
+        def direction_of(u: Tensor) -> Tensor:
+            return orthogonal(u, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        if not is_distributed(several[0].whole):
+            (of,) = several
+            self._along(of, direction_of(self._ahead(of, group)), group)
+            return
+        # The largest first: those that ranks compute at the same time are about as large.
+        several = sorted(several, key=lambda of: (-of.whole.numel(), of.place))
+        ahead = [self._ahead(of, group) for of in several]
+        for of, rows in zip(several, through_whole(direction_of, ahead, [of.whole for of in several]), strict=True):
+            self._along(of, rows, group)
+
+    def _ahead(self, of: Stored, group: dict[str, Any]) -> Tensor:
+        """u, in the dtype of the products."""
         u = through_moment(
             of, "momentum_buffer", of.grad, group, scale=of.scale * (1 - group["momentum"]),
             momentum=group["momentum"], dampening=0.0, nesterov=group["nesterov"],
         )  # fmt: skip
-        dtype = _PRODUCTS.get(u.device.type, torch.bfloat16)
-        direction = orthogonal(u.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        return u.to(_PRODUCTS.get(u.device.type, torch.bfloat16))
+
+    def _along(self, of: Stored, direction: Tensor, group: dict[str, Any]) -> None:
         lr = float(group["lr"])
-        size = lr * adjustment(group["adjust_lr_fn"], of.param.shape)
+        size = lr * adjustment(group["adjust_lr_fn"], of.whole.shape)
         step_along(of, direction, group, size=size, decay=lr * group["weight_decay"])
 
 

@@ -15,7 +15,7 @@ from memkernels.optim import checks
 from memkernels.optim.clipping import clip_factor, divided, is_on_gpu, total_norm
 from memkernels.optim.codes import new_moment
 from memkernels.optim.loading import Loaded, prepare
-from memkernels.optim.local import as_parameter, first_element, local_of
+from memkernels.optim.local import as_parameter, first_element, is_distributed, local_of
 from memkernels.optim.operators import step_group
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             self._check_options(self.param_groups[-1])
             checks.check_storage(self.param_groups[-1])
             params = [p for group in self.param_groups for p in group["params"]]
-            checks.check_parameters(self._names(), params, divided=self.elementwise)
+            checks.check_parameters(self._names(), params, self.takes_division)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -71,8 +71,14 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         """The moments that parameters of a group have."""
 
     def float_states(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
-        """The shapes of a parameter's states beside the moments, float32 at any state_bits."""
+        """The shapes of a parameter's states beside the moments, float32 at any state_bits; of a rank's rows those of
+        its states."""
         return {}
+
+    @staticmethod
+    def takes_division(parameter: Tensor) -> bool:
+        """Whether it steps a parameter that is divided as this DTensor."""
+        return is_distributed(parameter)
 
     @abstractmethod
     def _check_options(self, group: dict[str, Any]) -> None:
@@ -223,7 +229,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             state[key] = as_parameter(moment, param) if absmax is None else moment
             if absmax is not None:
                 state[f"{key}_absmax"] = absmax
-        for key, shape in self.float_states(param.shape).items():
+        for key, shape in self.float_states(local.shape).items():
             if key not in state:
                 state[key] = torch.zeros(shape, dtype=torch.float32, device=param.device)
         if group["rounding"] == "remainder" and param.dtype == torch.bfloat16 and "remainder" not in state:

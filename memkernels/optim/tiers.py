@@ -14,6 +14,7 @@ from torch import Tensor
 from memkernels.offload.budget import Claim
 from memkernels.offload.store import Stored, Tier, TieredStore
 from memkernels.optim.checks import check_moving
+from memkernels.optim.local import as_parameter, is_distributed, local_of
 from memkernels.optim.optimizer import LowMemoryOptimizer
 
 _ALIGNMENT = 64
@@ -43,7 +44,7 @@ def offload_states(
         tier: "host": memory of the host; states of CPU parameters are there and stay. "disk": a file without a name.
             "auto": host memory to its limit, then disk. As `memkernels.offload.offload_activations` has them, with its
             `max_host_bytes` and `path`.
-        min_bytes: of a parameter whose states take fewer bytes they stay; those of DTensors stay in any case.
+        min_bytes: of a parameter whose states take fewer bytes they stay; of a DTensor this rank's part counts.
         prefetch: of how many parameters states are read ahead.
 
     Raises:
@@ -70,11 +71,13 @@ def offload_states(
 class TieredState(Mapping[str, Any]):
     """A parameter's state on a tier: what is asked of it is read from there, into memory of its own."""
 
-    def __init__(self, store: TieredStore, state: Mapping[str, Any], flat: Tensor):
-        """`flat`, (n,) uint8, holds the state's tensors, each at a multiple of 64 bytes; `state` gives their kinds."""
-        self._store = store
+    def __init__(self, store: TieredStore, state: Mapping[str, Any], flat: Tensor, param: Tensor):
+        """`flat`, (n,) uint8, holds the state's tensors, each at a multiple of 64 bytes; `state` gives their kinds, and
+        `param` how those are divided that are DTensors."""
+        self._store, self._param = store, param
         self._rest = {key: value for key, value in state.items() if not _moves(value)}
-        self._kinds = {key: (value.dtype, value.shape) for key, value in state.items() if _moves(value)}
+        self._kinds = _kinds(state)
+        self._divided = {key for key in self._kinds if is_distributed(state[key])}
         self._order = list(state)
         self.stored: Stored = store.put(flat)
 
@@ -94,6 +97,8 @@ class TieredState(Mapping[str, Any]):
         """The state as tensors, and the memory they are views of; `then` is read ahead."""
         flat = self._store.load(self.stored, then).clone()
         state = {**self._rest, **dict(_views(flat, self._kinds))}
+        for key in self._divided:
+            state[key] = as_parameter(state[key], self._param)
         return {key: state[key] for key in self._order}, flat
 
     def items(self) -> Any:
@@ -148,26 +153,31 @@ class StateTiers:
         state = optimizer.state.get(param)
         if state is None or isinstance(state, TieredState) or param in self._claims:
             return
-        tensors = {key: value for key, value in state.items() if _moves(value)}
-        offsets, nbytes = _layout({key: (value.dtype, value.shape) for key, value in tensors.items()})
+        kinds = _kinds(state)
+        offsets, nbytes = _layout(kinds)
         if nbytes < self._min_bytes:
             return
-        device = next(iter(tensors.values())).device
+        device = param.device
         claim = self.store.claim_in_place(device, nbytes)
         if claim is not None:
             self._claims[param] = claim
             return
         if flat is None:
             flat = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-            for key, value in tensors.items():
-                size = value.numel() * value.element_size()
-                flat[offsets[key] : offsets[key] + size] = value.contiguous().view(-1).view(torch.uint8)
-        optimizer.state[param] = TieredState(self.store, state, flat)
+            for key in kinds:
+                value = local_of(state[key])
+                flat[offsets[key] : offsets[key] + value.nbytes] = value.contiguous().view(-1).view(torch.uint8)
+        optimizer.state[param] = TieredState(self.store, state, flat, param)
 
 
 def _moves(value: Any) -> bool:
-    """Steps, which are counted on the CPU, stay, and so do tensors of other classes, such as DTensor."""
-    return type(value) is Tensor and value.dim() > 0 and value.numel() > 0
+    """Steps, which are counted on the CPU, stay."""
+    return isinstance(value, Tensor) and value.dim() > 0 and local_of(value).numel() > 0
+
+
+def _kinds(state: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Of what moves, as this rank has it."""
+    return {key: (value.dtype, local_of(value).shape) for key, value in state.items() if _moves(value)}
 
 
 def _layout(kinds: Mapping[str, tuple[torch.dtype, torch.Size]]) -> tuple[dict[str, int], int]:

@@ -125,6 +125,13 @@ def two_ranks(folder):
         for parameter, master in zip(model.parameters(), masters, strict=True):
             whole = parameter.full_tensor() if stage == 3 else parameter
             assert torch.equal(whole, master)
+        for damaged in ("truncated", "other model"):
+            with pytest.raises(ValueError, match=r"truncated or damaged|a checkpoint of another model"):
+                optim.load_checkpoint(folder / damaged, model, optimizer)
+        with pytest.raises(FileExistsError, match="overwrites nothing"):
+            optim.save_checkpoint(folder / "saved", model, optimizer)
+        for parameter, master in zip(model.parameters(), masters, strict=True):
+            assert torch.equal(parameter.full_tensor() if stage == 3 else parameter, master)
     with pytest.raises(ValueError, match="the ranks differ: rank 0 has path"):
         optim.save_checkpoint(folder / f"of{rank}", model, optimizer)
     with pytest.raises(ValueError, match="the ranks differ: rank 0 has path"):
@@ -152,6 +159,11 @@ def two_ranks(folder):
 def test_two_ranks(tmp_path):
     masters, _ = saved_with_remainders(tmp_path / "saved")
     torch.save(masters, tmp_path / "masters")
-    shutil.copytree(tmp_path / "saved", tmp_path / "other")
+    for name in ("other", "truncated"):
+        shutil.copytree(tmp_path / "saved", tmp_path / name)
+    (file,) = (tmp_path / "truncated").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    other = torch.nn.Linear(30, 20)
+    optim.save_checkpoint(tmp_path / "other model", other, optim.AdamW(other.parameters()))
     run_ranks(two_ranks, 2, tmp_path, tmp_path, seconds=120)
     assert (tmp_path / "all").exists()

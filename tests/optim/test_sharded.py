@@ -375,22 +375,22 @@ def test_unusual_steps(tmp_path):
     run_ranks(edge_cases, 3, tmp_path, tmp_path, seconds=120)
 
 
-def every_error():
+def every_error(stage):
     rank = dist.get_rank()
 
     def sharded(model=None, cls=optim.AdamW, **options):
-        return ShardedOptimizer(model or torch.nn.Linear(3, 2), cls, **options)
+        return ShardedOptimizer(model or torch.nn.Linear(3, 2), cls, **({"stage": stage} | options))
 
     uneven, other_names = torch.nn.Linear(3, 2 + rank), torch.nn.ModuleDict({f"at{rank}": torch.nn.Linear(3, 2)})
     devices = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2, device="meta" if rank else "cpu"))
     for arguments, error, match in (
         ({"stage": 5}, ValueError, r"stage: expected one of \(1, 2, 3\), got 5"),
+        ({"stage": 3 if rank else 1}, ValueError, "the ranks differ: rank 0 has AdamW, stage"),
         ({"state_bits": 7}, ValueError, "state_bits: expected one of"),
-        ({"state_bits": 8 if rank else 7}, ValueError, r"state_bits: expected one of \(32, 16, 8, 4\), got 7"),
+        ({"state_bits": 16 if rank else 7}, ValueError, r"state_bits: expected one of \(32, 16, 8, 4\), got 7"),
         ({"bucket_bytes": 0}, ValueError, "bucket_bytes: expected a positive integer"),
         ({"reduce_dtype": torch.int8}, ValueError, "reduce_dtype: expected one of"),
         ({"cls": optim.Muon}, ValueError, r"params\[1\]: expected a matrix"),
-        ({"cls": optim.Adafactor, "stage": 3}, TypeError, "optimizer_class: expected one that treats elements apart"),
         ({"cls": torch.optim.AdamW}, TypeError, "optimizer_class: expected an optimizer of"),
         (
             {"model": torch.nn.Linear(3, 2).requires_grad_(False)},
@@ -409,8 +409,13 @@ def every_error():
     sharded()  # the group is in order still
 
 
+def errors_at_every_stage():
+    for stage in (1, 2, 3):
+        every_error(stage)
+
+
 def test_errors_are_those_of_every_rank(tmp_path):
-    run_ranks(every_error, 2, tmp_path, seconds=60)
+    run_ranks(errors_at_every_stage, 2, tmp_path, seconds=60)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
@@ -512,6 +517,57 @@ def stage_three(mesh_shape):
         ShardedOptimizer(model, optim.AdamW)
     with pytest.raises(ValueError, match=r"state_bits: expected 32 or 16 for embed\.weight"):
         ShardedOptimizer(Plain(), optim.AdamW, stage=3, mesh=mesh, state_bits=8)
+    parameters_left_out()
+
+
+class Either(torch.nn.Module):
+    """A layer of whose parameters a rank may leave out some, and none uses others."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.always, self.rare = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
+        self.never = torch.nn.Linear(2, 2)
+
+    def forward(self, x, rare):
+        x = x + self.always(x)
+        return x + self.rare(x) if rare else x
+
+
+class Rare(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.outside = torch.nn.Embedding(37, 24), torch.nn.Linear(24, 37)
+        self.layers = torch.nn.ModuleList(Either(24) for _ in range(2))
+
+    def forward(self, ids, rare):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, rare)
+        return x @ self.embed.weight.t() + (self.outside(x) if rare else 0)
+
+
+def parameters_left_out():
+    """At stage 3 too a parameter is stepped where any rank had a gradient for it, and only there."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model, expected = Rare(), Rare()
+    expected.load_state_dict(model.state_dict())
+    optimizer = ShardedOptimizer(model, optim.AdamW, stage=3, **OPTIONS)
+    whole = optim.AdamW(expected.parameters(), **OPTIONS)
+    for step in range(6):
+        for of_rank in range(ranks):
+            ids = torch.randint(0, 37, (4, 9), generator=torch.Generator().manual_seed(10 * step + of_rank))
+            rare = step % 3 != 0 and (step + of_rank) % 2 == 0
+            for each, share in ((expected, ranks), (model, 1)):
+                if each is expected or of_rank == rank:
+                    loss = torch.nn.functional.cross_entropy(each(ids, rare).flatten(0, 1), ids.roll(1).flatten())
+                    (loss / share).backward()
+        optimizer.step(max_norm=1.0)
+        whole.step(max_norm=1.0)
+        whole.zero_grad()
+    for (name, own), value in zip(model.named_parameters(), expected.parameters(), strict=True):
+        difference = (own.full_tensor() - value).norm() / value.norm()
+        assert difference <= 1e-6, (name, difference)
 
 
 def unsynced_steps(model, optimizer):

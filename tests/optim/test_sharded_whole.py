@@ -1,12 +1,18 @@
-"""optim.ShardedOptimizer with Muon and Adafactor, each of whose parameters one rank steps as a whole."""
+"""optim.ShardedOptimizer with Muon and Adafactor: each parameter is stepped as a whole on one rank, or at stage 3 by
+rows on all."""
+
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from memkernels import micro_batch, optim
 from memkernels.optim import ShardedOptimizer
+from memkernels.optim.local import local_of
 
 BUCKET = 9000  # bytes: several buckets, and parameters larger than one
 
@@ -78,7 +84,7 @@ def every_storage():
 
 
 def bytes_of(states):
-    return sum(value.nbytes for state in states.values() for key, value in state.items() if key != "step")
+    return sum(local_of(value).nbytes for state in states.values() for key, value in state.items() if key != "step")
 
 
 def assert_states(sharded, whole):
@@ -208,6 +214,13 @@ def in_parts():
             raise MemoryError("full")
         return model(part).square().sum() / targets
 
+    model = Model()
+    optimizers = [
+        ShardedOptimizer(model, cls, params=of_class(model, cls), process_group=dist.new_group())
+        for cls in (optim.Muon, optim.AdamW)
+    ]
+    with pytest.raises(ValueError, match="optimizer: expected the ShardedOptimizer of the model"):
+        micro_batch(step, x, size=2, optimizer=optimizers[0])
     values = []
     for size in ("auto", 8):
         model = Model()
@@ -230,3 +243,135 @@ def of_gradients_of_their_own():
 
 def test_ranks_with_gradients_of_their_own(tmp_path):
     run_ranks(of_gradients_of_their_own, 3, tmp_path, seconds=120)
+
+
+class Rows(torch.nn.Module):
+    """Rows that do not fall to three ranks in equal parts, once fewer than there are ranks; and a stack of matrices."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(40, 70)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(70, 70, bias=False) for _ in range(4))
+        self.last = torch.nn.Linear(70, 2, bias=False)
+        self.stack = torch.nn.Parameter(torch.randn(4, 2, 2))
+        self.to(dtype)
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return sum(self.last(x) @ matrix for matrix in self.stack.unbind())
+
+
+def loss_of_rows(model, step, rank):
+    x = torch.randn(16, 40, generator=torch.Generator().manual_seed(100 * step + rank))
+    return model(x.to(model.first.weight.dtype)).float().square().mean()
+
+
+OF_ROWS = {
+    "muon": {optim.Muon: {"lr": 0.02, "momentum": 0.9}, optim.AdamW: {"lr": 1e-2, "eps": 1e-4}},
+    "adafactor": {optim.Adafactor: {"lr": 0.05, "beta1": 0.9}},
+}
+
+
+def by_rows(mesh_shape, folder):
+    """Each rank with gradients of its own; a model with two optimizers, on one mesh and on copies of shards."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "shards")[-len(mesh_shape) :])
+    for name, classes in OF_ROWS.items():
+        expected, model = Rows(), Rows()
+        alone = [cls(of_class(expected, cls), **of) for cls, of in classes.items()]
+        sharded = [
+            ShardedOptimizer(model, cls, stage=3, mesh=mesh, params=of_class(model, cls), **of)
+            for cls, of in classes.items()
+        ]
+        for step in range(5):
+            loss_of_rows(model, step, rank).backward()
+            for of_rank in range(ranks):
+                (loss_of_rows(expected, step, of_rank) / ranks).backward()
+            for ours, whole in zip(sharded, alone, strict=True):
+                ours.step(max_norm=0.5)
+                whole.step(max_norm=0.5)
+                torch.testing.assert_close(ours.grad_norm, whole.grad_norm, rtol=1e-5, atol=0)
+            expected.zero_grad()
+        assert_near(model, expected)
+        held = bytes_of(sharded[0].local.state)
+        assert held < bytes_of(alone[0].state) / mesh_shape[-1] * 1.2, (held, bytes_of(alone[0].state))
+        if len(sharded) == 1:  # goes on in one process
+            optim.save_checkpoint(folder / f"{name}-{len(mesh_shape)}", model, sharded[0])
+    if len(mesh_shape) == 1:
+        refused(mesh)
+        round_trip(folder)
+
+
+def assert_near(model, expected):
+    for (name, actual), value in zip(model.named_parameters(), expected.parameters(), strict=True):
+        difference = (actual.full_tensor() - value).abs().max() / value.abs().max()
+        assert difference < 1e-5, (name, difference)
+
+
+def refused(mesh):
+    """What does not fit a model that is divided already; and columns."""
+    model = Rows()
+    ShardedOptimizer(model, optim.SGD, stage=3)
+    with pytest.raises(ValueError, match="reduce_dtype: expected None for a model that is divided already"):
+        ShardedOptimizer(model, optim.SGD, stage=3, reduce_dtype=torch.bfloat16)
+    group = dist.new_group([0, 1])
+    if dist.get_rank() < 2:
+        with pytest.raises(ValueError, match=r"process_group: expected the ranks \[0, 1, 2\] that stack"):
+            ShardedOptimizer(model, optim.SGD, stage=3, process_group=group)
+    columns = torch.nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+    with pytest.raises(TypeError, match=r"params\[0\]: expected a plain tensor or a DTensor divided by rows"):
+        optim.Muon([columns])
+    optim.AdamW([columns])
+
+
+def round_trip(folder):
+    """From one process to rows, and back: every bit of the states."""
+    for case in ROUND_TRIP:
+        model, optimizer = of_round_trip(case, lambda *made, **options: ShardedOptimizer(*made, stage=3, **options))
+        assert optim.load_checkpoint(folder / f"from-{case}", model, optimizer) == case
+        optim.save_checkpoint(folder / f"to-{case}", model, optimizer)
+
+
+ROUND_TRIP = {
+    "muon": (optim.Muon, torch.bfloat16, {"rounding": "remainder"}),
+    "adafactor": (optim.Adafactor, torch.float32, {"state_bits": 16, "beta1": 0.9}),
+    "codes": (optim.Adafactor, torch.float32, {"state_bits": 4}),  # without a moment, of which codes would be
+}
+
+
+def of_round_trip(case, make):
+    cls, dtype, options = ROUND_TRIP[case]
+    model = Rows(dtype)
+    return model, make(model, cls, params=of_class(model, cls), lr=0.01, **options)
+
+
+def in_one_process(model, cls, params, **options):
+    return cls(params, **options)
+
+
+@pytest.mark.parametrize("mesh_shape", [(3,), (2, 2)])
+def test_by_rows_at_stage_three(mesh_shape, tmp_path):
+    before = {}
+    for case in ROUND_TRIP:
+        model, optimizer = of_round_trip(case, in_one_process)
+        for step in range(2):
+            loss_of_rows(model, step, 0).backward()
+            optimizer.step()
+        before[case] = model, optimizer
+        optim.save_checkpoint(tmp_path / f"from-{case}", model, optimizer, extra=case)
+    run_ranks(by_rows, math.prod(mesh_shape), tmp_path, mesh_shape, tmp_path, seconds=120)
+    model = Rows()
+    optimizer = optim.Adafactor(model.parameters(), **OF_ROWS["adafactor"][optim.Adafactor])
+    optim.load_checkpoint(tmp_path / f"adafactor-{len(mesh_shape)}", model, optimizer)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {5.0}
+    for case in ROUND_TRIP if len(mesh_shape) == 1 else ():
+        model, optimizer = of_round_trip(case, in_one_process)
+        optim.load_checkpoint(tmp_path / f"to-{case}", model, optimizer)
+        for a, b in zip(model.parameters(), before[case][0].parameters(), strict=True):
+            assert torch.equal(a, b)
+            mine, theirs = optimizer.state.get(a, {}), before[case][1].state.get(b, {})
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(value, mine[key]) for key, value in theirs.items())

@@ -51,8 +51,6 @@ def check_options(stage: int, bucket_bytes: int, reduce_dtype: torch.dtype | Non
         raise ValueError(f"reduce_dtype: expected one of {REDUCE_DTYPES}, got {reduce_dtype!r}.")
     if offload not in OFFLOADS:
         raise ValueError(f"offload: expected one of {OFFLOADS}, got {offload!r}.")
-    if offload is not None and stage == 3:
-        raise ValueError(f"offload: expected None at stage 3, whose states are DTensors, which stay, got {offload!r}.")
 
 
 def agreed_optimizer(
@@ -64,18 +62,23 @@ def agreed_optimizer(
     defaults: dict[str, Any],
     check: Callable[[LowMemoryOptimizer], None],
     *options: Any,
+    divided: bool = False,
 ) -> LowMemoryOptimizer:
-    """The optimizer of one process, once every rank has made the same without an error, such as `unfit`."""
+    """The optimizer of one process, once every rank has made the same without an error, such as `unfit`.
+
+    Args:
+        divided: whether the parameters are DTensors.
+    """
     error: Exception | None = None
     lines: list[str] = []
     try:
         if unfit is not None:
             raise unfit
         check_options(*options)
-        whole = whole_optimizer(model, optimizer_class, params, defaults)
+        whole = whole_optimizer(model, optimizer_class, params, defaults, divided)
         check(whole)
         lines = [
-            f"{optimizer_class.__name__}, stage, bucket_bytes, reduce_dtype and offload {options}",
+            f"{optimizer_class.__name__}, stage, bucket_bytes, reduce_dtype and offload {options}, {divided=}",
             *describe(model, whole),
         ]
     except Exception as caught:  # whatever it is: the others wait for this rank
@@ -85,7 +88,11 @@ def agreed_optimizer(
 
 
 def whole_optimizer(
-    model: torch.nn.Module, optimizer_class: type[LowMemoryOptimizer], params: Iterable[Any] | None, defaults: dict
+    model: torch.nn.Module,
+    optimizer_class: type[LowMemoryOptimizer],
+    params: Iterable[Any] | None,
+    defaults: dict,
+    divided: bool,
 ) -> LowMemoryOptimizer:
     """The optimizer of one process, which checks parameters and options, of groups with the model's names."""
     if not isinstance(model, torch.nn.Module) or isinstance(model, DistributedDataParallel):
@@ -107,7 +114,7 @@ def whole_optimizer(
         for member in members:
             if member not in names:
                 raise ValueError(f"params: expected parameters of model, got another of shape {tuple(member.shape)}.")
-            if is_distributed(member) and member.requires_grad:
+            if is_distributed(member) and member.requires_grad and not divided:
                 raise TypeError(f"{names[member]}: expected a tensor that is not divided yet, got a DTensor.")
         named.append(group | {"params": [(names[member], member) for member in members]})
     optimizer = optimizer_class(named, **defaults)

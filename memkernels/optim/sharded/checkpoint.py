@@ -163,9 +163,8 @@ def load_checkpoint(path: str | os.PathLike, model: torch.nn.Module, optimizer: 
 
     Raises:
         TypeError: as `save_checkpoint`.
-        ValueError: the ranks' paths differ; a file is missing, damaged, or of another model; or states of 8 or 4 bits
-            were saved, and at stage 3 a rank's rows begin within one of their blocks. On every rank, before anything is
-            changed.
+        ValueError: the ranks' paths differ; a file is missing, damaged, or of another model. On every rank, before
+            anything is changed.
         RankFailure: another rank has ended.
     """
     path, group = Path(path), _group_of(optimizer)

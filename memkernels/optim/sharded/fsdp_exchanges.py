@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -14,14 +14,22 @@ from memkernels.optim.agreement import exchanging
 
 
 class Exchanges:
-    """Those of a model's modules, all of which `fully_shard` has been applied to. One that fails raises RankFailure."""
+    """Those of a model's modules that `fully_shard` has been applied to. One that fails raises RankFailure."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self) -> None:
         self.listen: Callable[[], None] | None = None
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(_AllGather(self))
-                module.set_custom_reduce_scatter(_ReduceScatter(self))
+
+    @classmethod
+    def of(cls, model: FSDPModule) -> Exchanges:
+        """Those of a model, whichever of its optimizers asks."""
+        exchanges = getattr(model, "_memkernels_exchanges", None)
+        if exchanges is None:
+            exchanges = model._memkernels_exchanges = cls()  # type: ignore[attr-defined]
+            for module in cast(torch.nn.Module, model).modules():
+                if isinstance(module, FSDPModule):
+                    module.set_custom_all_gather(_AllGather(exchanges))
+                    module.set_custom_reduce_scatter(_ReduceScatter(exchanges))
+        return exchanges
 
     @contextmanager
     def after(self, listen: Callable[[], None]) -> Iterator[None]:

@@ -13,16 +13,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from memkernels.optim.agreement import device_of, exchanging
+from memkernels.optim.agreement import device_of, exchanging, on_all
 from memkernels.optim.buckets import BUCKET_BYTES
 from memkernels.optim.clipping import total_norm
-from memkernels.optim.local import first_element, local_of
+from memkernels.optim.local import division_of, first_element, local_of
 from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, others, send_from_first
 from memkernels.optim.sharded.fsdp_exchanges import Exchanges
 from memkernels.optim.sharded.gather import layers_of
 from memkernels.optim.sharded.layout import ALIGNMENT
 from memkernels.optim.sharded.optimizer import ShardedOptimizer, _options
+from memkernels.optim.sharded.presence import Presence
+from memkernels.optim.sharded.reduction import GradientHook
 from memkernels.optim.sharded.states import Part
 
 
@@ -45,25 +47,33 @@ class FullyShardedOptimizer(ShardedOptimizer):
     ) -> None:
         group, error = group_of(process_group, mesh, dimensions=(1, 2))
         self.process_group = group
-        ranks = dist.get_world_size(group) if mesh is None or error is not None else mesh.size(-1)
+        divided = isinstance(model, FSDPModule)
+        check = functools.partial(_check_division, group, reduce_dtype)
+        if not divided:
+            ranks = dist.get_world_size(group) if mesh is None or error is not None else mesh.size(-1)
+            check = functools.partial(_check_rows, ranks)
         whole = agreed_optimizer(
-            group, error, model, optimizer_class, params, defaults, functools.partial(_check_rows, ranks), stage,
-            bucket_bytes, reduce_dtype, offload,
+            group, error, model, optimizer_class, params, defaults, check, stage, bucket_bytes, reduce_dtype, offload,
+            divided=divided,
         )  # fmt: skip
         trained = [p for of_group in whole.param_groups for p in of_group["params"] if p.requires_grad]
-        send_from_first([*trained, *(tensor for _, tensor in others(model, whole))], group)
-        mesh = mesh or DeviceMesh.from_group(group, trained[0].device.type if trained else device_of(group).type)
-        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-        for layer in layers_of(model):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        self._model: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=policy)
-        self._exchanges = Exchanges(model)
+        if not divided:
+            send_from_first([*trained, *(tensor for _, tensor in others(model, whole))], group)
+            mesh = mesh or DeviceMesh.from_group(group, trained[0].device.type if trained else device_of(group).type)
+            policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+            for layer in layers_of(model):
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
+        self._model = cast(FSDPModule, model)
+        self._exchanges = Exchanges.of(self._model)
+        self._presence = Presence(self._model)
         parameters = dict(model.named_parameters())
         groups = [
             _options(of_group) | {"params": [(name, parameters[name]) for name in of_group["param_names"]]}
             for of_group in whole.param_groups
         ]
         self.local = optimizer_class(groups, **defaults)
+        self._offload(offload)
         torch.optim.Optimizer.__init__(self, [{"params": [torch.empty(0)]}], self.local.defaults)
         self.param_groups = self.local.param_groups
         self.stage, self.grad_norm, self.skipped = stage, torch.zeros(()), False
@@ -90,7 +100,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
     ) -> Iterator[None]:
         together(functools.partial(self._check_exchanging, self._syncing))
         together(self._check_synced)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        parameters = list(cast(torch.nn.Module, self._model).parameters())  # those that others step too
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -107,6 +117,9 @@ class FullyShardedOptimizer(ShardedOptimizer):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
 
+    def exchanges(self, hook: GradientHook) -> bool:
+        return False
+
     @property
     def backwards(self) -> int:
         return 0
@@ -122,6 +135,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.local.zero_grad(set_to_none)
+        self._presence.clear()
         for of in self._unsynced():
             of.unsharded_accumulated_grad = of.unsharded_param.grad = None
 
@@ -172,23 +186,39 @@ class FullyShardedOptimizer(ShardedOptimizer):
             local_of(grad).mul_(factor)
 
     def _step(self, scale: float) -> None:
-        self.local.step_scaled(scale)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._presence.drop_absent(parameters, self.process_group)
+        if self.local.tiers is None:
+            self.local.step_scaled(scale)
+        else:  # a disk may fail on one rank
+            on_all(self.process_group, lambda: self.local.step_scaled(scale))
+
+
+def _check_division(group: dist.ProcessGroup, reduce_dtype: torch.dtype | None, optimizer: LowMemoryOptimizer) -> None:
+    """Raises where parameters of a model that is divided already are divided among other ranks."""
+    if reduce_dtype is not None:
+        raise ValueError(f"reduce_dtype: expected None for a model that is divided already, got {reduce_dtype}.")
+    shards = 1
+    for of_group in optimizer.param_groups:
+        for name, parameter in zip(of_group["param_names"], of_group["params"], strict=True):
+            division = division_of(parameter)
+            if division is None and parameter.requires_grad:
+                raise TypeError(f"{name}: expected a DTensor, as fully_shard makes them, got a plain tensor.")
+            if division is not None:
+                among, shards = sorted(division[0].mesh.flatten().tolist()), division[0].size(-1)
+                if among != sorted(dist.get_process_group_ranks(group)):
+                    raise ValueError(f"process_group: expected the ranks {among} that {name} is divided among.")
+    _check_rows(shards, optimizer)
 
 
 def _check_rows(ranks: int, optimizer: LowMemoryOptimizer) -> None:
-    """Raises where a rank's rows of a parameter are not enough for an update, or begin within a block of states in few
-    bits."""
-    if not optimizer.elementwise:
-        raise TypeError(
-            f"optimizer_class: expected one that treats elements apart at stage 3, which divides them, got"
-            f" {type(optimizer).__name__}, whose update needs a whole parameter: give stage=2."
-        )
+    """Raises where a rank's rows of a parameter begin within a block of states in few bits."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             rows = parameter.shape[0] if parameter.dim() else 1
             of_rank = -(-rows // ranks)
             cut = of_rank < rows and of_rank * (parameter.numel() // max(rows, 1)) % ALIGNMENT
-            if group["state_bits"] < 16 and parameter.requires_grad and cut:
+            if group["state_bits"] < 16 and optimizer.moments(group) and parameter.requires_grad and cut:
                 raise ValueError(
                     f"state_bits: expected 32 or 16 for {name}, of which the ranks' parts at stage 3, whole rows, begin"
                     f" within blocks of {ALIGNMENT} elements: put it into a group of its own with state_bits=32."

@@ -24,7 +24,7 @@ from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, other
 from memkernels.optim.sharded.gather import Gatherer
 from memkernels.optim.sharded.gradients import Buffers, Gradients, PassingGradients, WholeGradients
 from memkernels.optim.sharded.layout import Bucket, make_buckets
-from memkernels.optim.sharded.reduction import Reducer
+from memkernels.optim.sharded.reduction import GradientHook, Reducer
 from memkernels.optim.sharded.states import Part
 from memkernels.optim.sharded.sums_on_tier import SumsOnTier
 from memkernels.optim.sharded.whole import Owners
@@ -67,9 +67,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Stage 3 is torch's FSDP2: `fully_shard` on the same layers and the model, with this optimizer on each rank's rows of
     every parameter; a mesh of two dimensions (replicas, shards) divides among the second and copies along the first
-    (hybrid sharding). What FSDP2 asks holds: the model is called as a whole, every rank uses the same parameters, and
-    the last part of a batch is outside of `no_sync()`; `step` raises RuntimeError otherwise. States in 8 or 4 bits need
-    rows that fall to the ranks at multiples of 256 elements. What follows is of stages 1, 2.
+    (hybrid sharding). What FSDP2 asks holds: the model is called as a whole, every rank calls the same layers (of what
+    is in them a rank may leave out parameters), and the last part of a batch is outside of `no_sync()`; `step` raises
+    RuntimeError otherwise. States in 8 or 4 bits need
+    rows that fall to the ranks at multiples of 256 elements. A model that `fully_shard` has been applied to stays as it
+    is, for another optimizer with other `params`, or as the caller divided it. What follows is of stages 1, 2.
 
     Each rank has ranges of elements, cut at multiples of 256 elements of each parameter, whatever the parameters'
     sizes. No block of states in few bits is cut, random bits are those of the element's index, and so every storage
@@ -89,8 +91,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     do. `param_groups` are those of the model's parameters, and schedulers work on them.
 
     Args:
-        model: the module, not wrapped by DistributedDataParallel; the same on every rank.
-        optimizer_class: `AdamW`, `Lion` or `SGD` of `memkernels.optim`; at stages 1 and 2 `Muon` or `Adafactor` too.
+        model: the module, not wrapped by DistributedDataParallel; the same on every rank. At stage 3 it may have been
+            divided by `fully_shard`.
+        optimizer_class: `AdamW`, `Lion`, `SGD`, `Muon` or `Adafactor` of `memkernels.optim`.
         stage: 1, 2 or 3.
         params: groups of the model's parameters, as an optimizer takes them; all that require a gradient by default.
         process_group: the ranks; all of them by default.
@@ -98,8 +101,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         bucket_bytes: the size of a bucket at stages 1 and 2; a larger parameter has one of its own.
         reduce_dtype: of gradients on their way; the parameters' by default. At stages 1 and 2 those that arrive are
             added up in float32, and the sum is kept in the parameters' dtype; stage 3 is as FSDP2 has it.
-        offload: where each rank's states are between steps, at stages 1 and 2: as `memkernels.optim.offload_states` has
-            it, which on `local`, the optimizer of this rank's parts, takes a path and limits too. Of gradients see
+        offload: where each rank's states are between steps: as `memkernels.optim.offload_states` has it, which on
+            `local`, the optimizer of this rank's parts, takes a path and limits too. Of gradients see
             `offload_gradients`.
         defaults: the optimizer's arguments.
 
@@ -184,8 +187,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 origins[part] = first if last > first and self._owners is None else 0
         self.local = optimizer_class(self._local_groups(), **defaults)
         self.local.origins |= origins
-        if offload is not None:
-            on_all(group, functools.partial(offload_states, self.local, offload))
+        self._offload(offload)
         self._totals_of_step: tuple[Tensor, set[int]] | None = None
         _drop_with(model, self.zero_grad)
         self._complete = True
@@ -290,6 +292,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 reducer.restore(kept)
                 self._totals_of_step = None
                 raise
+
+    def exchanges(self, hook: GradientHook) -> bool:
+        """Whether it is this optimizer that exchanges the gradient of a parameter with that hook."""
+        return hook.is_of(self._reducer)
 
     @property
     def backwards(self) -> int:
@@ -462,19 +468,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
         finally:
             self.local.zero_grad()
 
+    def _offload(self, tier: Literal["host", "disk"] | None) -> None:
+        if tier is not None:
+            on_all(self.process_group, lambda: offload_states(self.local, tier))
+
     def _totals(self) -> tuple[Tensor, set[int]]:
         """The sum of the squares of all sums of gradients, float64, and which parameters had a gradient on any rank."""
         if self._reducer.finish():
             self._totals_of_step = None
         if self._totals_of_step is None:
-            totals = torch.zeros(1 + len(self._named()), dtype=torch.float64)
-            totals[0] = self._where_disks_fail(self._reducer.gradients.square)
-            for index in self._reducer.present:
-                totals[1 + index] = 1.0
-            totals = totals.to(device_of(self.process_group))
+            device = device_of(self.process_group)
+            flags = torch.zeros(len(self._named()), dtype=torch.float64)
+            flags[list(self._reducer.present)] = 1.0
+            square = self._where_disks_fail(self._reducer.gradients.square)
+            totals = torch.cat((square.reshape(1).to(device), flags.to(device)))
             wait_for(start(dist.all_reduce, totals, group=self.process_group))
-            square, flags = totals.cpu()[0], totals[1:].tolist()
-            self._totals_of_step = square, {index for index, flag in enumerate(flags) if flag}
+            square, flags = totals.cpu().tensor_split([1])  # the only place in a step where the host waits for a GPU
+            self._totals_of_step = square[0], set(flags.nonzero().view(-1).tolist())
         return self._totals_of_step
 
     def _named(self) -> list[tuple[str, Tensor, int]]:

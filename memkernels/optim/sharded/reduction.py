@@ -50,6 +50,9 @@ class GradientHook:
         reducer = self._reducer()
         return reducer is not None and reducer.exchanging
 
+    def is_of(self, reducer: Reducer) -> bool:
+        return self._reducer() is reducer
+
     def __call__(self, parameter: Tensor) -> None:
         reducer = self._reducer()
         if reducer is not None:  # otherwise its optimizer is gone

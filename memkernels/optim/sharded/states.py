@@ -73,26 +73,18 @@ def states_to_save(parts: Sequence[Sequence[Part]], optimizer: torch.optim.Optim
 def states_to_fill(
     parts: Sequence[Sequence[Part]], groups: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """New tensors for the ranges that a checkpoint's `groups` have of these parts.
-
-    Raises:
-        ValueError: a part begins within a block of the checkpoint's, whose codes another rank has the absmax of.
-    """
+    """New tensors for the ranges that a checkpoint's `groups` have of these parts: whole blocks of its states."""
     bits = {name: group["options"].get("state_bits", 32) for group in groups for name in group["parameters"]}
     saved = {name: member for group in groups for name, member in group["parameters"].items()}
     filled: dict[str, Tensor] = {}
     for part in (part for of_group in parts for part in of_group if part.name in saved):
         for key, dtype in saved[part.name]["state"].items():
-            own = local_of(part.parameter)
-            if own.numel() and part.first % _elements_in_one(key, bits[part.name]):
-                raise ValueError(
-                    f"{part.name}: this rank's part begins at element {part.first}, within one of the blocks of"
-                    f" {BLOCK_SIZE[bits[part.name]]} that the checkpoint's states of {bits[part.name]} bits have: load"
-                    " it at stage 1 or 2, or at another number of ranks."
-                )
-            size = _size(own.shape, key, bits[part.name], optimizer)
+            shape, of = local_of(part.parameter).shape, bits[part.name]
+            before = _before(part, of) if _is_code(key, of) and key not in _shapes_apart(shape, optimizer) else 0
+            size = _size(torch.Size([before + shape.numel()]) if before else shape, key, of, optimizer)
             local = torch.empty(size, dtype=DTYPES[dtype], device=part.parameter.device)
-            filled[f"state.{part.name}.{key}"] = _shard(local, key, part, bits[part.name], optimizer)
+            whole_blocks = part._replace(first=part.first - before)
+            filled[f"state.{part.name}.{key}"] = _shard(local, key, whole_blocks, of, optimizer)
     return filled
 
 
@@ -102,7 +94,8 @@ def state_dict_of(
     filled: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:
-    """What `optimizer.load_state_dict` takes: the filled ranges, in float32 or wider for an optimizer of torch."""
+    """What `optimizer.load_state_dict` takes: the filled ranges, in float32 or wider for an optimizer of torch, and in
+    float32 where parts of a group begin within blocks, whose other elements are not theirs."""
     of_name = {name: group for group in groups for name in group["parameters"]}
     state: dict[int, dict[str, Any]] = {}
     param_groups: list[dict[str, Any]] = []
@@ -118,12 +111,16 @@ def state_dict_of(
         )
         if not isinstance(optimizer, LowMemoryOptimizer):
             options = {key: value for key, value in options.items() if key in own and key not in STORAGE}
+        bits = source["options"].get("state_bits", 32)
+        decoded = not isinstance(optimizer, LowMemoryOptimizer) or any(_before(part, bits) for part in of_group)
+        if decoded and "state_bits" in options:
+            options["state_bits"] = 32
         options = {key: value for key, value in own.items() if key not in ("params", "param_names")} | options
         param_groups.append(options | {"params": list(range(place, place + len(of_group)))})
         for part in of_group:
             member = source["parameters"].get(part.name)
             if member is not None and _has_state(member) and part.is_held:
-                state[place] = _state_of(part, member, source["options"].get("state_bits", 32), filled, optimizer)
+                state[place] = _state_of(part, member, bits, decoded, filled, optimizer)
             place += 1
     return {"state": state, "param_groups": param_groups}
 
@@ -172,24 +169,36 @@ def _has_state(member: Mapping[str, Any]) -> bool:
 
 
 def _state_of(
-    part: Part, member: Mapping[str, Any], bits: int, filled: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    part: Part,
+    member: Mapping[str, Any],
+    bits: int,
+    decoded: bool,
+    filled: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:
+    """A part's state of the filled ranges, whose moments are of `bits`, or `decoded`."""
     tensors = {key: _local(filled[f"state.{part.name}.{key}"]) for key in member["state"]}
     shape = local_of(part.parameter).shape
+    shapes = _shapes_apart(shape, optimizer)
     if not isinstance(optimizer, LowMemoryOptimizer) or part.parameter.dtype == torch.float32:
         tensors.pop("remainder", None)  # `join_masters` has it
-    if not isinstance(optimizer, LowMemoryOptimizer):
+    if decoded:
+        before = _before(part, bits)
+        blocks = torch.Size([before + shape.numel()])
         absmax = {key: tensors.pop(f"{key}_absmax", None) for key in list(tensors) if not key.endswith("_absmax")}
-        tensors = {
-            key: value if value.dtype == torch.float64 else decode(value, absmax[key], bits, key != "exp_avg_sq", shape)
-            for key, value in tensors.items()
-        }
-    shapes = _shapes_apart(shape, optimizer)
+        for key, value in tensors.items():
+            if key not in shapes and key != "remainder" and value.dtype != torch.float64:
+                tensors[key] = decode(value, absmax[key], bits, key != "exp_avg_sq", blocks)[before:]
     state: dict[str, Any] = {
-        key: value if _is_code(key, bits) and key not in shapes else value.view(shapes.get(key, shape))
+        key: value if _is_code(key, bits) and key not in shapes and not decoded else value.view(shapes.get(key, shape))
         for key, value in tensors.items()
     }
     return state if member["step"] is None else state | {"step": torch.tensor(member["step"])}
+
+
+def _before(part: Part, bits: int) -> int:
+    """How many elements of a part's first block of states are not the part's: at stage 3 rows may begin within one."""
+    return part.first % BLOCK_SIZE[bits] if bits < 16 and local_of(part.parameter).numel() else 0
 
 
 def _is_code(key: str, bits: int) -> bool:
@@ -201,7 +210,12 @@ def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
 
 
 def _shard(local: Tensor, key: str, part: Part, bits: int, optimizer: torch.optim.Optimizer) -> FlatShard:
-    return FlatShard(local, part.first // _elements_in_one(key, bits), _size(part.shape, key, bits, optimizer))
+    size = _size(part.shape, key, bits, optimizer)
+    if key not in _shapes_apart(part.shape, optimizer):
+        return FlatShard(local, part.first // _elements_in_one(key, bits), size)
+    # Of rows, as many elements each, or of all rows together.
+    first = part.first * size // max(1, part.shape.numel()) if local.numel() < size else 0
+    return FlatShard(local, first, size)
 
 
 def _size(shape: torch.Size, key: str, bits: int, optimizer: torch.optim.Optimizer) -> int:

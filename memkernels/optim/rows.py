@@ -1,0 +1,85 @@
+"""Parameters whose rows are divided among ranks, as FSDP2 does it: sums over all of one, and one whole after the other.
+
+Each function is called by every rank of a parameter's mesh, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memkernels.optim.agreement import start, wait_for
+from memkernels.optim.local import division_of, is_distributed
+
+
+def is_divided_by_rows(parameter: Tensor) -> bool:
+    """Whether it is a DTensor of which ranks have rows, along one dimension of a mesh, with copies along others."""
+    division = division_of(parameter)
+    if division is None:
+        return False
+    divided = [placement for placement in division[1] if not placement.is_replicate()]
+    return len(divided) == 1 and divided[0].is_shard(0)
+
+
+def sum_over_ranks(local: Tensor, parameter: Tensor) -> Tensor:
+    """The sum of what the ranks found in their rows of a parameter, in place; of a plain one what is there."""
+    if is_distributed(parameter):
+        wait_for(start(dist.all_reduce, local, group=_group_of(parameter)))
+    return local
+
+
+def through_whole(
+    function: Callable[[Tensor], Tensor], parts: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """This rank's rows of function(matrix) for each matrix, of which `parts` are its rows.
+
+    A rank brings one of them together at a time, the next rank the next one, and sends the rows of the result back.
+
+    Args:
+        function: gives a matrix of the same shape and dtype.
+        parameters: in whose shapes and by whose division the matrices are.
+    """
+    at = 0
+    while at < len(parts):
+        group = _group_of(parameters[at])
+        ranks = dist.get_world_size(group)
+        wave = range(at, min(at + ranks, len(parts)))
+        yield from _wave(function, [parts[i] for i in wave], [parameters[i].shape for i in wave], group)
+        at = wave.stop
+
+
+def _wave(
+    function: Callable[[Tensor], Tensor], parts: Sequence[Tensor], shapes: Sequence[torch.Size], group: Any
+) -> Iterator[Tensor]:
+    """Of as many matrices as there are ranks, or fewer: the i-th is the i-th rank's."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    here = [part.numel() for part in parts] + [0] * (ranks - len(parts))
+    rows, columns = shapes[rank] if rank < len(parts) else (0, 0)
+    each = -(-rows // ranks)
+    of_ranks = [max(0, min(each, rows - r * each)) * columns for r in range(ranks)]
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    whole = sent.new_empty(rows * columns)
+    _exchange(whole, sent, of_ranks, here, group)
+    if whole.numel():
+        whole = function(whole.view(rows, columns)).reshape(-1)
+    received = torch.empty_like(sent)
+    _exchange(received, whole, here, of_ranks, group)
+    for part, rows_of_it in zip(parts, received.split(here[: len(parts)]), strict=True):
+        yield rows_of_it.view(part.shape)
+
+
+def _exchange(received: Tensor, sent: Tensor, from_each: list[int], to_each: list[int], group: Any) -> None:
+    options = {"output_split_sizes": from_each, "input_split_sizes": to_each}
+    wait_for(start(dist.all_to_all_single, received, sent, group=group, **options))
+
+
+def _group_of(parameter: Tensor) -> Any:
+    """The ranks that have its rows."""
+    division = division_of(parameter)
+    assert division is not None
+    mesh, placements = division
+    return mesh.get_group([placement.is_shard(0) for placement in placements].index(True))
