@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from memkernels.microbatch import parts
+from memkernels.microbatch.search import Fitting, known
 from memkernels.optim.agreement import check_member, device_of, is_out_of_memory, start, wait_for
 from memkernels.testing.peak_memory import peak_bytes
 
@@ -25,17 +22,6 @@ Step = Callable[[Any, float], Tensor]
 _T = TypeVar("_T")
 
 
-@dataclass
-class _Fitting:
-    """The largest size that ran, and whether a larger one did not fit."""
-
-    size: int = 0
-    is_limit: bool = False
-
-
-# By the step's owner and function, the limit, and what a row of the batch was like. An owner that is gone takes its own
-# along.
-_fitting: WeakKeyDictionary[Any, dict[tuple, _Fitting]] = WeakKeyDictionary()
 _RIGHT, _OUT_OF_MEMORY, _FAILED = range(3)
 
 
@@ -63,9 +49,12 @@ def micro_batch(
 
     With size="auto" the whole batch is tried first, and half of the size wherever memory runs out: on a GPU, in torch's
     allocator on CPU, or over `memory_limit`. The gradients of the parts that ran are dropped then and the batch begins
-    anew, so that no row is lost and none counts twice; gradients from before the call are kept aside meanwhile. The
-    size that had to be taken is remembered for `step` (give the same function or method each time), the limit, and
-    batches whose rows are alike.
+    anew, so that no row is lost and none counts twice; gradients from before the call are kept aside meanwhile. What
+    ran and what did not fit is remembered for `step` (give the same function or method each time), the limit, and
+    batches whose rows are alike. Calls that follow try sizes in between, by bisection, until a batch has the fewest
+    parts that fit: one of 64 rows with memory for 24 is tried in parts of 64 and 32 and runs in parts of 16, and the
+    next one in parts of 22. A size that fitted and does so no longer is halved again; one that did not fit is not tried
+    again.
 
     With `optim.step_in_backward` call it within `stepper.accumulate()`, and then `stepper.optimizer.step()` and
     `zero_grad()`: its hooks would step after each part. Checkpoint activations with `use_reentrant=False`.
@@ -80,7 +69,8 @@ def micro_batch(
     memory ran out is dropped from the optimizer's sums. At stages 1 and 2 a rank whose part fails, be it for memory of
     the exchange itself, still takes part in its exchange, in memory that was set aside before. For a bucket larger than
     `bucket_bytes`, and at stage 3, it cannot, and so the ranks exchange one number before each exchange of these, by
-    which the others hear of it.
+    which the others hear of it. Of memory that runs out within gloo or NCCL they do not hear: they raise RankFailure
+    after the group's timeout.
 
     Args:
         step: takes a part and the number of targets, returns a loss without dimensions.
@@ -124,9 +114,8 @@ def micro_batch(
         if process_group is not None:
             _reduced(True, dist.ReduceOp.MAX, process_group)
         raise
-    known = _known(step, (memory_limit, *parts.signature(batch)))
-    tried = max(known.size, 1) if known.is_limit else cut.count
-    fits, least = tried <= known.size, cut.least
+    found = known(step, (memory_limit, *parts.signature(batch)))
+    agreed, count, least = Fitting(found.fits, found.fails), cut.count, cut.least
     if process_group is not None:
         if _reduced(False, dist.ReduceOp.MAX, process_group):
             raise RuntimeError("micro_batch: another rank failed.")
@@ -134,9 +123,10 @@ def micro_batch(
         if _reduced(rows, dist.ReduceOp.MAX, process_group) != _reduced(rows, dist.ReduceOp.MIN, process_group):
             raise ValueError(f"size: expected the same on every rank, which {size!r} is not.")
         total = _reduced(total, dist.ReduceOp.SUM, process_group) / dist.get_world_size(process_group)
-        tried = int(_reduced(tried, dist.ReduceOp.MAX, process_group))
+        count = int(_reduced(count, dist.ReduceOp.MAX, process_group))
         least = int(_reduced(least, dist.ReduceOp.MIN, process_group))
-        fits = bool(_reduced(tried <= known.size, dist.ReduceOp.MIN, process_group))
+        agreed.fits = int(_reduced(found.fits, dist.ReduceOp.MIN, process_group))
+        agreed.fails = _reduced(found.fails, dist.ReduceOp.MIN, process_group)
     if not total > 0:
         raise ValueError(f"batch: expected one target at least, got {total}.")
     run = _Run(step, cut, total, process_group, optimizer)
@@ -145,19 +135,22 @@ def micro_batch(
             return run.at(size, memory_limit)
         except _TooLarge as too_large:
             raise too_large.error from None
+    tried = agreed.size(count)
     while True:
         try:
-            loss = run.at(tried, None if fits else memory_limit)
+            loss = run.at(tried, None if tried <= agreed.fits else memory_limit)
         except _TooLarge as too_large:
             if tried <= least:
                 raise too_large.error from None
         else:
-            known.size = tried if known.is_limit else max(tried, known.size)
+            found.ran(tried)
             return loss
         # Out of the handler, so that nothing keeps the failed part's tensors alive.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tried, fits, known.is_limit = math.ceil(tried / 2), False, True
+        for record in (agreed, found):
+            record.failed(tried)
+        tried = agreed.size_after_failure(count)
 
 
 def _check(
@@ -178,15 +171,6 @@ def _check(
         raise TypeError(f"optimizer: expected a ShardedOptimizer, got {type(optimizer).__name__}.")
     if dist.get_process_group_ranks(process_group) != dist.get_process_group_ranks(optimizer.process_group):
         raise ValueError("process_group: expected the optimizer's, or None.")
-
-
-def _known(step: Step, kind: tuple) -> _Fitting:
-    """What is remembered, to be written to."""
-    owner, function = (step.__self__, step.__func__) if isinstance(step, MethodType) else (step, None)
-    try:
-        return _fitting.setdefault(owner, {}).setdefault((function, *kind), _Fitting())
-    except TypeError:  # no key: not hashable, or not to be referenced weakly
-        return _Fitting()
 
 
 class _TooLarge(Exception):
@@ -266,7 +250,7 @@ class _Run:
             loss = self.step(part, self.total)
             if loss.dim() != 0:
                 raise ValueError(f"step: expected a loss without dimensions, got shape {tuple(loss.shape)}.")
-            for leaf in _leaves(loss, within_backward=optimizer is not None):
+            for leaf in _leaves(loss, optimizer):
                 if leaf not in before and not (optimizer is not None and _is_exchanged(leaf)):
                     before[leaf], leaf.grad = leaf.grad, None
             (loss if weight is None else loss * weight).backward()
@@ -331,8 +315,8 @@ class _Run:
         return None
 
 
-def _leaves(loss: Tensor, within_backward: bool) -> list[Tensor]:
-    """The tensors whose `grad` backward from `loss` adds to; `within_backward` gradients may be exchanged."""
+def _leaves(loss: Tensor, optimizer: ShardedOptimizer | None) -> list[Tensor]:
+    """The tensors whose `grad` backward from `loss` adds to, or which `optimizer` exchanges the gradients of."""
     found, seen, stack = [], set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
@@ -341,10 +325,14 @@ def _leaves(loss: Tensor, within_backward: bool) -> list[Tensor]:
         seen.add(node)
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise ValueError("step: expected checkpoints with use_reentrant=False; the graph hides others' parameters.")
-        exchanged = type(node).__name__ == "RegisterPostBackwardFunctionBackward"  # FSDP2's
-        if not within_backward and (exchanged or (hasattr(node, "variable") and _is_exchanged(node.variable))):
+        others = optimizer is None and type(node).__name__ == "RegisterPostBackwardFunctionBackward"  # FSDP2's
+        if hasattr(node, "variable"):
+            exchanging = (hook for hook in _hooks(node.variable) if getattr(hook, "exchanging", False))
+            others |= any(optimizer is None or not optimizer.exchanges(hook) for hook in exchanging)
+        if others:
             raise ValueError(
-                "optimizer: expected the ShardedOptimizer of the model, which exchanges gradients within backward."
+                "optimizer: expected the ShardedOptimizer of the model, which exchanges all of its gradients within"
+                " backward."
             )
         if hasattr(node, "variable"):
             if any(getattr(hook, "steps", False) for hook in _hooks(node.variable)):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memkernels import micro_batch
 from memkernels.microbatch import run
+from memkernels.microbatch.search import Fitting
 from memkernels.optim import SGD, RankFailure, step_in_backward
 
 
@@ -159,7 +160,7 @@ def test_a_stated_budget(monkeypatch):
     for _ in range(2):
         micro_batch(step, batch_of(rows=8), memory_limit=7 << 19)
         whole(other, batch_of(rows=8))
-    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert sizes == [8, 4, 2, 2, 2, 2, 3, 3, 2]
     assert_same_gradients(model, other)
     with pytest.raises(MemoryError, match="memory_limit: a part took 1048576 bytes, of 1000"):
         micro_batch(step, batch_of(rows=8), memory_limit=1000)  # another limit is tried anew
@@ -194,6 +195,42 @@ def test_a_named_tuple_is_cut_into_named_tuples():
     micro_batch(step, pair, size=2, targets=lambda pair: int((pair.labels != -100).sum()))
     whole(other, batch)
     assert_same_gradients(model, other)
+
+
+def test_the_fewest_parts_that_fit_are_found_and_remembered():
+    model, other, sizes = model_of(), model_of(), []
+    limits = [24]
+
+    def step(part, targets):
+        return failing_step(model, limits[0], MemoryError("full"), sizes)(part, targets)
+
+    for expected in ([64, 32, 16, 16, 16, 16], [22, 22, 20], [22, 22, 20]):
+        micro_batch(step, batch_of(rows=64))
+        whole(other, batch_of(rows=64))
+        assert sizes == expected
+        sizes.clear()
+    assert_same_gradients(model, other)
+    limits[0] = 8  # what fitted does no longer
+    for expected in ([22, 11, *[6] * 10, 4], [8] * 8, [10, *[8] * 8], [8] * 8):
+        micro_batch(step, batch_of(rows=64))
+        assert sizes == expected
+        sizes.clear()
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 64, 100, 1000])
+def test_the_search_ends_at_the_fewest_parts(count):
+    """By one part that does not fit for each halving of the count at most."""
+    for limit in range(1, count + 1):
+        found, failures = Fitting(), 0
+        for _ in range(12):
+            size = found.size(count)
+            while size > limit:
+                found.failed(size)
+                failures += 1
+                size = found.size_after_failure(count)
+            found.ran(size)
+        assert -(-count // size) == -(-count // limit), (limit, size)
+        assert failures <= count.bit_length()
 
 
 def test_a_small_batch_does_not_cap_a_larger_one():
@@ -306,8 +343,8 @@ def agree(folder):
     step = failing_step(model, 2 if rank == 0 else 100, MemoryError("full"), sizes)
     for _ in range(2):
         micro_batch(step, batches[rank], process_group=group)
-    # Seven rows a part, then four, then two; the second call knows.
-    assert sizes == [[4, 4, 2, 2, 2, 2], [7, 4, 2, 2, 2, 1, 2, 2, 2, 1]][rank]
+    # Seven rows a part, then four, then two; the second call tries three, and knows two.
+    assert sizes == [[4, 4, 2, 2, 3, 2, 2], [7, 4, 2, 2, 2, 1, 3, 2, 2, 2, 1]][rank]
     other = model_of()
     logits = [other(b["x"] * b["scale"] + b["shift"]).flatten(0, -2) for b in batches]
     F.cross_entropy(torch.cat(logits), torch.cat([b["labels"].flatten() for b in batches])).backward()
