@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tried.add_argument(
         "--recompute", choices=(*RECOMPUTE, PLAIN), help=f"as memkernels.patch takes it; {PLAIN}: no patch"
     )
-    tried.add_argument("--offload", choices=OFFLOAD, help="where activations go")
+    tried.add_argument("--offload", choices=OFFLOAD, help="where activations go; host: from a GPU")
+    tried.add_argument("--offload-states", choices=OFFLOAD, help="where the optimizer's states are between steps")
+    tried.add_argument("--offload-gradients", choices=OFFLOAD, help="where gradients are until the step")
     tried.add_argument("--stage", type=int, choices=STAGES, help="of ZeRO")
     tried.add_argument("--state-bits", type=int, choices=STATE_BITS, help="of the optimizer's states")
     tried.add_argument("--micro-batch", type=int, help="rows computed at a time")

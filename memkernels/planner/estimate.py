@@ -8,6 +8,7 @@ from functools import cached_property
 
 from memkernels.offload.store import STAGING_BYTES
 from memkernels.optim.buckets import bytes_exchanged
+from memkernels.planner.per_parameter import PerParameter
 from memkernels.planner.step import Sizes
 from memkernels.planner.timeline import Moment, Timeline
 
@@ -20,11 +21,12 @@ class Technique:
 
     Args:
         recompute: as `memkernels.patch` takes it, or "transformers": not patched.
-        offload: "none", or "disk": `offload_activations("disk")`.
+        offload: "none", or the tier of `offload_activations`, "host" or "disk".
         stage: of ZeRO, 0 to 3; 0: every rank has everything.
         state_bits: of the optimizer's states.
         micro_batch: rows that are computed at a time.
         step_in_backward: `optim.step_in_backward`.
+        offload_states, offload_gradients: as `offload`, of `optim.offload_states` and `optim.offload_gradients`.
     """
 
     recompute: str
@@ -33,6 +35,8 @@ class Technique:
     state_bits: int
     micro_batch: int
     step_in_backward: bool
+    offload_states: str = "none"
+    offload_gradients: str = "none"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Estimate:
             computes, buffers what is on its way to other ranks or to the disk.
         flops: operations of the forward and backward of the whole batch.
         extra_flops: those beyond recompute="none", over them.
-        offload_bytes: written and read in a step.
+        disk_bytes: written and read in a step, of all that is offloaded to disk.
+        host_bytes: of what is offloaded to host memory.
         sent_bytes: that a rank sends in a step, by a ring.
     """
 
@@ -54,7 +59,8 @@ class Estimate:
     parts: dict[str, int]
     flops: int
     extra_flops: float
-    offload_bytes: int
+    disk_bytes: int
+    host_bytes: int
     sent_bytes: int
 
     @cached_property
@@ -93,34 +99,79 @@ def estimate(
     def exchanged(complete: int) -> int:
         return _of_fsdp2(sizes, complete, ranks, sent, parts) if stage == 3 else of_buckets
 
-    kept = [(of, _gradients(of, technique, sizes, parts, ranks), exchanged(of.gradients)) for of in step.moments]
+    to_tier = technique.offload_gradients != "none"
+
+    def gradients_at(moment: Moment) -> int:
+        if to_tier:
+            return step.small_gradients if parts > 1 else moment.gradients
+        return _gradients(moment, technique, sizes, parts, ranks)
+
+    states = _States(technique, sizes.states[technique.state_bits], ranks, on_host)
+    kept = [
+        (of, gradients_at(of), exchanged(of.gradients)) for of in (step.tiered[parts > 1] if to_tier else step.moments)
+    ]
     if technique.step_in_backward:
-        kept += [(of, 0, 0) for of in step.updates]
-    elif step.update:
-        gathered = math.ceil(sizes.trained / ranks) if stage else 0  # a rank's parameters' gradients, whole
-        after = Moment(step.gradients, 0, step.update + gathered)
-        kept.append((after, _gradients(after, technique, sizes, parts, ranks), of_buckets))
+        kept += [(of._replace(transients=of.transients + states.fetched(0)), 0, 0) for of in step.updates]
+    elif step.update or states.moved or to_tier:
+        # With ZeRO a rank's parameters' gradients are whole for an update that needs them so.
+        taken = states.fetched(step.update) + (math.ceil(sizes.trained / ranks) if stage and step.update else 0)
+        complete = math.ceil(sizes.trained / ranks) if stage == 3 else gradients_at(Moment(step.gradients, 0, 0))
+        if to_tier:
+            complete = step.small_gradients
+            taken += 0 if on_host else sizes.gradients.in_flight
+        kept.append((Moment(0, 0, taken), complete, of_buckets))
     if stage == 3:  # when backward ends, gradients outside of layers are copied and sent
         outside, trained = sizes.outside
         copies = _copies(trained, sizes, ranks, sent, parts)
         kept.append((Moment(0, 0, 0), math.ceil(sizes.trained / ranks) + trained, outside + copies))
     moment, gradients, on_its_way = max(kept, key=lambda of: of[0].activations + of[0].transients + of[1] + of[2])
+    # By tier: bytes that are there at once, and how often they are written and read in a step.
+    moved = (
+        (technique.offload, step.moved, parts),
+        (technique.offload_states, states.moved, 1),
+        (technique.offload_gradients, sizes.gradients.moved, parts),
+    )
+    staged = 0
+    if on_host:  # in staging blocks, besides which a parameter's states, or its sum until it is written anew, are lent
+        of_states = min(states.moved, STAGING_BYTES + sizes.states[technique.state_bits].largest)
+        of_gradients = min(sizes.gradients.moved, STAGING_BYTES) + (sizes.gradients.largest if parts > 1 else 0)
+        blocks = (min(step.moved, STAGING_BYTES), of_states, of_gradients)
+        staged = sum(of for of, (tier, _, _) in zip(blocks, moved, strict=True) if tier == "disk")
     bytes_by_part = (
         math.ceil(sizes.parameters / ranks) if stage == 3 else sizes.parameters,
         gradients,
-        math.ceil(sizes.states[technique.state_bits] / (ranks if stage else 1)),
+        states.kept,
         moment.activations,
         moment.transients,
-        on_its_way + (min(step.moved, STAGING_BYTES) if on_host else 0),
+        on_its_way + staged,
     )
     return Estimate(
         technique,
         dict(zip(PARTS, bytes_by_part, strict=True)),
         flops=step.flops * parts,
         extra_flops=step.flops / plain.flops - 1,
-        offload_bytes=2 * step.moved * parts,
+        disk_bytes=2 * sum(nbytes * times for tier, nbytes, times in moved if tier == "disk"),
+        host_bytes=2 * sum(nbytes * times for tier, nbytes, times in moved if tier == "host"),
         sent_bytes=_sent(stage, sizes, parts, ranks, sent),
     )
+
+
+class _States:
+    """A rank's states of the optimizer: bytes that are kept in memory, and bytes that move to a tier."""
+
+    def __init__(self, technique: Technique, states: PerParameter, ranks: int, on_host: bool) -> None:
+        sharing = ranks if technique.stage else 1
+        moved = 0 if technique.offload_states == "none" else states.moved
+        self.moved, self.kept = math.ceil(moved / sharing), math.ceil((states.total - moved) / sharing)
+        self._step = 0
+        if moved:  # of a parameter, where it changes, and on a device as it comes, and of those on their way with it
+            of_one = states.largest + (0 if on_host else states.in_flight)
+            # At stages 1 and 2 all of a parameter may be one rank's.
+            self._step = math.ceil(of_one / (ranks if technique.stage == 3 else 1))
+
+    def fetched(self, update: int) -> int:
+        """Bytes within a parameter's step, which takes `update` itself."""
+        return self._step + update
 
 
 def _gradients(moment: Moment, technique: Technique, sizes: Sizes, parts: int, ranks: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from memkernels.planner.estimate import PARTS, Technique
-from memkernels.planner.report import shown
+from memkernels.planner.report import offloaded, shown
 from memkernels.planner.search import Plan
 
 _GB = 1e9
@@ -36,5 +36,5 @@ def save_plot(plan: Plan, path: Path) -> Path:
 
 def _name(technique: Technique) -> str:
     parts = [technique.recompute, f"{technique.state_bits} bits", f"rows {technique.micro_batch}"]
-    parts += ["to disk"] * (technique.offload == "disk") + [f"ZeRO {technique.stage}"] * (technique.stage > 0)
+    parts += [what for what in (offloaded(technique),) if what] + [f"ZeRO {technique.stage}"] * (technique.stage > 0)
     return ", ".join(parts + ["steps in backward"] * technique.step_in_backward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from memkernels.planner.estimate import PARTS, Estimate
+from memkernels.planner.estimate import PARTS, Estimate, Technique
 from memkernels.planner.memory_size import format_bytes
 from memkernels.planner.search import Plan
 
@@ -16,7 +16,8 @@ def shown(plan: Plan) -> list[Estimate]:
     found: dict[tuple, Estimate] = {}
     for estimate in plan.estimates:
         of = estimate.technique
-        found.setdefault((of.recompute, of.offload, of.stage, of.step_in_backward), estimate)
+        tiers = of.offload, of.offload_states, of.offload_gradients
+        found.setdefault((of.recompute, *tiers, of.stage, of.step_in_backward), estimate)
     return list(found.values())[:_ROWS]
 
 
@@ -29,20 +30,32 @@ def as_text(plan: Plan, width: int = 180) -> str:
     table = Table(title=plan.title, caption=verdict(plan), box=SIMPLE_HEAD, pad_edge=False)
     for column in ("fits", "recompute", "offload", "ZeRO", "bits", "rows", "steps"):
         table.add_column(column)
-    for column in ("peak", *PARTS, "FLOPs", "disk", "sent"):
+    for column in ("peak", *PARTS, "FLOPs", "disk", "host", "sent"):
         table.add_column(column, justify="right", no_wrap=True)
     for estimate in shown(plan):
         of = estimate.technique
         table.add_row(
             "yes" if estimate.peak <= plan.memory else "no",
-            of.recompute, of.offload, str(of.stage), str(of.state_bits), str(of.micro_batch),
+            of.recompute, offloaded(of), str(of.stage), str(of.state_bits), str(of.micro_batch),
             "in backward" if of.step_in_backward else "",
             format_bytes(estimate.peak), *(format_bytes(estimate.parts[part]) for part in PARTS),
-            f"{estimate.extra_flops:+.1%}", format_bytes(estimate.offload_bytes), format_bytes(estimate.sent_bytes),
+            f"{estimate.extra_flops:+.1%}",
+            *(format_bytes(moved) for moved in (estimate.disk_bytes, estimate.host_bytes, estimate.sent_bytes)),
         )  # fmt: skip
     written = io.StringIO()
     Console(file=written, width=width).print(table)
     return written.getvalue()
+
+
+def offloaded(technique: Technique) -> str:
+    """What is offloaded, in words."""
+    tiers = {
+        "activations": technique.offload,
+        "states": technique.offload_states,
+        "gradients": technique.offload_gradients,
+    }
+    to = {tier: [what for what, its in tiers.items() if its == tier] for tier in ("host", "disk")}
+    return "; ".join(f"{', '.join(what)} to {tier}" for tier, what in to.items() if what)
 
 
 def verdict(plan: Plan) -> str:

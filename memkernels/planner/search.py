@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from memkernels.planner.estimate import Estimate
 
 PLAIN = "transformers"
-OFFLOAD = ("none", "disk")
+OFFLOAD = ("none", "host", "disk")
 STAGES = (0, 1, 2, 3)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -79,6 +79,8 @@ def plan(
     state_bits: int | None = None,
     micro_batch: int | None = None,
     step_in_backward: bool | None = None,
+    offload_states: str | None = None,
+    offload_gradients: str | None = None,
     device: str | None = None,
 ) -> Plan:
     """Which techniques train a model within a memory limit, what each takes, and what it costs.
@@ -98,9 +100,11 @@ def plan(
     stage 2 gradients too, stage 3 parameters too (Rajbhandari et al. 2019, arXiv 1910.02054), with the buffers of
     `optim.ShardedOptimizer`, at stage 3 the parameters outside of layers and of two layers, whole gradients of a layer
     and outside of layers, and FSDP2's copies of those that it sends: at most, as the largest layer is taken for each.
+    What is offloaded is with the functions' own limits: staging blocks where the host's memory is planned, tensors on
+    their way where a GPU's is; of states and gradients those of a MiB or more move.
 
-    Combinations that fit are ordered by what they cost: bytes to and from disk, then operations beyond
-    recompute="none", then ZeRO's stage, the number of micro-batches, the bits of the states, and last
+    Combinations that fit are ordered by what they cost: bytes to and from disk, those to and from host memory, then
+    operations beyond recompute="none", then ZeRO's stage, the number of micro-batches, the bits of the states, and last
     step_in_backward, which excludes a norm's clipping without a second backward.
 
     Args:
@@ -119,14 +123,17 @@ def plan(
         reduce_dtype: of gradients on their way between ranks, as `ShardedOptimizer` takes it, bfloat16 or float32; the
             parameters' by default.
         recompute: "none", "sublayer" or "layer", as `memkernels.patch` takes it, or "transformers": not patched.
-        offload: "none" or "disk", of activations.
-        stage: of ZeRO, 0 to 3; with adafactor and muon 0 to 2.
+        offload: "none", "disk", or on a GPU "host": where activations are between forward and backward.
+        stage: of ZeRO, 0 to 3.
         state_bits: 32, 16, 8 or 4.
         micro_batch: rows computed at a time.
         step_in_backward: whether `optim.step_in_backward` steps.
+        offload_states: as offload, where the states are between steps (`optim.offload_states`).
+        offload_gradients: as offload, where gradients are until the step (`optim.offload_gradients`); with stage 0, and
+            without step_in_backward.
         device: "cpu" or "cuda", whose code is traced; by default cuda where torch finds a device.
 
-        Of those from recompute to step_in_backward all are tried where None is given; "transformers" only as it is.
+        Of those from recompute to offload_gradients all are tried where None is given; "transformers" only as it is.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; a model that transformers has no causal language model
@@ -148,19 +155,21 @@ def plan(
     if reduce_dtype is not None:
         _check_choice("reduce_dtype", reduce_dtype, DTYPES)
     widths = _choices("state_bits", state_bits, STATE_BITS, STATE_BITS)
-    of_optimizer = STAGES if OPTIMIZERS[optimizer][0].elementwise else STAGES[:3]
-    stages = _choices("stage", stage, of_optimizer, of_optimizer if ranks > 1 else STAGES[:1])
+    stages = _choices("stage", stage, STAGES, STAGES if ranks > 1 else STAGES[:1])
     if micro_batch is not None and not 1 <= micro_batch <= batch:
         raise ValueError(f"micro_batch: expected a number of rows from 1 to batch={batch}, got {micro_batch!r}.")
     halves = [math.ceil(batch / 2**i) for i in range(batch.bit_length() + 1)]
     rows = dict.fromkeys(halves) if micro_batch is None else [micro_batch]
     recomputes = _choices("recompute", recompute, (*RECOMPUTE, PLAIN), (*RECOMPUTE, PLAIN))
-    offloads = _choices("offload", offload, OFFLOAD, OFFLOAD)
     in_backward = (False, True) if step_in_backward is None else (bool(step_in_backward),)
     kind_of_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind_of_device not in ("cpu", "cuda") or (kind_of_device == "cuda" and torch.version.cuda is None):
         raise ValueError(f"device: expected cpu, or cuda with a torch that has it, got {device!r}.")
     where = torch.device(kind_of_device)
+    tiers = OFFLOAD if kind_of_device == "cuda" else ("none", "disk")  # what is in the host's memory is there already
+    offloads = _choices("offload", offload, tiers, tiers)
+    offloads_of_states = _choices("offload_states", offload_states, tiers, tiers)
+    offloads_of_gradients = _choices("offload_gradients", offload_gradients, tiers, tiers)
 
     from memkernels.planner.config import load_config
     from memkernels.planner.estimate import Technique, estimate
@@ -171,24 +180,34 @@ def plan(
     found = []
     for size in rows:
         plain = trace_step(job, size, "none", False)
-        for again, to_disk in itertools.product(recomputes, offloads):
-            if again == PLAIN and to_disk != "none" and offload is None:
+        steps = {("none", False): plain}
+        for again, tier in itertools.product(recomputes, offloads):
+            if again == PLAIN and tier != "none" and offload is None:
                 continue
-            known = again == "none" and to_disk == "none"
-            step = plain if known else trace_step(job, size, None if again == PLAIN else again, to_disk == "disk")
-            for level, bits, within in itertools.product(stages, widths, in_backward):
+            traced = again, tier != "none"
+            if traced not in steps:
+                steps[traced] = trace_step(job, size, None if again == PLAIN else again, tier != "none")
+            for level, bits, within, of_states, of_gradients in itertools.product(
+                stages, widths, in_backward, offloads_of_states, offloads_of_gradients
+            ):
                 if within and (level > 0 or size < batch):
                     continue
-                technique = Technique(again, to_disk, level, bits, size, within)
+                if of_gradients != "none" and (within or level > 0):
+                    continue
+                if (of_states not in ("none", offload_states) and not sizes.states[bits].moved) or (
+                    of_gradients not in ("none", offload_gradients) and not sizes.gradients.moved
+                ):  # nothing is large enough to move
+                    continue
                 found.append(
                     estimate(
-                        technique, sizes, step, plain, batch=batch, ranks=ranks, on_host=where.type == "cpu",
+                        Technique(again, tier, level, bits, size, within, of_states, of_gradients), sizes,
+                        steps[traced], plain, batch=batch, ranks=ranks, on_host=where.type == "cpu",
                         sent_itemsize=None if reduce_dtype is None else DTYPES[reduce_dtype].itemsize,
                     )
                 )  # fmt: skip
     if not found:
-        raise ValueError("step_in_backward: it steps once a backward, on one rank's gradients: expected stage 0 and"
-                         " micro_batch=batch.")  # fmt: skip
+        raise ValueError("step_in_backward: it steps once a backward, on one rank's gradients: expected stage 0,"
+                         " micro_batch=batch and no offload_gradients, which takes stage 0 too.")  # fmt: skip
     fitting = sorted((of for of in found if of.peak <= limit), key=_cost)
     others = sorted((of for of in found if of.peak > limit), key=lambda of: of.peak)
     return Plan(_title(job, sizes.count, batch, ranks), limit, (*fitting, *others))
@@ -196,7 +215,8 @@ def plan(
 
 def _cost(of: Estimate) -> tuple:
     technique = of.technique
-    extra = of.offload_bytes, round(of.extra_flops, 3), technique.recompute == PLAIN, technique.stage
+    moved = of.disk_bytes, of.host_bytes
+    extra = *moved, round(of.extra_flops, 3), technique.recompute == PLAIN, technique.stage
     return *extra, -technique.micro_batch, -technique.state_bits, technique.step_in_backward, of.peak
 
 

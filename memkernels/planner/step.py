@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from memkernels.optim.buckets import BUCKET_BYTES
 from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.planner.offload import offloading
 from memkernels.planner.optimizers import make_optimizers
+from memkernels.planner.per_parameter import PerParameter
 from memkernels.planner.stack import ShortenedStack
 from memkernels.planner.timeline import Timeline, timeline
 from memkernels.planner.trace import Trace
@@ -59,6 +60,7 @@ class Sizes:
         largest_layer: parameters of the largest layer of the stack; and those of a layer that are trained, at most.
         states: of the optimizer, by state_bits.
         count: elements of all parameters, as if none were quantised.
+        gradients: of the parameters that are trained.
     """
 
     parameters: int
@@ -67,8 +69,9 @@ class Sizes:
     itemsize: int
     outside: tuple[int, int]
     largest_layer: tuple[int, int]
-    states: dict[int, int]
+    states: dict[int, PerParameter]
     count: int
+    gradients: PerParameter
 
 
 def trace_model(job: Job, bits: tuple[int, ...]) -> Sizes:
@@ -84,9 +87,9 @@ def trace_model(job: Job, bits: tuple[int, ...]) -> Sizes:
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
 
-        def states(width: int) -> int:
+        def states(width: int) -> PerParameter:
             optimizers = make_optimizers(job.optimizer, trained, times, state_bits=width, rounding=job.rounding)
-            return sum(_state_bytes(optimizer, times) for optimizer in optimizers)
+            return PerParameter(of for optimizer in optimizers for of in _state_bytes(optimizer, times))
 
         return Sizes(
             parameters=_bytes([*parameters, *model.buffers()], times),
@@ -97,6 +100,7 @@ def trace_model(job: Job, bits: tuple[int, ...]) -> Sizes:
             largest_layer=max((_all_and_trained(layer.parameters()) for layer, _ in shortened.layers), default=(0, 0)),
             states={width: states(width) for width in bits},
             count=sum(parameter.numel() * times.get(parameter, 1) for parameter in parameters),
+            gradients=PerParameter((parameter.nbytes, times.get(parameter, 1)) for parameter in trained),
         )
 
 
@@ -123,7 +127,7 @@ def trace_step(job: Job, rows: int, recompute: str | None, offload: bool) -> Tim
         saved = trace.alive()
         loss.backward()
         del loss
-        return timeline(shortened.events(), saved)
+        return timeline(shortened.events(), saved, on_host=job.device.type == "cpu")
 
 
 class _Updates:
@@ -144,9 +148,9 @@ class _Updates:
     def on_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self._trace.complete(parameter.grad)
-        if parameter in self._places:
-            optimizer, place = self._places[parameter]
-            with self._trace.updating():
+        with self._trace.updating():
+            if parameter in self._places:
+                optimizer, place = self._places[parameter]
                 optimizer.step_parameter(0, place, 1.0)
 
 
@@ -165,14 +169,12 @@ def put_adapters(model: nn.Module, job: Job) -> None:
         lora(model, r=job.rank, base=job.base)
 
 
-def _state_bytes(optimizer: LowMemoryOptimizer, times: dict[Tensor, int]) -> int:
-    """Of all parameters; the counts of steps are on the host."""
-    return sum(
-        times.get(parameter, 1)
-        * _bytes((of for key, of in optimizer._state_of(parameter, group).items() if key != "step"), {})
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
+def _state_bytes(optimizer: LowMemoryOptimizer, times: dict[Tensor, int]) -> Iterator[tuple[int, int]]:
+    """Of each parameter, and how many equal ones it stands for; the counts of steps are on the host."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer._state_of(parameter, group)
+            yield _bytes((of for key, of in state.items() if key != "step"), {}), times.get(parameter, 1)
 
 
 def _all_and_trained(parameters: Iterable[Tensor]) -> tuple[int, int]:

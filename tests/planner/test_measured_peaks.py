@@ -37,6 +37,12 @@ CASES = {
     "adapters on NF4": {"recompute": "layer", "state_bits": 32, "lora": 8, "base": "nf4"},
     "adapters on NF4, plain transformers": {"recompute": "transformers", "state_bits": 32, "lora": 8, "base": "nf4"},
     "plain transformers, to disk": {"recompute": "transformers", "state_bits": 8, "offload": "disk"},
+    "states to disk": {"recompute": "layer", "state_bits": 32, "offload_states": "disk"},
+    "states and gradients to disk, a row at a time": {
+        "recompute": "layer", "state_bits": 32, "offload_states": "disk", "offload_gradients": "disk",
+        "micro_batch": 1,
+    },
+    "gradients to disk": {"recompute": "layer", "state_bits": 8, "offload_gradients": "disk"},
 }  # fmt: skip
 QUICK = ("plain transformers", "layers, 4 bits", "layers, Muon", "adapters on NF4", "plain transformers, to disk")
 HAS_RUNTIME = importlib.util.find_spec("memkernels._runtime") is not None
@@ -59,7 +65,7 @@ def config_of(tied=False):
 def measure_all(path, names):
     # Tensors as small as these come from the heap otherwise, which keeps the holes that freed ones leave.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    return {name: measure(CASES[name], path) for name in names if "offload" not in CASES[name] or HAS_RUNTIME}
+    return {name: measure(CASES[name], path) for name in names if HAS_RUNTIME or "disk" not in CASES[name].values()}
 
 
 def measure(case, path):
@@ -86,6 +92,9 @@ def measure(case, path):
         optimizers = [kind([p for p in trained if p in matrices], **options), others]
     else:
         optimizers = [kind(trained, **options)]
+    for moving, move in (("offload_states", optim.offload_states), ("offload_gradients", optim.offload_gradients)):
+        if moving in case:
+            move(optimizers[0], case[moving], path=path)
 
     def step():
         for rows in ids.split(case.get("micro_batch", SHAPE["batch"])):
@@ -104,10 +113,12 @@ def measure(case, path):
     step()
     above = peak_bytes(step)
     optimizers += [stepper.optimizer for stepper in steppers]
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    states = [state for optimizer in optimizers for state in optimizer.state.values() if type(state) is dict]
     kept = [tensor for state in states for name, tensor in state.items() if name != "step"]
     kept += [part for p in model.parameters() for part in (p.parts if hasattr(p, "parts") else (p,))]
-    blocks = offload._store._slab.statistics()["peak_in_use"] if offload else 0
+    stores = [offload._store] if offload else []
+    stores += [of.store for optimizer in optimizers for of in (optimizer.tiers, optimizer.gradient_tiers) if of]
+    blocks = sum(store._slab.statistics()["peak_in_use"] for store in stores)
     return above, sum(tensor.nbytes for tensor in kept), blocks
 
 
@@ -125,7 +136,8 @@ def test_a_planned_peak_is_the_measured_one(name):
     if name not in found:
         pytest.skip("built without pybind11 or Python's headers")
     above, kept, blocks = found[name]
-    options = {"dtype": "float32", "offload": "none", "step_in_backward": False, "micro_batch": 2} | CASES[name]
+    options = {"dtype": "float32", "offload": "none", "step_in_backward": False, "micro_batch": 2}
+    options |= {"offload_states": "none", "offload_gradients": "none"} | CASES[name]
     tied = options.pop("tied", False)
     (estimate,) = memkernels.plan(config_of(tied), memory="1GB", stage=0, **SHAPE, **options).estimates
     planned = estimate.parts

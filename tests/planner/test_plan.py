@@ -13,11 +13,13 @@ from memkernels.optim.buckets import BUCKET_BYTES, bytes_exchanged
 from memkernels.planner import stack
 from memkernels.planner.estimate import Technique, estimate
 from memkernels.planner.memory_size import format_bytes, parse_bytes
+from memkernels.planner.per_parameter import TIER_BYTES, PerParameter
 from memkernels.planner.step import Job, Sizes, trace_model, trace_step
 from memkernels.planner.timeline import Moment, Timeline, timeline
 from memkernels.planner.trace import Event, Happening, Trace
 
 CPU = torch.device("cpu")
+NONE = PerParameter(())
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_a_timeline_tells_gradients_activations_and_transients_apart():
         del y
 
     kept, saved = [], set()
-    found = timeline(traced(function), saved)
+    found = timeline(traced(function), saved, on_host=True)
     assert found.gradients == 400 and found.flops == 2 * 2 * 50 * 10 * 10 and found.moved == 0
     top = max(found.moments, key=sum)
     assert top.activations == 2000 and top.gradients == 0 and top.transients >= 4000
@@ -113,9 +115,9 @@ def test_the_step_of_a_parameter_takes_memory_within_backward_or_after_it():
         (Happening.COMPLETE, 8, 3), (Happening.UPDATE, 50, -1), (Happening.RELEASE, 10, 2), (Happening.RELEASE, 40, 1),
         (Happening.ALLOCATE, 6, 4), (Happening.COMPLETE, 6, 4), (Happening.UPDATE, 18, -1),
     ]  # fmt: skip
-    step = timeline([Event(*event) for event in events], {1})
+    step = timeline([Event(*event) for event in events], {1}, on_host=True)
     assert (step.update, step.updates, step.gradients) == (50, [Moment(0, 40, 10 + 8 + 50)], 14)
-    sizes = Sizes(14, 14, (8,), 1, (0, 0), (0, 0), {32: 5}, 14)
+    sizes = Sizes(14, 14, (8,), 1, (0, 0), (0, 0), {32: PerParameter([(5, 1)])}, 14, NONE)
 
     plain = Timeline([], 14, 1, 0)
 
@@ -124,6 +126,75 @@ def test_the_step_of_a_parameter_takes_memory_within_backward_or_after_it():
         return estimate(technique, sizes, step, plain, batch=1, ranks=1, on_host=False).peak - 14 - 5
 
     assert (peak(within=True), peak(within=False)) == (40 + 10 + 8 + 50, 14 + 50)
+
+
+def test_gradients_leave_for_a_tier_as_soon_as_they_are_complete():
+    m = TIER_BYTES
+    events = [
+        Event(*event)
+        for event in (
+            (Happening.ALLOCATE, 10 * m, 1), (Happening.ALLOCATE, 4 * m, 2), (Happening.COMPLETE, 4 * m, 2),
+            (Happening.ALLOCATE, 5, 3), (Happening.COMPLETE, 5, 3),  # too small to move
+            (Happening.ALLOCATE, 6 * m, 4), (Happening.COMPLETE, 6 * m, 4), (Happening.RELEASE, 10 * m, 1),
+        )
+    ]  # fmt: skip
+    step = timeline(events, {1}, on_host=True)
+    assert (step.gradients, step.small_gradients) == (10 * m + 5, 5)
+    assert step.moments == [Moment(4 * m + 5, 10 * m, 6 * m)]
+    # The sum of earlier parts comes back when the gradient is added to it, on a device with those around it.
+    first = [Moment(5, 10 * m, 6 * m)]
+    assert step.tiered == (first, first)
+    assert timeline(events, {1}, on_host=False).tiered == (first, [Moment(5, 10 * m, 16 * m)])
+
+
+def test_what_is_offloaded_leaves_a_parameters_share_in_memory():
+    m = TIER_BYTES
+    sizes = Sizes(
+        12 * m, 12 * m, (), 4, (0, 0), (0, 0), {32: PerParameter([(8 * m, 3), (5, 2)])}, 3 * m,
+        PerParameter([(4 * m, 3)]),
+    )  # fmt: skip
+    assert (sizes.states[32].total, sizes.states[32].moved) == (24 * m + 10, 24 * m)
+    step = Timeline([Moment(12 * m, 0, 0)], 12 * m, 1, 0, tiered=([Moment(0, 0, 4 * m)], [Moment(0, 0, 8 * m)]))
+
+    def of(states, gradients, on_host, batch=1, stage=0):
+        technique = Technique("none", "none", stage, 32, 1, False, states, gradients)
+        return estimate(technique, sizes, step, step, batch=batch, ranks=2 if stage else 1, on_host=on_host)
+
+    def parts(*arguments, **options):
+        found = of(*arguments, **options).parts
+        return tuple(found[name] // m for name in ("gradients", "states", "transients", "buffers"))
+
+    assert of("none", "none", True).peak == (12 + 12 + 24) * m + 10
+    # Of one parameter where they change; on a device as they come too, and those around it, but no staging blocks.
+    assert parts("disk", "none", True) == (12, 0, 8, 24)
+    assert parts("disk", "none", False) == parts("host", "none", False) == (12, 0, 3 * 8 + 8, 0)
+    assert parts("disk", "none", False, stage=3) == (6, 0, (3 * 8 + 8) / 2, 0)
+    assert parts("disk", "disk", True) == (0, 0, 8, 24 + 12)
+    assert parts("none", "disk", True) == (0, 24, 4, 12) and parts("none", "disk", True, batch=2) == (0, 24, 8, 12 + 4)
+    assert parts("none", "disk", False, batch=2) == parts("none", "disk", False) == (0, 24, 3 * 4, 0)
+    assert (of("disk", "none", True).disk_bytes, of("disk", "none", True).host_bytes) == (2 * 24 * m, 0)
+    both = of("disk", "host", False, batch=3)
+    assert (both.disk_bytes, both.host_bytes) == (2 * 24 * m, 3 * 2 * 12 * m)
+
+
+def test_states_and_gradients_are_tried_on_every_tier_of_a_device(config):
+    options = {"memory": "1GB", "seq": 64, "recompute": "layer", "offload": "none", "stage": 0, "state_bits": 32}
+    found = {
+        (of.technique.offload_states, of.technique.offload_gradients, of.technique.step_in_backward)
+        for of in memkernels.plan(config, **options).estimates
+    }
+    assert found == {("none", "none", within) for within in (False, True)}  # none of a MiB
+    options |= {"offload_states": "disk", "offload_gradients": "disk"}
+    (technique,) = [of.technique for of in memkernels.plan(config, **options).estimates]
+    assert (technique.offload_states, technique.offload_gradients) == ("disk", "disk")
+    wide = type(config)(**(config.to_dict() | {"hidden_size": 256, "vocab_size": 4000}))
+    del options["offload_states"], options["offload_gradients"]
+    tiers = {"cpu": ("none", "disk")} | ({"cuda": ("none", "host", "disk")} if torch.version.cuda else {})
+    for device, on in tiers.items():
+        techniques = [of.technique for of in memkernels.plan(wide, device=device, **options).estimates]
+        pairs = {(of.offload_states, of.offload_gradients) for of in techniques if not of.step_in_backward}
+        assert pairs == {(states, gradients) for states in on for gradients in on}
+        assert {of.offload_gradients for of in techniques if of.step_in_backward} == {"none"}
 
 
 def test_a_step_within_a_trace_is_one_event():
@@ -149,8 +220,9 @@ def test_muon_takes_the_matrices_of_layers_and_adafactor_keeps_means(config):
     shapes = [(d, d), (d, d), (d // 2, d), (d // 2, d), (inner, d), (inner, d), (d, inner)]
     vectors = (2 * layers + 1) * d
     muon, adafactor = (
-        trace_model(Job(config, 64, torch.float32, None, None, CPU, name), (32, 8)).states
+        {bits: of.total for bits, of in sizes.states.items()}
         for name in ("muon", "adafactor")
+        for sizes in (trace_model(Job(config, 64, torch.float32, None, None, CPU, name), (32, 8)),)
     )
     of_layers = layers * sum(rows * columns for rows, columns in shapes)
     assert muon[32] == 4 * of_layers + 8 * (2 * vocabulary * d + vectors)
@@ -194,7 +266,17 @@ def test_recomputing_more_keeps_less_and_computes_more(config):
 
 def sizes_of(parameters):
     """Mixed precision as the paper has it: parameters and gradients of 2 bytes, states of 12."""
-    return Sizes(2 * parameters, 2 * parameters, (6,) * 3, 2, (0, 0), (0, 0), {32: 12 * parameters}, parameters)
+    return Sizes(
+        2 * parameters,
+        2 * parameters,
+        (6,) * 3,
+        2,
+        (0, 0),
+        (0, 0),
+        {32: PerParameter([(12, parameters)])},
+        parameters,
+        NONE,
+    )
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
@@ -210,7 +292,7 @@ def test_stages_take_what_the_paper_says(stage, gigabytes):
 
 
 def test_gradients_of_earlier_parts_are_there_throughout():
-    sizes = Sizes(1000, 1000, (1000,), 2, (0, 0), (0, 0), {32: 0}, 500)
+    sizes = Sizes(1000, 1000, (1000,), 2, (0, 0), (0, 0), {32: NONE}, 500, NONE)
     step = Timeline([Moment(1000, 0, 10), Moment(100, 300, 0)], 1000, 1, 0)
 
     def peak(micro_batch, within=False, stage=0):
@@ -268,7 +350,7 @@ def test_gradients_sent_in_float32_take_twice_the_bytes(config):
 
 
 def test_stage_three_has_whole_gradients_and_copies_that_are_sent():
-    sizes = Sizes(10_000, 9_000, (), 2, (1000, 900), (500, 400), {32: 0}, 5000)
+    sizes = Sizes(10_000, 9_000, (), 2, (1000, 900), (500, 400), {32: NONE}, 5000, NONE)
     technique = Technique("none", "none", 3, 32, 1, False)
 
     def parts(*moments, batch=1, **options):
@@ -321,6 +403,10 @@ def test_nothing_of_a_plan_is_left_behind(config):
         ({"lora": 0}, "r: expected a positive number"),
         ({"recompute": "all"}, "recompute: expected one of none, sublayer, layer, transformers"),
         ({"offload": "tape"}, "offload: expected one of none, disk"),
+        ({"offload": "host", "device": "cpu"}, "offload: expected one of none, disk, got 'host'"),
+        ({"offload_states": "tape"}, "offload_states: expected one of none, disk"),
+        ({"offload_gradients": "tape"}, "offload_gradients: expected one of none, disk"),
+        ({"offload_gradients": "disk", "stage": 1, "ranks": 2}, "no offload_gradients, which takes stage 0 too"),
         ({"stage": 4}, "stage: expected one of 0, 1, 2, 3"),
         ({"state_bits": 5}, "state_bits: expected one of 32, 16, 8, 4"),
         ({"micro_batch": 3, "batch": 2}, "micro_batch: expected a number of rows from 1 to batch=2"),
@@ -328,7 +414,6 @@ def test_nothing_of_a_plan_is_left_behind(config):
         ({"dtype": "float64"}, "dtype: expected one of bfloat16, float32"),
         ({"reduce_dtype": "float16"}, "reduce_dtype: expected one of bfloat16, float32"),
         ({"device": "tpu"}, "device: expected cpu, or cuda"),
-        ({"optimizer": "muon", "stage": 3, "ranks": 2}, "stage: expected one of 0, 1, 2, got 3"),
         ({"step_in_backward": True, "stage": 1, "ranks": 2}, "step_in_backward: it steps once a backward"),
     ],
 )

@@ -1,0 +1,44 @@
+"""Bytes that each trained parameter has of something, and which of them a tier takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+TIER_BYTES = 1 << 20  # of a parameter, from which on they move: the optimizers' min_bytes
+AHEAD = 2  # parameters that are fetched ahead: their prefetch
+
+
+class PerParameter:
+    """Of the parameters in their order, each with how many equal ones it stands for."""
+
+    def __init__(self, sizes: Iterable[tuple[int, int]]) -> None:
+        self._sizes = tuple(sizes)
+
+    @property
+    def total(self) -> int:
+        return sum(nbytes * times for nbytes, times in self._sizes)
+
+    @property
+    def moved(self) -> int:
+        """Of those that a tier takes."""
+        return sum(nbytes * times for nbytes, times in self._sizes if nbytes >= TIER_BYTES)
+
+    @property
+    def largest(self) -> int:
+        """Of those that a tier takes, the largest; 0: it takes none."""
+        return max(self._taken(), default=0)
+
+    @property
+    def in_flight(self) -> int:
+        """What is on a device at most, of those that a tier takes, while one of them is computed with: itself, the one
+        before on its way back, and those that are fetched ahead."""
+        sizes = [0, *self._taken()]
+        return max((sum(sizes[i - 1 : i + 1 + AHEAD]) for i in range(1, len(sizes))), default=0)
+
+    def _taken(self) -> list[int]:
+        """One after the other; of equal ones as many as are in flight together."""
+        sizes: list[int] = []
+        for nbytes, times in self._sizes:
+            if nbytes >= TIER_BYTES:
+                sizes += [nbytes] * min(times, AHEAD + 2)
+        return sizes
