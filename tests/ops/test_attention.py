@@ -52,18 +52,19 @@ def finite(result):
     return out, torch.where(lse.isinf(), torch.zeros_like(lse), lse)
 
 
-def check(inputs, **options):
+def check(inputs, of=slice(None), **options):
+    """Of (out, lse), those that `of` says."""
     dtype = inputs["q"].dtype
 
     def exact_or_plain(**arguments):
         # At the inputs' own dtype the reference rounds between steps, as eager PyTorch does: the error to compare with.
         inner = arguments["q"].dtype if arguments["q"].dtype != torch.float32 else None
-        return finite(reference.attention(**arguments, inner_dtype=inner))
+        return finite(reference.attention(**arguments, inner_dtype=inner))[of]
 
     seed = options.get("seed")
     reference_options = options | ({"seed": torch.tensor(seed)} if seed is not None else {})
     check_op(
-        lambda **arguments: finite(ops.attention(**arguments, **options, return_lse=True)),
+        lambda **arguments: finite(ops.attention(**arguments, **options, return_lse=True))[of],
         lambda **arguments: exact_or_plain(**arguments, **reference_options),
         inputs,
         atol=2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 8,
@@ -209,6 +210,22 @@ def test_queries_that_see_nothing_give_zero_and_zero_gradients(implementation, d
         assert torch.equal(out[:, :60], torch.zeros_like(out[:, :60])) and lse[..., :60].isneginf().all()
         assert torch.equal(inputs["q"].grad[:, :60], torch.zeros_like(out[:, :60]))
         assert not any(tensor.grad.isnan().any() for tensor in inputs.values())
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype, packed", [*zip(DTYPES, (False, True, False), strict=True)], ids=str)
+def test_the_gradient_of_lse_alone(implementation, dtype, packed):
+    """Of q, k and sinks; that of v is zero."""
+    with implementation.active() as device:
+        inputs = make_inputs(dtype, device, queries=50, keys=61, size=24, packed=packed)
+        inputs["sinks"] = random_tensor(4, dtype=torch.float32, device=device, seed=9)
+        options = {"causal": True, "window": (40, -1), "softcap": 4.0}
+        if packed:
+            options["cu_seqlens_q"] = starts(0, 20, 50).to(device)
+            options["cu_seqlens_k"] = starts(0, 41, 61).to(device)
+        check(inputs | {"v": inputs["v"].detach()}, of=1, **options)
+        ops.attention(**inputs, **options, return_lse=True)[1].sum().backward()
+        assert torch.equal(inputs["v"].grad, torch.zeros_like(inputs["v"]))
 
 
 @on_every_implementation

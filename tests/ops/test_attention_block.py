@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from memkernels import ops
@@ -116,6 +118,24 @@ def test_packed_sequences_equal_each_by_itself(implementation):
         check(inputs, num_heads=4, causal=True, cu_seqlens=starts)
         inputs["x"] = inputs["x"].detach()[0].requires_grad_()
         check(inputs, num_heads=4, causal=True, cu_seqlens=starts, max_seqlen=30)
+
+
+@on_every_implementation
+@settings(max_examples=6, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 23), min_size=1, max_size=3).filter(any), d=st.integers(8, 30),
+    kv_heads=st.integers(1, 2), group=st.integers(1, 3), half_size=st.integers(1, 12), v_size=st.integers(1, 20),
+    turned=st.booleans(), packed=st.booleans(), causal=st.booleans(), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(implementation, lengths, d, kv_heads, group, half_size, v_size, turned, packed, causal, dtype):
+    heads, rows = kv_heads * group, (1, sum(lengths)) if packed else (len(lengths), max(lengths))
+    sizes = {"heads": heads, "kv_heads": kv_heads, "size": 2 * half_size, "v_size": v_size, "d": d}
+    with implementation.active() as device:
+        options = {"num_heads": heads, "causal": causal}
+        if packed:
+            starts = [0, *itertools.accumulate(lengths)]
+            options["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32, device=device)
+        check(make_inputs(rows, dtype, device, **sizes, rotary=2 * half_size * turned), **options)
 
 
 EVERY = ("x", "w_q", "w_k", "w_v", "w_o", "norm_weight", "q_norm_weight", "k_norm_weight", "b_q", "b_o", "sinks",

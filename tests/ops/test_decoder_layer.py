@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from memkernels import ops
@@ -108,6 +110,21 @@ def test_every_part(implementation, parts, options):
         if "dropout_p" in options:
             options["seed"] = torch.tensor(7, device=device)
         check(inputs, **options)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 23), min_size=1, max_size=3).filter(any), d=st.integers(8, 30),
+    f=st.integers(8, 50), tile=st.integers(1, 40), packed=st.booleans(), extras=st.booleans(),
+    post_norms=st.booleans(), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape_and_tile(lengths, d, f, tile, packed, extras, post_norms, dtype):
+    """Of a few channels, since the gradient of a norm of one is rounding alone."""
+    rows, options = (1, sum(lengths)) if packed else (len(lengths), max(lengths)), {}
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    inputs = make_inputs(rows, dtype, extras=extras, post_norms=post_norms, d=d, f=f)
+    check(inputs, causal=True, tile_tokens=tile, **options)
 
 
 EVERY = ("x", "w_q", "w_v", "w_o", "norm_weight", "b_o", "mlp_w_gate", "mlp_w_down", "mlp_norm_weight", "sinks")
