@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from memkernels._library import FLOATING
+from memkernels.integrations import bitsandbytes
 from memkernels.nn.lora_linear import is_conv1d
 from memkernels.ops.checks import PLAIN_TENSORS
 from memkernels.ops.quantized.tensor import QuantizedTensor
@@ -30,7 +31,7 @@ def check_quantizable(layers: Mapping[str, Any]) -> None:
     """
     for name, layer in layers.items():
         weight = layer.weight
-        if isinstance(weight, QuantizedTensor):
+        if _is_quantized(layer):
             continue
         if type(weight) not in PLAIN_TENSORS:
             raise TypeError(f"base: {name}.weight: expected a plain tensor, got {type(weight).__name__}.")
@@ -49,7 +50,7 @@ def quantize_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
     A Conv1D becomes the torch.nn.Linear that computes the same, since storage is by rows of (N, K).
     """
     for layer in layers.values():
-        if isinstance(layer.weight, QuantizedTensor):
+        if _is_quantized(layer):
             continue
         if is_conv1d(layer):
             linear = _as_linear(layer)
@@ -58,6 +59,10 @@ def quantize_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
             del layer.weight
         else:
             layer.weight = nn.Parameter(quantize_nf4(layer.weight.detach()), requires_grad=False)
+
+
+def _is_quantized(layer: Any) -> bool:
+    return bitsandbytes.is_layer(layer) or isinstance(layer.weight, QuantizedTensor)
 
 
 def _as_linear(layer: Any) -> nn.Linear:

@@ -8,7 +8,15 @@ from typing import Any
 from torch import nn
 
 from memkernels.adapters.base import check_base, check_quantizable, quantize_layers
-from memkernels.adapters.layers import ALL_LINEAR, check_layers, check_module, chosen_layers, replace_layers
+from memkernels.adapters.layers import (
+    ALL_LINEAR,
+    bases,
+    check_layers,
+    check_module,
+    chosen_layers,
+    other_linears,
+    replace_layers,
+)
 from memkernels.adapters.report import LoRAReport, report_of
 from memkernels.nn.lora_linear import LoRALinear, check_adapter
 
@@ -30,7 +38,8 @@ def lora(
     `memkernels.patch`, before or after, takes the adapters into its block ops. `save_adapter` writes what PEFT reads.
 
     Args:
-        model: holds the layers, torch.nn.Linear or transformers' Conv1D.
+        model: holds the layers: torch.nn.Linear, transformers' Conv1D, or bitsandbytes' Linear4bit in NF4 and
+            Linear8bitLt, whose weights then count as `memkernels.quant`'s, in the same memory.
         r: rank, from 1 up.
         alpha: scaling is alpha / r, with use_rslora alpha / sqrt(r).
         dropout: probability with which an element of A's input is dropped in training, in [0, 1).
@@ -47,7 +56,8 @@ def lora(
 
     Raises:
         TypeError: model is not a torch.nn.Module; r is no int, or alpha or dropout no number; a layer's weight is not
-            of a floating dtype or, with base, not a plain tensor of float32, bfloat16 or float16.
+            of a floating dtype or, with base, not a plain tensor of float32, bfloat16 or float16; one of bitsandbytes
+            that cannot be read where it is, as one in FP4 or not quantised yet.
         ValueError: r, alpha or dropout is out of its range, or base unknown; a target that matches no layer, or no
             layer at all; a layer with hooks or a forward of its own, which its adapter would drop; a model with
             adapters already; with base, a weight that is not finite. The model is unchanged.
@@ -57,7 +67,8 @@ def lora(
     check_base(base)
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has adapters already.")
-    layers = chosen_layers(model, targets)
+    targets = targets if isinstance(targets, str) else list(targets)
+    layers, left = chosen_layers(model, targets), other_linears(model, targets)
     check_layers(layers)
     options: dict[str, Any] = {"alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
     if base is not None:
@@ -66,7 +77,7 @@ def lora(
         layers = {name: model.get_submodule(name) for name in layers}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        adapted = {layer: LoRALinear(layer, r, **options) for layer in layers.values()}
+        adapted = {layer: LoRALinear(of, r, **options) for layer, of in bases(model, layers.values()).items()}
     except Exception:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -74,4 +85,4 @@ def lora(
     for layer, of in adapted.items():
         of.train(layer.training)
     replace_layers(model, adapted)
-    return report_of(model, {name: adapted[layer] for name, layer in layers.items()})
+    return report_of(model, {name: adapted[layer] for name, layer in layers.items()}, left)

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from memkernels.adapters.targets import matches
+from memkernels.integrations import bitsandbytes
 from memkernels.integrations.plain import is_own
-from memkernels.nn.lora_linear import LoRALinear, is_adaptable
-from memkernels.ops.checks import check_floating
+from memkernels.nn.lora_linear import LoRALinear, check_base_weight, is_adaptable
+from memkernels.ops.checks import PLAIN_TENSORS
 
 ALL_LINEAR = "all-linear"
 
@@ -60,20 +61,42 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, A
     return {name: layer for name, layer in layers.items() if matches(name, wanted)}
 
 
+def other_linears(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """The names of what `targets` name and looks like a linear layer, of classes that carry no adapter."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+        and not is_adaptable(module)
+        and (targets == ALL_LINEAR or matches(name, [targets] if isinstance(targets, str) else targets))
+    ]
+
+
 def check_layers(layers: Mapping[str, Any]) -> None:
     """That each may carry an adapter, under which its tensors are read and it is never called.
 
     Raises:
-        TypeError: a weight that is not of a floating dtype; it is named.
+        TypeError: a weight that is not of a floating dtype, or one of bitsandbytes that cannot be read; it is named.
         ValueError: a layer with hooks, or with a forward of its own; it is named.
     """
     for name, layer in layers.items():
-        check_floating(f"{name}.weight", layer.weight)
+        check_base_weight(name, layer)
         if not is_own(layer):
             raise ValueError(
                 f"{name}: expected a layer without hooks and with its class's forward, since an adapter's layer reads "
                 "its tensors and never calls it."
             )
+
+
+def bases(model: nn.Module, layers: Iterable[Any]) -> dict[Any, Any]:
+    """By layer, the one that its adapter goes on: itself, or what reads a weight of bitsandbytes where it is.
+
+    The values of such a weight come in the dtype of the model's first plain parameter, which is that of its inputs:
+    compute_dtype may be another, and so may be that of the checkpoint.
+    """
+    dtype = next((of.dtype for of in model.parameters() if type(of) in PLAIN_TENSORS and of.is_floating_point()), None)
+    return {layer: bitsandbytes.as_linear(layer, dtype) if bitsandbytes.is_layer(layer) else layer for layer in layers}
 
 
 def replace_layers(model: nn.Module, adapted: Mapping[nn.Module, LoRALinear]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from memkernels.adapters.config import AdapterConfig, read_config
-from memkernels.adapters.layers import check_layers, check_module, linear_layers, replace_layers
+from memkernels.adapters.layers import bases, check_layers, check_module, linear_layers, replace_layers
 from memkernels.adapters.tensors import WEIGHTS, check_tensors, key_of, read_tensors
-from memkernels.nn.lora_linear import LoRALinear
+from memkernels.nn.lora_linear import LoRALinear, shape_of
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
@@ -22,7 +22,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     float32, and becomes float32 otherwise.
 
     Args:
-        model: without adapters: they are put where the file has them, and everything else is frozen. With adapters of
+        model: without adapters: they are put where the file has them, on layers that `memkernels.lora` takes,
+            bitsandbytes' among them, and everything else is frozen. With adapters of
             `memkernels.lora`: on the same layers and of the same ranks as the file's, which take their place.
         directory: holds adapter_config.json and adapter_model.safetensors.
 
@@ -30,7 +31,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         The names of the layers that carry an adapter.
 
     Raises:
-        TypeError: model is not a torch.nn.Module.
+        TypeError: model is not a torch.nn.Module; a layer whose weight cannot carry an adapter, as one in FP4.
         FileNotFoundError: a file is missing.
         ValueError: a file that is damaged, of another kind of adapter or of another model, or lacks tensors of a layer
             that the configuration's target_modules name; file and key are named. A layer with hooks or a forward of
@@ -61,7 +62,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             raise ValueError(f"{file}: {key_of(name, 'lora_A')}: missing, though target_modules names the layer.")
     if not present:
         check_layers({name: layers[name] for name in tensors})
-        adapted = {layers[name]: _adapted(layers[name], config, name) for name in tensors}
+        read = bases(model, (layers[name] for name in tensors))
+        adapted = {layers[name]: _adapted(read[layers[name]], config, name) for name in tensors}
         replace_layers(model, adapted)
         layers = {name: adapted[layers[name]] for name in tensors}
     for name, of in tensors.items():
@@ -71,7 +73,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
 
 def _shapes(config: AdapterConfig, name: str, layer: Any) -> dict[str, tuple[int, ...]]:
     r = config.rank_of(name)
-    n, k = layer.weight.shape if isinstance(layer, (LoRALinear, nn.Linear)) else layer.weight.t().shape
+    n, k = layer.weight.shape if isinstance(layer, LoRALinear) else shape_of(layer)
     return {"lora_A": (r, k), "lora_B": (n, r)} | ({"lora_magnitude_vector": (n,)} if config.use_dora else {})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,8 +22,9 @@ class LoRAReport:
         quantized: the names of those layers whose weight is quantised.
         stored_bytes: that their weights take.
         dense_bytes: that they would take as dense ones.
-        left: the names of parameters of three or more dimensions, as experts' are that are one tensor, which carry no
-            adapter and are stored as they were.
+        left: what carries no adapter and is stored as it was: the names of targets that look like linear layers and are
+            of a class that takes none, and of parameters of three or more dimensions, as experts' are that are one
+            tensor.
     """
 
     model: str
@@ -40,14 +41,15 @@ class LoRAReport:
             stored, dense = (f"{size / 1e6:.4g} MB" for size in (self.stored_bytes, self.dense_bytes))
             text += f"; {len(self.quantized)} of them over quantised weights: {stored}, dense {dense}"
         if self.left:
-            text += f"; left as they are: {len(self.left)} parameters of more than two dimensions, {self.left[0]} first"
+            text += f"; left as they are: {len(self.left)} layers or parameters of other kinds, {self.left[0]} first"
         return text
 
 
-def report_of(model: nn.Module, adapted: Mapping[str, LoRALinear]) -> LoRAReport:
+def report_of(model: nn.Module, adapted: Mapping[str, LoRALinear], left: Sequence[str]) -> LoRAReport:
+    """`left`: layers, beside parameters of more than two dimensions."""
     trained = sum(parameter.numel() for layer in adapted.values() for parameter in layer.adapter.values())
     weights = {name: layer.weight for name, layer in adapted.items() if isinstance(layer.weight, QuantizedTensor)}
     stored = sum(part.nbytes for weight in weights.values() for part in weight.parts)
     dense = sum(weight.numel() * weight.dtype.itemsize for weight in weights.values())
-    left = [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
-    return LoRAReport(type(model).__name__, list(adapted), trained, list(weights), stored, dense, left)
+    stacked = [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
+    return LoRAReport(type(model).__name__, list(adapted), trained, list(weights), stored, dense, [*left, *stacked])

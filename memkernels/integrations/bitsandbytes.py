@@ -33,6 +33,29 @@ def why_not(module: Any, x: Tensor | None = None) -> str | None:
     return _why_not_8bit(module, x) if type(module).__name__ in _8BIT else _why_not_4bit(module, x)
 
 
+def why_unreadable(module: Any) -> str | None:
+    """What keeps a layer's weight from being read where it is, whatever the layer computes in; None where it may."""
+    return _unreadable_8bit(module) if type(module).__name__ in _8BIT else _unreadable_4bit(module)
+
+
+def as_linear(module: Any, dtype: torch.dtype | None = None) -> torch.nn.Linear:
+    """A torch.nn.Linear over the weight of a layer to which `why_unreadable` has nothing; nothing is copied but a bias.
+
+    Its values and bias come in dtype, for inputs of that dtype. None: in that of the bias or, if there is none, that of
+    what was quantised, which is float16 in 8 bits.
+    """
+    is_8bit = type(module).__name__ in _8BIT
+    if dtype is None and module.bias is not None:
+        dtype = module.bias.dtype
+    dtype = dtype or (torch.float16 if is_8bit else _state(module).dtype)
+    weight = _of_8bit(module, dtype) if is_8bit else _of_4bit(module, dtype)
+    linear = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta").train(module.training)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        linear.bias = torch.nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    return linear
+
+
 def values_dtype(module: Any, x: Tensor | None = None) -> torch.dtype | None:
     """The dtype of a linear module's weight, or that in which one of bitsandbytes' computes in a call with x.
 
@@ -64,14 +87,20 @@ def weight_and_bias(module: Any, x: Tensor) -> tuple[QuantizedTensor, Tensor | N
     return weight, None if module.bias is None else module.bias.to(dtype)
 
 
-def _why_not_4bit(module: Any, x: Tensor | None) -> str | None:
+def _unreadable_4bit(module: Any) -> str | None:
     state = _state(module)
     if state is None:
         return "a 4-bit weight that bitsandbytes has yet to quantise"
     if state.quant_type != "nf4":
         return f"a weight in {state.quant_type.upper()}"
-    if not _is_known(module, state):
-        return "a 4-bit weight in another layout"
+    return None if _is_known(module, state) else "a 4-bit weight in another layout"
+
+
+def _why_not_4bit(module: Any, x: Tensor | None) -> str | None:
+    unreadable = _unreadable_4bit(module)
+    if unreadable is not None:
+        return unreadable
+    state = _state(module)
     given = state.dtype if x is None else product_dtype(x)
     if given != values_dtype(module):
         return f"a compute_dtype of {values_dtype(module)} for an input of {given}"
@@ -109,8 +138,7 @@ def _is_known(module: Any, state: Any) -> bool:
     )
 
 
-def _why_not_8bit(module: Any, x: Tensor | None) -> str | None:
-    """In evaluation bitsandbytes rounds the input to 8 bits too."""
+def _unreadable_8bit(module: Any) -> str | None:
     stored, scales = module.weight, _scales(module)
     shape = (module.out_features, module.in_features)
     if module.state.has_fp16_weights or stored.dtype != torch.int8 or scales is None:
@@ -118,7 +146,13 @@ def _why_not_8bit(module: Any, x: Tensor | None) -> str | None:
     known = type(stored).__name__ == "Int8Params" and tuple(stored.shape) == shape and stored.is_contiguous()
     if not known or scales.dtype != torch.float32 or tuple(scales.shape) != shape[:1]:
         return "an 8-bit weight in another layout"
-    return None if module.training or x is None else "an 8-bit weight in evaluation"
+    return None
+
+
+def _why_not_8bit(module: Any, x: Tensor | None) -> str | None:
+    """In evaluation bitsandbytes rounds the input to 8 bits too."""
+    in_evaluation = None if module.training or x is None else "an 8-bit weight in evaluation"
+    return _unreadable_8bit(module) or in_evaluation
 
 
 def _of_8bit(module: Any, dtype: torch.dtype) -> Int8Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memkernels.integrations import bitsandbytes
 from memkernels.nn.row_squares import kept_row_squares
 from memkernels.ops.checks import check_floating
 from memkernels.ops.lora_linear.norm import adapted_row_norms, row_squares, row_tiles
@@ -36,8 +37,10 @@ class LoRALinear(torch.nn.Module):
     `.data` or to a shard of FSDP2 is not seen.
 
     Args:
-        base_layer: torch.nn.Linear, whose weight may be one of `memkernels.quant`, or transformers' Conv1D, whose
-            weight is (K, N).
+        base_layer: torch.nn.Linear, whose weight may be one of `memkernels.quant`; transformers' Conv1D, whose weight
+            is (K, N); or a Linear4bit in NF4 or Linear8bitLt of bitsandbytes, which becomes a torch.nn.Linear over a
+            weight of `memkernels.quant` in the same memory, for inputs of the bias's dtype or, without one, of that
+            of what was quantised (float16 in 8 bits): `.to(dtype)` changes it, and no input is rounded to 8 bits.
         r: rank, from 1 up.
         alpha: scaling is alpha / r.
         dropout: probability with which an element of A's input is dropped in training, in [0, 1).
@@ -47,8 +50,8 @@ class LoRALinear(torch.nn.Module):
         dtype: the adapter's; None: float32, or float64 if W's is.
 
     Raises:
-        TypeError: base_layer is no linear layer, or its weight not of a floating dtype; r is no int, or alpha or
-            dropout no number.
+        TypeError: base_layer is no linear layer, or its weight not of a floating dtype, or one of bitsandbytes that
+            cannot be read where it is, as one in FP4; r is no int, or alpha or dropout no number.
         ValueError: r, alpha or dropout is out of its range.
 
     Saved for backward, beside the parameters: x itself, K elements a token, r elements of A's dtype, and dropout's
@@ -70,8 +73,10 @@ class LoRALinear(torch.nn.Module):
         super().__init__()
         if not is_adaptable(base_layer):
             raise TypeError(f"base_layer: expected a torch.nn.Linear or a Conv1D, got {type(base_layer).__name__}.")
-        check_floating("base_layer.weight", base_layer.weight)
+        check_base_weight("base_layer", base_layer)
         check_adapter(r, alpha, dropout)
+        if bitsandbytes.is_layer(base_layer):
+            base_layer = bitsandbytes.as_linear(base_layer)
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.alpha, self.dropout_p, self.use_rslora = r, alpha, dropout, use_rslora
         self.adapter_name = adapter_name
@@ -201,8 +206,28 @@ class LoRALinear(torch.nn.Module):
 
 
 def is_adaptable(module: Any) -> bool:
-    """Whether it is a linear layer that LoRALinear takes."""
-    return type(module) is torch.nn.Linear or is_conv1d(module)
+    """Whether it is a linear layer that LoRALinear takes, if `check_base_weight` lets its weight pass."""
+    return type(module) is torch.nn.Linear or is_conv1d(module) or bitsandbytes.is_layer(module)
+
+
+def check_base_weight(name: str, layer: Any) -> None:
+    if not bitsandbytes.is_layer(layer):
+        check_floating(f"{name}.weight", layer.weight)
+        return
+    unreadable = bitsandbytes.why_unreadable(layer)
+    if unreadable is not None:
+        raise TypeError(
+            f"{name}: expected a weight that can be read where it is, got {unreadable}: quantise to NF4 or 8 bits, and "
+            "before the model is evaluated; or take PEFT's adapters, whose products bitsandbytes then computes."
+        )
+
+
+def shape_of(layer: Any) -> tuple[int, int]:
+    """(N, K) of a layer that `is_adaptable`."""
+    if is_conv1d(layer):
+        k, n = layer.weight.shape
+        return n, k
+    return layer.out_features, layer.in_features
 
 
 def check_adapter(r: Any, alpha: Any = 1.0, dropout: Any = 0.0) -> None:

@@ -136,7 +136,20 @@ def test_experts_that_are_one_tensor_are_reported():
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=101, num_local_experts=2, **sizes))
     report = memkernels.lora(model, base="nf4")
     assert report.left == [f"model.layers.{i}.mlp.experts.{of}" for i in (0, 1) for of in ("gate_up_proj", "down_proj")]
-    assert "left as they are: 4 parameters of more than two dimensions, model.layers.0.mlp" in str(report)
+    assert "left as they are: 4 layers or parameters of other kinds, model.layers.0.mlp" in str(report)
+
+
+def test_layers_of_other_classes_are_reported():
+    class Linear(torch.nn.Linear):
+        """As that of another library."""
+
+    model = make_model()
+    name = "model.layers.0.self_attn.q_proj"
+    model.set_submodule(name, Linear(24, 24))
+    for targets in ("all-linear", iter(["q_proj"])):
+        report = memkernels.lora(copy.deepcopy(model), targets=targets)
+        assert report.left == [name] and name not in report.adapted
+    assert not memkernels.lora(model, targets=["k_proj"]).left
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
