@@ -17,6 +17,7 @@ from memkernels._library import FLOATING
 from memkernels.adapters.base import check_base
 from memkernels.adapters.layers import ALL_LINEAR, check_module, chosen_layers
 from memkernels.adapters.shards import Shards, find_shards
+from memkernels.quant.checkpoint import from_plain, keys_of
 from memkernels.quant.nf4 import quantize_nf4
 
 
@@ -51,13 +52,14 @@ def load_base(
 
     Each is read through its file's memory map, which is closed after it, and the weights of `targets` are quantised
     from there: beside the model as it is then, memory holds one tensor of the file. `lora` with the same targets puts
-    adapters on them. Keys of the files that the model has not are passed over.
+    adapters on them. Weights that the files have in bitsandbytes' NF4 or 8 bits stay so, whatever `targets` and `base`
+    are. Keys of the files that the model has not are passed over.
 
     Args:
         model: built within `parameters_on_meta()`.
         directory: holds model.safetensors, or model.safetensors.index.json and the files that it names.
         targets: as `lora` has it: linear layers whose weights are quantised.
-        base: "nf4", or None: none is quantised.
+        base: "nf4", or None: none is quantised that is not in the files.
         dtype: of the model; quantised weights have their values in it.
 
     Raises:
@@ -65,8 +67,8 @@ def load_base(
         FileNotFoundError: a file is missing.
         ValueError: base is unknown; a target that matches no layer; a tensor of the model that has storage already, or
             a buffer on the meta device that no file holds; a file that is damaged or cut off, lacks a tensor, or has
-            one of another shape or dtype or with an element that is not finite: file and key are named. The model is
-            unchanged.
+            one of another shape or dtype, with an element that is not finite, or quantised where its parts do not fit
+            each other: file and key are named. The model is unchanged.
     """
     check_module(model)
     check_base(base)
@@ -88,12 +90,17 @@ _WHOLE = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A tensor of the model, under all its names, with the key by which the files have it."""
+    """A tensor of the model, under all its names, with the key by which the files have it.
+
+    `stored`: the keys by which they have it quantised, if they do.
+    """
 
     names: list[str]
     key: str
+    shape: tuple[int, ...]
     is_buffer: bool
     quantized: bool
+    stored: list[str]
 
 
 def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
@@ -118,23 +125,39 @@ def _found(of: tuple[list[str], Tensor], shards: Shards, quantized: set[str]) ->
     key = next((name for name in names if name in shards.files), None)
     if key is None:
         raise ValueError(f"{shards.listing}: {names[0]}: missing.")
+    stored, whole = keys_of(key, shards.files), tuple(tensor.shape)
+    if stored and not is_buffer:
+        return _Wanted(names, key, whole, is_buffer, True, stored)
     shape, dtype = shards.shape_and_dtype(key)
-    if shape != tuple(tensor.shape):
-        raise ValueError(f"{shards.files[key]}: {key}: expected shape {tuple(tensor.shape)}, got {shape}.")
+    if shape != whole:
+        raise ValueError(f"{shards.files[key]}: {key}: expected shape {whole}, got {shape}.")
     # One that is also something else's, as a head tied to the embedding is, stays dense.
     quantizes = quantized.issuperset(names)
     if dtype not in _FLOATS and not (dtype == "F64" and not quantizes) and not (is_buffer and dtype in _WHOLE):
         raise ValueError(f"{shards.files[key]}: {key}: expected float32, bfloat16 or float16, got {dtype}.")
-    return _Wanted(names, key, is_buffer, quantizes)
+    return _Wanted(names, key, whole, is_buffer, quantizes, [])
 
 
 def _read(of: _Wanted, shards: Shards, dtype: torch.dtype) -> Tensor:
+    if of.stored:
+        return _read_quantized(of, shards, dtype)
     with shards.read(of.key) as stored:
         if not stored.is_floating_point():
             return stored.clone()
         if stored.numel() and not torch.stack(stored.aminmax()).isfinite().all():
             raise ValueError(f"{shards.files[of.key]}: {of.key}: expected finite values.")
         return quantize_nf4(stored).to(dtype) if of.quantized else stored.to(dtype, copy=True)
+
+
+def _read_quantized(of: _Wanted, shards: Shards, dtype: torch.dtype) -> Tensor:
+    tensors, file = {}, str(shards.files[of.key])
+    for key in of.stored:
+        with shards.read(key) as stored:
+            tensors[key] = stored.clone()
+    weight = from_plain(tensors, file, {of.key: dtype})[of.key]
+    if tuple(weight.shape) != of.shape:
+        raise ValueError(f"{file}: {of.key}: expected shape {of.shape}, got {tuple(weight.shape)}.")
+    return weight.to(dtype)
 
 
 def _assign(model: nn.Module, of: _Wanted, value: Tensor) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -59,6 +59,12 @@ def from_plain(
     for name in int8_keys.names(state_dict):
         of.tensors[name] = int8_keys.joined(name, of, (int8_dtypes or {}).get(name, torch.float16))
     return of.tensors
+
+
+def keys_of(name: str, keys: Iterable[str]) -> list[str]:
+    """Those of `keys` under which a quantised weight of this name is stored, its own first; none of a dense one."""
+    besides = [key for key in keys if key.startswith(f"{name}.") or key in int8_keys.besides(name)]
+    return [name, *besides] if besides else []
 
 
 def save_file(state_dict: Mapping[str, Tensor], path: str | PathLike[str]) -> None:

@@ -78,6 +78,11 @@ def dtypes(header: Mapping[str, str], of: StateDict) -> dict[str, torch.dtype]:
     return {name: of.dtype(_DTYPES_KEY, dtype) for name, dtype in said.items()}
 
 
+def besides(name: str) -> tuple[str, ...]:
+    """The keys of a weight beside its own."""
+    return tuple(key for key in _keys(name) if key is not None)
+
+
 def _keys(name: str) -> tuple[str, str | None]:
     """Those of the rows' absolute maxima and of the format; the latter only beside a name that ends in "weight"."""
     parent, dot, last = name.rpartition(".")

@@ -110,6 +110,46 @@ def test_buffers_are_real_and_those_of_files_are_filled(tmp_path):
         memkernels.load_base(model, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("quantize", "besides", "message"),
+    [
+        (quant.quantize_nf4, "weight.absmax", r"weight\.absmax: missing, though the weight is in NF4"),
+        (quant.quantize_int8, "SCB", r"SCB: missing, though the weight is in int8"),
+    ],
+    ids=["nf4", "int8"],
+)
+def test_weights_that_the_files_have_quantised_stay_so(quantize, besides, message, tmp_path):
+    """As bitsandbytes' checkpoints have them."""
+    save(tmp_path)
+    file, layer = tmp_path / "model.safetensors", "model.layers.1.mlp.down_proj"
+    stored = {name: quantize(of) if "_proj" in name else of for name, of in load_file(file).items()}
+    quant.save_file(stored, file)
+    for base in ("nf4", None):
+        model = empty()
+        memkernels.load_base(model, tmp_path, base=base)
+        for name, parameter in model.named_parameters():
+            expected = stored[name]
+            assert parameter.dtype == torch.bfloat16 and not parameter.requires_grad
+            pairs = zip(parameter.parts, expected.parts, strict=True) if "_proj" in name else [(parameter, expected)]
+            assert all(torch.equal(*pair) for pair in pairs), name
+    report = memkernels.lora(model, 3)
+    assert report.quantized == report.adapted and len(report.adapted) == 14
+    assert model(input_ids=IDS).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"gate_proj\.weight: expected shape \(80, 64\), got \(96, 64\)"):
+        memkernels.load_base(empty(intermediate_size=80), tmp_path)
+    for change, expected in (
+        (lambda of: of.pop(f"{layer}.{besides}"), message),
+        (lambda of: of.update({k.replace(layer, "x"): of.pop(k) for k in list(of) if layer in k}), "weight: missing"),
+    ):
+        plain = load_file(file)
+        change(plain)
+        save_file(plain, file)
+        model = empty()
+        with pytest.raises(ValueError, match=rf"model\.safetensors: {layer}\.{expected}"):
+            memkernels.load_base(model, tmp_path)
+        assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def load_peak(folder, layers, size):
     with memkernels.parameters_on_meta():
         model, first = (
