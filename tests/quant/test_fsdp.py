@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from memkernels import nn, ops, quant
 
@@ -66,8 +66,27 @@ def train(rank, port, kind, results):
         worst = max(worst, abs(losses[0] - losses[1]))
     dense = plain[0].weight.dequantize()[rank * 256 : rank * 256 + 256]
     same = torch.equal(model[0].weight.to_local().dequantize(), dense)
-    results[rank] = worst, same, bytes_held, type(local).__name__
+    results[rank] = worst, same, bytes_held, type(local).__name__, mixed_losses(kind, mesh)
     dist.destroy_process_group()
+
+
+def mixed_losses(kind, mesh):
+    """Loss and a gradient's norm with bfloat16 computing over float32 shards, and of a model that is bfloat16."""
+    model, plain = build(kind), build(kind).to(torch.bfloat16)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+    found = []
+    for of in (model, plain):
+        loss = of(x).float().square().mean()
+        loss.backward()
+        gradient = of[0].lora_b.grad
+        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        found.append((loss.item(), gradient.float()))
+    (ours, gradient), (expected, of_plain) = found
+    return ours, expected, ((gradient - of_plain).norm() / of_plain.norm()).item()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -78,5 +97,6 @@ def test_training_equals_that_of_one_process(kind):
     results = mp.get_context("spawn").Manager().dict()
     mp.spawn(train, (port, kind, results), nprocs=2)
     whole = sum(part.nbytes for part in build(kind)[0].weight.parts)
-    for worst, same, held, name in results.values():
+    for worst, same, held, name, (ours, expected, gradient_error) in results.values():
         assert worst < 1e-6 and same and held < 0.6 * whole and name == {"nf4": "NF4Tensor", "int8": "Int8Tensor"}[kind]
+        assert ours == expected and gradient_error < torch.finfo(torch.bfloat16).eps  # which plain rounds to
