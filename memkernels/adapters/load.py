@@ -33,9 +33,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     Raises:
         TypeError: model is not a torch.nn.Module; a layer whose weight cannot carry an adapter, as one in FP4.
         FileNotFoundError: a file is missing.
-        ValueError: a file that is damaged, of another kind of adapter or of another model, or lacks tensors of a layer
-            that the configuration's target_modules name; file and key are named. A layer with hooks or a forward of
-            its own, which its adapter would drop. The model is as it was.
+        ValueError: a file that is damaged, of another kind of adapter or of another model, has values that are not
+            finite, or lacks tensors of a layer that target_modules name; file and key are named. A layer with hooks or
+            a forward of its own, which its adapter would drop. The model is as it was.
     """
     check_module(model)
     (config, targets), file = read_config(Path(directory)), Path(directory) / WEIGHTS

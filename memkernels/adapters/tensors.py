@@ -26,7 +26,8 @@ def read_tensors(file: Path) -> dict[str, dict[str, Tensor]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated or no safetensors file, or a key is none of an adapter; file and key are named.
+        ValueError: it is truncated or no safetensors file, or a key is none of an adapter, or of values that are not
+            finite; file and key are named.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -44,6 +45,8 @@ def read_tensors(file: Path) -> dict[str, dict[str, Tensor]]:
             raise ValueError(f"{file}: {key}: not a key of a linear layer's LoRA adapter.")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"{file}: {key}: expected a floating dtype, got {tensor.dtype}.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {key}: expected finite values.")
         layers.setdefault(key[len(_PREFIX) : -len(_SUFFIXES[kind])], {})[kind] = tensor
     if not layers:
         raise ValueError(f"{file}: it holds no adapter.")

@@ -218,14 +218,16 @@ def test_a_shared_weight_is_not_merged_into():
     assert torch.equal(head.model.embed_tokens.weight, embedding)
 
 
-def merge_peak(layers, size):
+def merge_peaks(layers, size):
     model = torch.nn.Sequential(*(torch.nn.Linear(size, size, dtype=torch.bfloat16) for _ in range(layers)))
     memkernels.lora(model, 8, use_dora=True)
-    return peak_bytes(lambda: memkernels.merge_adapter(model))
+    of_merge = peak_bytes(lambda: memkernels.merge_adapter(model))
+    return of_merge, peak_bytes(lambda: memkernels.unmerge_adapter(model))
 
 
 def test_a_merge_needs_a_tile_of_one_layer():
-    assert run_in_child(merge_peak, 4, 2048) <= 16 << 20  # one weight in float32 is 16 MiB, four are 64
+    """And so does taking it out again."""
+    assert max(run_in_child(merge_peaks, 4, 2048)) <= 16 << 20  # one weight in float32 is 16 MiB, four are 64
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -321,6 +323,8 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
          rf"{KEY}s\.lora_B\.weight: LlamaForCausalLM has no"),
         (change_tensors(lambda of: of.update({f"{KEY}.lora_B.weight": torch.zeros(24, 3).long()})), ValueError,
          rf"{KEY}\.lora_B\.weight: expected a floating dtype"),
+        (change_tensors(lambda of: of[f"{KEY}.lora_B.weight"][3].fill_(float("nan"))), ValueError,
+         rf"adapter_model\.safetensors: {KEY}\.lora_B\.weight: expected finite values"),
         (change_tensors(lambda of: of.update({"head": torch.zeros(1)})), ValueError, "head: not a key"),
         (change_tensors(lambda of: of.clear()), ValueError, "holds no adapter"),
     ],
