@@ -100,25 +100,31 @@ def estimate(
         return _of_fsdp2(sizes, complete, ranks, sent, parts) if stage == 3 else of_buckets
 
     to_tier = technique.offload_gradients != "none"
+    sums = sizes.gradients  # with ZeRO a rank's of each bucket
+    if stage:
+        sums = PerParameter((math.ceil(nbytes / ranks), 1) for nbytes in sizes.buckets)
+    if to_tier and stage and not on_host:
+        of_buckets += sums.in_flight
 
     def gradients_at(moment: Moment) -> int:
+        if to_tier and stage:
+            return sums.total - sums.moved
         if to_tier:
             return step.small_gradients if parts > 1 else moment.gradients
         return _gradients(moment, technique, sizes, parts, ranks)
 
     states = _States(technique, sizes.states[technique.state_bits], ranks, on_host)
-    kept = [
-        (of, gradients_at(of), exchanged(of.gradients)) for of in (step.tiered[parts > 1] if to_tier else step.moments)
-    ]
+    moments = step.tiered[parts > 1] if to_tier and not stage else step.moments
+    kept = [(of, gradients_at(of), exchanged(of.gradients)) for of in moments]
     if technique.step_in_backward:
         kept += [(of._replace(transients=of.transients + states.fetched(0)), 0, 0) for of in step.updates]
     elif step.update or states.moved or to_tier:
         # With ZeRO a rank's parameters' gradients are whole for an update that needs them so.
         taken = states.fetched(step.update) + (math.ceil(sizes.trained / ranks) if stage and step.update else 0)
         complete = math.ceil(sizes.trained / ranks) if stage == 3 else gradients_at(Moment(step.gradients, 0, 0))
-        if to_tier:
+        if to_tier and not stage:
             complete = step.small_gradients
-            taken += 0 if on_host else sizes.gradients.in_flight
+            taken += 0 if on_host else sums.in_flight
         kept.append((Moment(0, 0, taken), complete, of_buckets))
     if stage == 3:  # when backward ends, gradients outside of layers are copied and sent
         outside, trained = sizes.outside
@@ -129,12 +135,12 @@ def estimate(
     moved = (
         (technique.offload, step.moved, parts),
         (technique.offload_states, states.moved, 1),
-        (technique.offload_gradients, sizes.gradients.moved, parts),
+        (technique.offload_gradients, sums.moved, parts),
     )
     staged = 0
     if on_host:  # in staging blocks, besides which a parameter's states, or its sum until it is written anew, are lent
         of_states = min(states.moved, STAGING_BYTES + sizes.states[technique.state_bits].largest)
-        of_gradients = min(sizes.gradients.moved, STAGING_BYTES) + (sizes.gradients.largest if parts > 1 else 0)
+        of_gradients = min(sums.moved, STAGING_BYTES) + (sums.largest if parts > 1 or stage else 0)
         blocks = (min(step.moved, STAGING_BYTES), of_states, of_gradients)
         staged = sum(of for of, (tier, _, _) in zip(blocks, moved, strict=True) if tier == "disk")
     bytes_by_part = (

@@ -129,8 +129,8 @@ def plan(
         micro_batch: rows computed at a time.
         step_in_backward: whether `optim.step_in_backward` steps.
         offload_states: as offload, where the states are between steps (`optim.offload_states`).
-        offload_gradients: as offload, where gradients are until the step (`optim.offload_gradients`); with stage 0, and
-            without step_in_backward.
+        offload_gradients: as offload, where gradients are until the step (`optim.offload_gradients`), at stage 2 their
+            sums (`ShardedOptimizer.offload_gradients`); not at stages 1 and 3, and without step_in_backward.
         device: "cpu" or "cuda", whose code is traced; by default cuda where torch finds a device.
 
         Of those from recompute to offload_gradients all are tried where None is given; "transformers" only as it is.
@@ -192,7 +192,7 @@ def plan(
             ):
                 if within and (level > 0 or size < batch):
                     continue
-                if of_gradients != "none" and (within or level > 0):
+                if of_gradients != "none" and (within or level not in (0, 2)):
                     continue
                 if (of_states not in ("none", offload_states) and not sizes.states[bits].moved) or (
                     of_gradients not in ("none", offload_gradients) and not sizes.gradients.moved
@@ -207,7 +207,7 @@ def plan(
                 )  # fmt: skip
     if not found:
         raise ValueError("step_in_backward: it steps once a backward, on one rank's gradients: expected stage 0,"
-                         " micro_batch=batch and no offload_gradients, which takes stage 0 too.")  # fmt: skip
+                         " micro_batch=batch and no offload_gradients, which takes stage 0 or 2.")  # fmt: skip
     fitting = sorted((of for of in found if of.peak <= limit), key=_cost)
     others = sorted((of for of in found if of.peak > limit), key=lambda of: of.peak)
     return Plan(_title(job, sizes.count, batch, ranks), limit, (*fitting, *others))

@@ -150,7 +150,7 @@ def test_gradients_leave_for_a_tier_as_soon_as_they_are_complete():
 def test_what_is_offloaded_leaves_a_parameters_share_in_memory():
     m = TIER_BYTES
     sizes = Sizes(
-        12 * m, 12 * m, (), 4, (0, 0), (0, 0), {32: PerParameter([(8 * m, 3), (5, 2)])}, 3 * m,
+        12 * m, 12 * m, (12 * m,), 4, (0, 0), (0, 0), {32: PerParameter([(8 * m, 3), (5, 2)])}, 3 * m,
         PerParameter([(4 * m, 3)]),
     )  # fmt: skip
     assert (sizes.states[32].total, sizes.states[32].moved) == (24 * m + 10, 24 * m)
@@ -172,6 +172,11 @@ def test_what_is_offloaded_leaves_a_parameters_share_in_memory():
     assert parts("disk", "disk", True) == (0, 0, 8, 24 + 12)
     assert parts("none", "disk", True) == (0, 24, 4, 12) and parts("none", "disk", True, batch=2) == (0, 24, 8, 12 + 4)
     assert parts("none", "disk", False, batch=2) == parts("none", "disk", False) == (0, 24, 3 * 4, 0)
+    # At stage 2 a rank's sums of buckets, here of one.
+    assert parts("none", "none", True, stage=2) == (6, 12, 0, 2 * 12)
+    assert parts("none", "disk", True, stage=2) == (0, 12, 0, 2 * 12 + 6 + 6)
+    assert parts("none", "host", False, stage=2) == (0, 12, 0, 2 * 12 + 6)
+    assert of("none", "disk", True, batch=3, stage=2).disk_bytes == 3 * 2 * 6 * m
     assert (of("disk", "none", True).disk_bytes, of("disk", "none", True).host_bytes) == (2 * 24 * m, 0)
     both = of("disk", "host", False, batch=3)
     assert (both.disk_bytes, both.host_bytes) == (2 * 24 * m, 3 * 2 * 12 * m)
@@ -406,7 +411,7 @@ def test_nothing_of_a_plan_is_left_behind(config):
         ({"offload": "host", "device": "cpu"}, "offload: expected one of none, disk, got 'host'"),
         ({"offload_states": "tape"}, "offload_states: expected one of none, disk"),
         ({"offload_gradients": "tape"}, "offload_gradients: expected one of none, disk"),
-        ({"offload_gradients": "disk", "stage": 1, "ranks": 2}, "no offload_gradients, which takes stage 0 too"),
+        ({"offload_gradients": "disk", "stage": 1, "ranks": 2}, "no offload_gradients, which takes stage 0 or 2"),
         ({"stage": 4}, "stage: expected one of 0, 1, 2, 3"),
         ({"state_bits": 5}, "state_bits: expected one of 32, 16, 8, 4"),
         ({"micro_batch": 3, "batch": 2}, "micro_batch: expected a number of rows from 1 to batch=2"),
