@@ -65,12 +65,13 @@ def micro_batch(
     gradients averaged over ranks are those of all their batches together.
 
     With a `ShardedOptimizer`, which exchanges gradients within backward, pass it as `optimizer`, outside of its
-    `no_sync`: every rank runs as many parts, with a loss of zero where its own are fewer, and what was exchanged before
-    memory ran out is dropped from the optimizer's sums. At stages 1 and 2 a rank whose part fails, be it for memory of
-    the exchange itself, still takes part in its exchange, in memory that was set aside before. For a bucket larger than
-    `bucket_bytes`, and at stage 3, it cannot, and so the ranks exchange one number before each exchange of these, by
-    which the others hear of it. Of memory that runs out within gloo or NCCL they do not hear: they raise RankFailure
-    after the group's timeout.
+    `no_sync` (of several of one model, as with Muon, any at stage 3; at stages 1 and 2 they are refused, and the parts
+    run in a loop of your own): every rank runs as many parts, with a loss of zero where its own are fewer, and what was
+    exchanged before memory ran out is dropped from the optimizer's sums. At stages 1 and 2 a rank whose part fails, be
+    it for memory of the exchange itself, still takes part in its exchange, in memory that was set aside before. For a
+    bucket larger than `bucket_bytes`, and at stage 3, it cannot, and so the ranks exchange one number before each
+    exchange of these, by which the others hear of it. Of memory that runs out within gloo or NCCL they do not hear:
+    they raise RankFailure after the group's timeout.
 
     Args:
         step: takes a part and the number of targets, returns a loss without dimensions.

@@ -352,7 +352,7 @@ def in_one_process(model, cls, params, **options):
     return cls(params, **options)
 
 
-@pytest.mark.parametrize("mesh_shape", [(3,), (2, 2)])
+@pytest.mark.parametrize("mesh_shape", [(3,), pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_by_rows_at_stage_three(mesh_shape, tmp_path):
     before = {}
     for case in ROUND_TRIP:
