@@ -6,9 +6,9 @@
 
 The model has the shape of TinyLlama: d=2048, f=5632, 22 layers, 32 heads with 4 for keys, a vocabulary of 32000. Its
 weights are random, written once to a file, or those of --checkpoint. They are read through the file's memory map, a
-tensor at a time, and quantised to NF4 from there; the dense model, 2.2 GB, never exists. LoRA adapters of rank 16 on
-every linear layer learn Python's standard library, 1024 tokens a step: its bytes, or with --checkpoint what the model's
-own tokenizer makes of it. They are saved as PEFT's two files.
+tensor at a time, and quantised to NF4 from there, unless bitsandbytes did that; the dense model, 2.2 GB, never exists.
+LoRA adapters of rank 16 on every linear layer learn Python's standard library, 1024 tokens a step: its bytes, or with
+--checkpoint what the model's own tokenizer makes of it. They are saved as PEFT's two files.
 
 What memory holds, in MB, of the random model:
 

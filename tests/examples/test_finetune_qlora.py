@@ -90,6 +90,24 @@ def test_a_checkpoint_of_the_users(example, small, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_checkpoint_that_bitsandbytes_quantised(example, small, tmp_path, capsys):
+    """As transformers writes a model that was loaded with load_in_4bit."""
+    from safetensors.torch import load_file
+
+    from memkernels import quant
+
+    folder, file = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    make_checkpoint(folder, example, small)
+    dense = load_file(file)
+    quant.save_file({name: quant.quantize_nf4(of) if "_proj" in name else of for name, of in dense.items()}, file)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = ["--steps", "1", "--tokens", "64", "--checkpoint", str(folder), "--output", str(tmp_path / "adapter")]
+    assert example.main(arguments) == 0
+    assert "14 of them over quantised weights" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("option", ["--steps", "--tokens"])
 def test_bad_arguments(example, capsys, option, tmp_path):
     assert example.main([option, "0", "--output", str(tmp_path / "x")]) == 2
