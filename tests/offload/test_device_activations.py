@@ -247,12 +247,13 @@ def test_what_is_sent_ahead_and_dropped_is_held_until_it_arrived(cuda):
     kept = TieredStore("host")
     stored = [kept.put(noise(seed)) for seed in range(2)]
     kept.load(stored[0])
-    cuda.timing(into=20 * SLOW)
+    cuda.timing(into=100 * SLOW)
     kept.load(stored[0], then=[stored[1]])
     arrival = stored[1].arrival
     arriving = StorageWeakRef(arrival.tensor.untyped_storage())
     arrival.tensor = None
     stored.clear()
+    kept.let_go()
     assert not arriving.expired() and not arrival.copy.done()
     wait_until(arrival.copy.done)
     kept.let_go()
