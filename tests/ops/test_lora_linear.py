@@ -146,13 +146,14 @@ class SeededDropout(torch.nn.Module):
         return torch.where(keep, x / (1 - self.dropout_p), 0.0)
 
 
-@on_every_implementation
+@pytest.mark.parametrize("implementation", implementations("row_dropout")[-2:], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("adapter", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(("magnitude", "rslora"), [(False, False), (False, True), (True, False)])
 def test_agrees_with_peft(implementation, dtype, adapter, dropout_p, magnitude, rslora):
-    inputs = make_inputs((2, 33), 60, 70, 9, dtype, adapter=adapter, magnitude=magnitude)
+    """On a CPU and on a GPU; CPUs differ in the dropout alone, which is tested on each."""
+    inputs = make_inputs((2, 15), 60, 70, 9, dtype, adapter=adapter, magnitude=magnitude)
     names = ("x", "lora_a", "lora_b", *(("magnitude",) if magnitude else ()))
     results = {}
     for kind, of in (("plain", dtype), ("exact", torch.float64)):
