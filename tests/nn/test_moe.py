@@ -225,7 +225,11 @@ def test_nan_among_the_logits_is_named_unless_it_is_padding(make):
     x[3, 5] = torch.nan
     with pytest.raises(RuntimeError, match="logits: expected numbers, got NaN: x or the weight of the router holds"):
         router(x)
-    assert router(x, padding).z_loss.isfinite()
+    x.requires_grad_()
+    routing = router(x, padding)
+    loss = routing.expert_weights.sum() + routing.load_balance_loss + routing.z_loss
+    for gradient in torch.autograd.grad(loss, (x, router.weight)):
+        assert gradient.isfinite().all()
     router.weight.data[2, 1] = torch.nan
     with pytest.raises(RuntimeError, match="logits: expected numbers, got NaN"):
         router(tokens(), padding)

@@ -62,6 +62,17 @@ def test_several_tiles_of_tokens():
     check_op(router_logits, reference.router_logits, inputs, jitter=JITTER, seed=SEED)
 
 
+@pytest.mark.parametrize("seed", [None, SEED], ids=["quiet", "jitter"])
+def test_padding_has_no_logits_and_no_gradient_whatever_it_holds(seed):
+    padding_mask = torch.arange(23) % 7 == 3
+    inputs = {
+        "x": random_tensor(23, 70, dtype=torch.float32),
+        "weight": random_tensor(5, 70, dtype=torch.float32, seed=1, scale=0.1),
+    }
+    inputs["x"].data[padding_mask] = torch.nan
+    check_op(router_logits, reference.router_logits, inputs, jitter=JITTER, seed=seed, padding_mask=padding_mask)
+
+
 def test_a_weight_in_another_dtype():
     inputs = {
         "x": random_tensor(23, 70, dtype=torch.bfloat16),
@@ -101,5 +112,6 @@ def test_opcheck(implementation):
             (memkernels.router_logits_fwd, (x.bfloat16(), weight, seed, JITTER)),
             (memkernels.router_logits_bwd, (dlogits, x, weight, seed, JITTER, torch.float16, True)),
             (memkernels.router_logits_bwd, (dlogits, None, weight, None, 0.0, torch.float32, False)),
+            (memkernels.router_logits_bwd, (dlogits, x, weight, None, 0.0, torch.float32, True, x[:, 0] > 0)),
         ):
             torch.library.opcheck(operator.default, args)

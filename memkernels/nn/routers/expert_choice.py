@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from memkernels.nn.routers.router import ROUNDING, Router, Routing, check_padding_mask, largest
+from memkernels.nn.routers.router import ROUNDING, Router, Routing, largest
 from memkernels.ops.moe.plan import expert_choice_plan
 
 
@@ -55,8 +55,7 @@ class ExpertChoiceRouter(Router):
             ValueError: a shape or dtype other than those.
             RuntimeError: NaN among the logits; on a GPU a device-side assertion.
         """
-        logits = self.logits(x)
-        check_padding_mask(padding_mask, x.shape[0])
+        logits = self.logits(x, padding_mask)
         scores = logits.softmax(1)
         order = scores.detach() if padding_mask is None else scores.detach().masked_fill(padding_mask[:, None], -1.0)
         tokens = x.shape[0]

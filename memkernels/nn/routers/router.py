@@ -27,7 +27,7 @@ class Routing(NamedTuple):
         expert_weights: likewise, float32, with gradient to the router.
         load_balance_loss: a scalar, as the router defines it, not yet scaled by a coefficient.
         z_loss: the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5), not yet scaled.
-        logits: (T, E), float32.
+        logits: (T, E), float32; zero of padding.
     """
 
     plan: DispatchPlan
@@ -71,18 +71,25 @@ class Router(torch.nn.Module):
         std = math.sqrt(0.1 / self.weight.shape[1])
         torch.nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(T, E), float32, of x (T, d).
+    def logits(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """(T, E), float32, of x (T, d); zero, and without a gradient, where padding_mask (T,), bool, is True.
 
         Raises:
             TypeError: x is not of a floating dtype.
-            ValueError: another shape.
+            ValueError: another shape; a padding_mask that is not so.
+            RuntimeError: a token's logits are NaN, padding aside; on a GPU a device-side assertion.
         """
         check_floating("x", x)
         if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
             raise ValueError(f"x: expected shape (T, {self.weight.shape[1]}), got {tuple(x.shape)}.")
+        check_padding_mask(padding_mask, x.shape[0])
         seed = seed_tensor(None, x.device) if self.training and self.jitter > 0 else None
-        return router_logits(x, self.weight, jitter=self.jitter, seed=seed)
+        logits = router_logits(x, self.weight, jitter=self.jitter, seed=seed, padding_mask=padding_mask)
+        torch._assert_async(
+            ~logits.isnan().any(),
+            "logits: expected numbers, got NaN: x or the weight of the router holds one, or an infinity.",
+        )
+        return logits
 
     def routing(
         self,
@@ -93,11 +100,7 @@ class Router(torch.nn.Module):
         padding_mask: Tensor | None,
         capacity: int | None,
     ) -> Routing:
-        """Of tokens that chose experts.
-
-        Raises:
-            RuntimeError: a token's logits are NaN, padding aside; on a GPU a device-side assertion.
-        """
+        """Of tokens that chose experts."""
         expert_ids = hide(expert_ids, padding_mask, self.num_experts)
         plan = moe_plan(expert_ids, self.num_experts, capacity=capacity)
         return self.planned(plan, logits, expert_ids, expert_weights, load_balance_loss, padding_mask)
@@ -111,10 +114,7 @@ class Router(torch.nn.Module):
         load_balance_loss: Tensor,
         padding_mask: Tensor | None,
     ) -> Routing:
-        """Raises:
-        RuntimeError: as `routing`.
-        """
-        check_logits(logits, padding_mask)
+        """Of a plan that there is."""
         z_loss = mean_over_tokens(logits.logsumexp(1).square(), padding_mask)
         return Routing(plan, expert_ids, expert_weights, load_balance_loss, z_loss, logits)
 
@@ -131,16 +131,6 @@ def check_padding_mask(padding_mask: Tensor | None, tokens: int) -> None:
             f"padding_mask: expected bool of shape ({tokens},), True where a token is padding, got"
             f" {padding_mask.dtype} of shape {tuple(padding_mask.shape)}."
         )
-
-
-def check_logits(logits: Tensor, padding_mask: Tensor | None) -> None:
-    """(T, E): no token's are NaN, padding aside. The host does not wait for a GPU."""
-    ill = logits.isnan().any(1)
-    if padding_mask is not None:
-        ill = ill & ~padding_mask
-    torch._assert_async(
-        ~ill.any(), "logits: expected numbers, got NaN: x or the weight of the router holds one, or an infinity."
-    )
 
 
 def hide(expert_ids: Tensor, padding_mask: Tensor | None, num_experts: int) -> Tensor:

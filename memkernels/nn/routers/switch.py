@@ -11,7 +11,6 @@ from memkernels.nn.routers.router import (
     ROUNDING,
     Router,
     Routing,
-    check_padding_mask,
     choices_per_expert,
     largest,
     mean_over_tokens,
@@ -69,8 +68,7 @@ class SwitchRouter(Router):
             ValueError: a shape or dtype other than those.
             RuntimeError: NaN among the logits; on a GPU a device-side assertion.
         """
-        logits = self.logits(x)
-        check_padding_mask(padding_mask, x.shape[0])
+        logits = self.logits(x, padding_mask)
         probabilities = logits.softmax(1)
         ids = largest(probabilities, 1)
         fraction = choices_per_expert(ids, self.num_experts, padding_mask)

@@ -8,7 +8,6 @@ from torch import Tensor
 from memkernels.nn.routers.router import (
     Router,
     Routing,
-    check_padding_mask,
     choices_per_expert,
     largest,
     mean_over_tokens,
@@ -105,8 +104,7 @@ class TopKRouter(Router):
             ValueError: a shape or dtype other than those.
             RuntimeError: NaN among the logits; on a GPU a device-side assertion.
         """
-        logits = self.logits(x)
-        check_padding_mask(padding_mask, x.shape[0])
+        logits = self.logits(x, padding_mask)
         scores = logits.sigmoid() if self.scores == "sigmoid" else logits.softmax(1)
         ids = largest(self._choice_scores(scores.detach()), self.k)
         weights = logits.gather(1, ids).softmax(1) if self.scores == "softmax_of_top_k" else scores.gather(1, ids)

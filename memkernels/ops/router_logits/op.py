@@ -21,14 +21,14 @@ def _fwd_fake(x, weight, seed, jitter):
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
-def _bwd_fake(dlogits, x, weight, seed, jitter, dtype, x_grad):
+def _bwd_fake(dlogits, x, weight, seed, jitter, dtype, x_grad, padding_mask=None):
     dx = dlogits.new_empty((dlogits.shape[0], weight.shape[1]) if x_grad else 0, dtype=dtype)
     return dx, weight.new_empty(weight.shape if x is not None else 0)
 
 
-def _tiles(rows: Tensor, seed: Tensor | None) -> Iterable[slice]:
+def _tiles(rows: Tensor, seed: Tensor | None, padding_mask: Tensor | None = None) -> Iterable[slice]:
     """Of rows in tiles; in one piece where they are multiplied as they are."""
-    if seed is None and rows.dtype == torch.float32:
+    if seed is None and padding_mask is None and rows.dtype == torch.float32:
         return (slice(0, rows.shape[0]),)
     return token_tiles(rows, torch.float32)
 
@@ -58,6 +58,7 @@ def _bwd(
     jitter: float,
     dtype: torch.dtype,
     x_grad: bool,
+    padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = weight.float()
     dx = wide.new_empty((dlogits.shape[0], weight.shape[1]) if x_grad else 0, dtype=dtype)
@@ -66,8 +67,10 @@ def _bwd(
     if x is None:
         return dx, weight.new_empty(0)
     dweight = torch.zeros_like(wide)
-    for tile in _tiles(x, seed):
+    for tile in _tiles(x, seed, padding_mask):
         rows = _with_noise(x[tile], seed, jitter, tile.start)
+        if padding_mask is not None:  # whose dlogits are zero, but zero times NaN is not
+            rows = rows.masked_fill(padding_mask[tile, None], 0.0)
         torch.addmm(dweight, dlogits[tile].t(), rows, out=dweight)
     return dx, dweight.to(weight.dtype)
 
@@ -78,10 +81,10 @@ define("row_noise(Tensor x, Tensor seed, float width, int first_row) -> Tensor",
 implement_with_triton("memkernels.ops.router_logits.triton", "row_noise")
 # logits = x' weight^T, (T, E) float32; x' (T, d) is x, with a seed times noise of width `jitter`.
 define("router_logits_fwd(Tensor x, Tensor weight, Tensor? seed, float jitter) -> Tensor", _fwd_fake)
-# dx, of dtype, and dweight; empty where x_grad is False, and where there is no x.
+# dx, of dtype, and dweight; empty where x_grad is False, and where there is no x. Of padding dlogits are zero.
 define(
     "router_logits_bwd(Tensor dlogits, Tensor? x, Tensor weight, Tensor? seed, float jitter, ScalarType dtype,"
-    " bool x_grad) -> (Tensor dx, Tensor dweight)",
+    " bool x_grad, Tensor? padding_mask=None) -> (Tensor dx, Tensor dweight)",
     _bwd_fake,
 )
 implement_with_python("router_logits_fwd", _fwd)
@@ -89,28 +92,38 @@ implement_with_python("router_logits_bwd", _bwd)
 
 
 class _RouterLogits(torch.autograd.Function):
-    """Saves x where weight has a gradient, weight, and the seed."""
+    """Saves x where weight has a gradient, weight, the seed and the mask."""
 
     @staticmethod
-    def forward(ctx, x, weight, seed, jitter):
+    def forward(ctx, x, weight, seed, jitter, padding_mask):
         ctx.jitter, ctx.dtype = jitter, x.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, seed)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, seed, padding_mask)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.ops.memkernels.router_logits_fwd(x, weight, seed, jitter)
+            logits = torch.ops.memkernels.router_logits_fwd(x, weight, seed, jitter)
+        return logits if padding_mask is None else logits.masked_fill_(padding_mask[:, None], 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogits):
-        x, weight, seed = ctx.saved_tensors
+        x, weight, seed, padding_mask = ctx.saved_tensors
         x_grad, weight_grad = ctx.needs_input_grad[:2]
+        if padding_mask is not None:
+            dlogits = dlogits.masked_fill(padding_mask[:, None], 0.0)
         with torch.autocast(dlogits.device.type, enabled=False):
             dx, dweight = torch.ops.memkernels.router_logits_bwd(
-                dlogits, x, weight, seed, ctx.jitter, ctx.dtype, x_grad
+                dlogits, x, weight, seed, ctx.jitter, ctx.dtype, x_grad, padding_mask
             )
-        return dx if x_grad else None, dweight if weight_grad else None, None, None
+        return dx if x_grad else None, dweight if weight_grad else None, None, None, None
 
 
-def router_logits(x: Tensor, weight: Tensor, *, jitter: float = 0.0, seed: Tensor | None = None) -> Tensor:
+def router_logits(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    jitter: float = 0.0,
+    seed: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
     """Logits of T tokens for E experts: x' weight^T, in float32 whatever the dtypes, autocast off.
 
     x' is x, with a seed times noise uniform in [1 - jitter, 1 + jitter] (Fedus et al. 2021, arXiv 2101.03961, section
@@ -122,10 +135,12 @@ def router_logits(x: Tensor, weight: Tensor, *, jitter: float = 0.0, seed: Tenso
         weight: (E, d), likewise.
         jitter: the noise's half width.
         seed: 0-dim, int64.
+        padding_mask: (T,), bool, True where a token is padding: its logits are zero and give no gradient, whatever x
+            holds there, NaN for one.
 
     Returns:
         logits, (T, E), float32.
 
-    Saved for backward: x as it is, where weight has a gradient, weight, and the seed, 8 bytes.
+    Saved for backward: x as it is, where weight has a gradient, weight, the seed, 8 bytes, and padding_mask.
     """
-    return _RouterLogits.apply(x, weight, seed, jitter)
+    return _RouterLogits.apply(x, weight, seed, jitter, padding_mask)

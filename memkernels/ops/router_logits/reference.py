@@ -8,8 +8,17 @@ from torch import Tensor
 from memkernels.ops.philox import row_words
 
 
-def router_logits(x: Tensor, weight: Tensor, *, jitter: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """x' weight^T, in float32 or wider."""
+def router_logits(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    jitter: float = 0.0,
+    seed: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """x' weight^T, in float32 or wider; zero of padding."""
+    if padding_mask is not None:
+        x = x.masked_fill(padding_mask[:, None], 0.0)
     dtype = torch.promote_types(x.dtype, torch.float32)
     x = x.to(dtype) if seed is None else row_noise(x, seed, jitter, 0)
     return torch.nn.functional.linear(x, weight.to(dtype))
