@@ -28,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH_ABI = "0x020a000000000000"  # LibTorch 2.10
 DEFAULT_ARCHES = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+OLDEST_CUDA = (12, 8)  # with 10.0a and 12.0, and with --compress-mode
 COMMON_FLAGS = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-std=c++20", "-O3"]
 CXX_FLAGS = [
     "-fPIC",
@@ -82,7 +83,10 @@ def targets(nvcc):
     if asked is None:
         if lacking := missing_for_runtime():
             print(f"memkernels: built without offload, for {lacking}", file=sys.stderr)
-        return ["cpu", *([] if lacking else ["runtime"]), *(["cuda"] if nvcc else [])]
+        lacking_cuda = missing_for_cuda(nvcc)
+        if nvcc and lacking_cuda:
+            print(f"memkernels: built without CUDA kernels, for {lacking_cuda}", file=sys.stderr)
+        return ["cpu", *([] if lacking else ["runtime"]), *([] if lacking_cuda else ["cuda"])]
     names = [name.strip() for name in asked.split(",") if name.strip()]
     unknown = set(names) - {"cpu", "cuda", "runtime", "none"}
     require(names and not unknown, f"MEMKERNELS_BUILD={asked!r}: it takes none, or several of cpu, cuda and runtime.")
@@ -96,6 +100,17 @@ def missing_for_runtime():
         return "pybind11 is missing; `pip install pybind11`."
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h is missing; install Python's headers (Debian: apt-get install python3-dev)."
+    return None
+
+
+def missing_for_cuda(nvcc):
+    """What csrc/cuda needs and is not here, in a sentence; None where all is."""
+    if not nvcc:
+        return "no nvcc; install the CUDA toolkit, set CUDA_HOME, or MEMKERNELS_BUILD=cpu."
+    release = re.search(r"release (\d+)\.(\d+)", version_of(nvcc))
+    if release and tuple(map(int, release.groups())) < OLDEST_CUDA:
+        oldest = ".".join(map(str, OLDEST_CUDA))
+        return f"nvcc {release[1]}.{release[2]} is too old; install CUDA {oldest} or newer, or set CUDA_HOME to it."
     return None
 
 
@@ -182,10 +197,8 @@ class build_native(build_ext):
         require(Path(ninja).exists(), "ninja is missing; `pip install ninja`.")
         cxx = shutil.which(os.environ.get("CXX", "g++"))
         require(cxx, "no C++ compiler; install g++ 11 or newer, or name one with CXX.")
-        require(
-            "cuda" not in libraries or nvcc,
-            "no nvcc; install the CUDA toolkit, set CUDA_HOME, or MEMKERNELS_BUILD=cpu.",
-        )
+        lacking_cuda = missing_for_cuda(nvcc)
+        require("cuda" not in libraries or lacking_cuda is None, lacking_cuda)
         jobs = os.environ.get("MAX_JOBS")
         require(not jobs or re.fullmatch(r"0*[1-9]\d*", jobs), f"MAX_JOBS={jobs!r}: it takes a positive number.")
         lacking = missing_for_runtime()

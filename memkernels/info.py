@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from memkernels import __version__, _library, ops
 from memkernels.offload.runtime import load_runtime
 from memkernels.ops.rms_norm import reference
+from memkernels.testing.cuda_resources import find_nvcc
 
 _BUILD_INFO = Path(__file__).parent / "build_info.json"
 
@@ -59,13 +59,8 @@ def _build() -> dict[str, str]:
 
 
 def _compilers() -> dict[str, str]:
-    names = {"C++": os.environ.get("CXX", "g++"), "CUDA": _nvcc()}
+    names = {"C++": os.environ.get("CXX", "g++"), "CUDA": find_nvcc() or "nvcc"}
     return {name: _first_version_line(command) for name, command in names.items()}
-
-
-def _nvcc() -> str:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or os.path.join(home, "bin", "nvcc")
 
 
 def _first_version_line(command: str) -> str:

@@ -86,8 +86,8 @@ class CudaResources:
 
 
 def find_nvcc() -> str | None:
-    """The nvcc of CUDA_HOME, else of PATH; None where there is none."""
-    home = os.environ.get("CUDA_HOME")
+    """The nvcc of CUDA_HOME, as setup.py finds it, else of PATH; None where there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
 
 

@@ -92,6 +92,18 @@ def test_without_what_the_runtime_needs_the_rest_is_built(hide, sentence, monkey
     assert re.match(sentence, setup.missing_for_runtime())
 
 
+def test_an_nvcc_that_is_too_old_is_left_out_or_named(monkeypatch, tmp_path, capsys):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n")
+    nvcc.chmod(0o755)
+    setup = load_setup()
+    monkeypatch.delenv("MEMKERNELS_BUILD", raising=False)
+    assert "cuda" not in setup.targets(str(nvcc))
+    assert "built without CUDA kernels, for nvcc 12.4 is too old; install CUDA 12.8" in capsys.readouterr().err
+    nvcc.write_text(nvcc.read_text().replace("12.4", "12.8"))
+    assert "cuda" in setup.targets(str(nvcc))
+
+
 def test_inline_code_that_instruction_sets_share_is_the_baseline_build():
     """A processor without AVX-512 runs it too, so none of it may hold wider registers than the baseline's."""
     objects = {isa: sorted(ROOT.glob(f"build/temp*/native/{isa}/*.o")) for isa in ("baseline", "avx512", "amx")}
