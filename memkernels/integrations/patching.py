@@ -17,6 +17,7 @@ from memkernels.integrations.family import FAMILIES, CustomFamily, Family, famil
 from memkernels.integrations.norm import plan_norm
 from memkernels.integrations.plain import has_foreign_forward, replaced_slot, slot
 from memkernels.integrations.replacement import Replacement
+from memkernels.ops.checks import check_flag
 
 RECOMPUTE = ("none", "sublayer", "layer")
 
@@ -118,7 +119,7 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
         What was replaced, and what was left and why.
 
     Raises:
-        TypeError: model is not a torch.nn.Module.
+        TypeError: model is not a torch.nn.Module, or loss no bool.
         ValueError: an unknown recompute; a model that is patched already, holds nothing to replace, or is of a release
             of transformers too old for its family. It is unchanged.
     """
@@ -126,6 +127,7 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: expected one of {', '.join(RECOMPUTE)}, got {recompute!r}.")
+    check_flag("loss", loss)
     if any(replaced_slot(module) for module in model.modules()):
         raise ValueError("model: it is patched already; call memkernels.unpatch(model) first.")
     report = PatchReport(type(model).__name__, recompute)

@@ -35,7 +35,7 @@ class LinearCrossEntropy(torch.nn.Linear):
         unknown = options.keys() - {"ignore_index", "reduction", "softcap", "label_smoothing", "z_loss", "shift"}
         if unknown:
             raise TypeError(f"LinearCrossEntropy: unknown options {', '.join(sorted(unknown))}.")
-        check_options(**{name: value for name, value in options.items() if name != "shift"})
+        check_options(**options)
         super().__init__(hidden_size, vocab_size, bias, device=device, dtype=dtype)
         self.options = options
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
-from memkernels.ops.checks import check_eps
+from memkernels.ops.checks import check_eps, check_finite
 
 
 class RMSNorm(torch.nn.Module):
@@ -21,7 +21,8 @@ class RMSNorm(torch.nn.Module):
         dtype: the weight's: x's, or float32.
 
     Raises:
-        TypeError, ValueError: an eps that is no number, or negative or infinite.
+        TypeError, ValueError: an eps that is no number, or negative or infinite; a weight_offset that is no finite
+            number.
 
     Saved for backward, beside the weight: x itself, with a residual h in its place, which is returned; and 4 bytes a
     row.
@@ -30,6 +31,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device=None, dtype=None):
         super().__init__()
         check_eps("eps", eps)
+        check_finite("weight_offset", weight_offset)
         self.weight = torch.nn.Parameter(torch.full((hidden_size,), 1.0 - weight_offset, device=device, dtype=dtype))
         self.eps = eps
         self.weight_offset = weight_offset

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from memkernels.nn.rotary_scaling import RotaryScaling
+from memkernels.ops.checks import check_flag, check_integer, check_number
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -25,7 +28,10 @@ class RotaryEmbedding(torch.nn.Module):
         interleaved_sections: spreads the sections over the frequencies instead of laying them end to end.
 
     Raises:
-        ValueError: a fraction outside (0, 1], an odd R, or sections that do not sum to R / 2.
+        TypeError: a head_size that is no integer, a base or fraction that is no number, sections that are no integers,
+            or an interleaved_sections that is no bool.
+        ValueError: a base that is not positive and finite, a fraction outside (0, 1], an odd R, or sections that are
+            negative or do not sum to R / 2.
 
     It has no parameters and saves nothing.
     """
@@ -41,13 +47,21 @@ class RotaryEmbedding(torch.nn.Module):
         interleaved_sections: bool = False,
     ):
         super().__init__()
+        check_integer("head_size", head_size)
+        check_number("base", base, "a positive number", lambda number: 0 < number < math.inf)
+        check_number(
+            "fraction",
+            fraction,
+            f"one in (0, 1] that rotates an even part of {head_size}",
+            lambda number: 0 < number <= 1 and int(head_size * number) >= 2 and int(head_size * number) % 2 == 0,
+        )
+        check_flag("interleaved_sections", interleaved_sections)
         size = int(head_size * fraction)
-        if not 0 < fraction <= 1 or size == 0 or size % 2:
-            raise ValueError(
-                f"fraction: expected one in (0, 1] that rotates an even part of {head_size}, got {fraction}."
-            )
-        if sections is not None and (len(sections) != 3 or sum(sections) != size // 2):
-            raise ValueError(f"sections: expected three numbers that sum to {size // 2}, got {sections}.")
+        if sections is not None:
+            for section in sections:
+                check_integer("sections", section, "integers from 0 up", least=0)
+            if len(sections) != 3 or sum(sections) != size // 2:
+                raise ValueError(f"sections: expected three numbers that sum to {size // 2}, got {sections}.")
         self.base, self.scaling = base, scaling
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
         self.register_buffer("inverse_frequencies", 1.0 / base**exponents, persistent=False)

@@ -83,6 +83,11 @@ def check_eps(name: str, eps: Any) -> None:
     check_number(name, eps, "a finite number from 0 up", lambda number: 0 <= number < math.inf)
 
 
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}.")
+
+
 def check_dropout_p(dropout_p: Any) -> None:
     check_number("dropout_p", dropout_p, "a number in [0, 1)", lambda number: 0 <= number < 1)
 

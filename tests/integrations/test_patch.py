@@ -286,6 +286,8 @@ def test_bad_input(make_model):
         memkernels.patch({})
     with pytest.raises(ValueError, match="recompute: expected one of none, sublayer, layer, got 'all'"):
         memkernels.patch(model, recompute="all")
+    with pytest.raises(TypeError, match="loss: expected True or False, got 'no'"):
+        memkernels.patch(model, loss="no")
     with pytest.raises(ValueError, match="model: found nothing to replace in Sequential"):
         memkernels.patch(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="model: nothing in this LlamaForCausalLM is patched"):

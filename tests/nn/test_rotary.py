@@ -90,17 +90,25 @@ def test_the_result_has_the_asked_dtype_and_the_state_dict_is_empty():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"fraction": 0.0}, "fraction: expected"),
-        ({"fraction": 1.5}, "fraction: expected"),
-        ({"fraction": 3 / 16}, "fraction: expected"),
-        ({"sections": (4, 4, 4)}, "sections: expected three numbers that sum to 8"),
+        ({"head_size": 0}, ValueError, "head_size: expected a positive integer, got 0"),
+        ({"head_size": 16.0}, TypeError, "head_size: expected a positive integer, got 16.0"),
+        ({"base": 0.0}, ValueError, "base: expected a positive number, got 0.0"),
+        ({"base": math.nan}, ValueError, "base: expected a positive number, got nan"),
+        ({"base": "1e4"}, TypeError, "base: expected a positive number, got '1e4'"),
+        ({"fraction": 0.0}, ValueError, "fraction: expected"),
+        ({"fraction": 1.5}, ValueError, "fraction: expected"),
+        ({"fraction": 3 / 16}, ValueError, "fraction: expected"),
+        ({"fraction": math.nan}, ValueError, "fraction: expected"),
+        ({"sections": (4, 4, 4)}, ValueError, "sections: expected three numbers that sum to 8"),
+        ({"sections": (9, -1, 0)}, ValueError, "sections: expected integers from 0 up, got -1"),
+        ({"sections": (4, 2, 2), "interleaved_sections": 1}, TypeError, "interleaved_sections: expected True or False"),
     ],
 )
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        RotaryEmbedding(16, **options)
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        RotaryEmbedding(**{"head_size": 16} | options)
 
 
 def test_positions_without_three_axes_are_named():

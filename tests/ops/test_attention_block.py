@@ -326,6 +326,7 @@ def test_the_checked_call_has_the_public_signature():
         ({"q_norm_weight": torch.zeros(8)}, ValueError, r"q_norm_weight: expected shape \(4,\)"),
         ({"cos": torch.zeros(3, 4)}, ValueError, "sin: expected with its counterpart"),
         ({"cos": torch.zeros(4, 4), "sin": torch.zeros(4, 4)}, ValueError, r"cos: expected shape \(3, 4\)"),
+        ({"interleaved": "x"}, TypeError, "interleaved: expected True or False, got 'x'"),
         ({"window": (-2, 0)}, ValueError, "window: expected two numbers of keys"),
         ({"softcap": -1.0}, ValueError, "softcap: expected 0"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a number"),

@@ -22,6 +22,7 @@ TWICE = {  # an op of tensors of these shapes
     "layer_norm": (lambda x, n: sum(ops.layer_norm(x, n, n, residual=x)), X, V),
     "apply_rotary": (lambda q: sum(ops.apply_rotary(q, q, torch.eye(8, 16), torch.eye(8, 16))), (1, 8, 2, 16)),
     "gated_activation": (lambda x: ops.gated_activation(x, x), X),
+    "linear_cross_entropy": (lambda x: ops.linear_cross_entropy(x, x, torch.arange(8)), X),
     "lora_linear": (lambda x, w: ops.lora_linear(x, w, w, w, scaling=1.0), X, W),
 }  # fmt: skip
 

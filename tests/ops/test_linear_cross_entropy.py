@@ -433,6 +433,8 @@ def test_a_label_out_of_range_is_an_error_before_anything_is_computed():
         ({"ignore_index": None}, TypeError, "ignore_index: expected an integer, got None"),
         ({"ignore_index": 2**63}, ValueError, "ignore_index: expected an integer of 64 bits, got 9223372036854775808"),
         ({"x": torch.zeros(8), "target": torch.tensor(1), "shift": True}, ValueError, "shift: expected a target"),
+        ({"shift": "x"}, TypeError, "shift: expected True or False, got 'x'"),
+        ({"shift": torch.tensor([True, False])}, TypeError, "shift: expected True or False, got tensor"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, message):
@@ -453,3 +455,5 @@ def test_module_has_the_linear_layers_state_dict_and_the_ops_result():
         nn.LinearCrossEntropy(24, 70, num_item=3)
     with pytest.raises(ValueError, match="reduction: expected one of mean, sum, none, got 'avg'"):
         nn.LinearCrossEntropy(24, 70, reduction="avg")
+    with pytest.raises(TypeError, match="shift: expected True or False, got 1"):
+        nn.LinearCrossEntropy(24, 70, shift=1)

@@ -210,3 +210,5 @@ def test_module_has_torchs_state_dict_and_result():
     for norm in (nn.RMSNorm, nn.LayerNorm):
         with pytest.raises(ValueError, match="eps: expected a finite number from 0 up, got -1"):
             norm(32, eps=-1)
+    with pytest.raises(TypeError, match="weight_offset: expected a finite number, got '1'"):
+        nn.RMSNorm(32, weight_offset="1")

@@ -290,6 +290,7 @@ Z = torch.zeros
         ({"sin": Z(5, 8, dtype=torch.bfloat16)}, TypeError, "sin: expected torch.float32"),
         ({"cos": Z(5, 8, requires_grad=True)}, ValueError, "cos: got a tensor that requires grad"),
         ({"sin": Z(5, 8, requires_grad=True)}, ValueError, "sin: got a tensor that requires grad"),
+        ({"interleaved": "x"}, TypeError, "interleaved: expected True or False, got 'x'"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, message):

@@ -15,7 +15,7 @@ from memkernels.ops.attention_block.block import attention_block as run
 from memkernels.ops.attention_block.checks import check_layout, check_sequences
 from memkernels.ops.autocast import product_dtype
 from memkernels.ops.block_norm import make_norm, make_rms_norm
-from memkernels.ops.checks import check_floating
+from memkernels.ops.checks import check_flag, check_floating
 from memkernels.ops.philox import seed_tensor
 from memkernels.ops.rotary.op import check_tables
 from memkernels.ops.weights import Weight, as_product_weights, base_of, projection_of
@@ -172,6 +172,7 @@ def plan_attention_block(
         raise ValueError(f"{'cos' if cos is None else 'sin'}: expected with its counterpart, got None.")
     if cos is not None and sin is not None:
         check_tables(x, (rows, length, head_size), dtype, cos, sin)
+    check_flag("interleaved", interleaved)
     softcap = 0.0 if softcap is None else softcap
     check_scores("x", x, scale, window, softcap, alibi_slopes, sinks, dropout_p)
     check_per_head(x.dtype, batch, num_heads, alibi_slopes, sinks)
@@ -197,7 +198,7 @@ def plan_attention_block(
     attention = select_implementation("auto", call)
     plan = Plan(
         in_front.description, q_norm.description, k_norm.description, q.description, k.description, v.description,
-        o.description, post_norm.description, num_heads=num_heads, interleaved=bool(interleaved), max_seqlen=longest,
+        o.description, post_norm.description, num_heads=num_heads, interleaved=interleaved, max_seqlen=longest,
         scores=(float(head_size**-0.5 if scale is None else scale), *seen, float(softcap), float(dropout_p)),
         deterministic=deterministic, dtype=dtype, attention=attention,
     )  # fmt: skip

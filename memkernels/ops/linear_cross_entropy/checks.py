@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memkernels.ops.checks import check_floating, check_number, check_same_device, check_shape
+from memkernels.ops.checks import check_flag, check_floating, check_number, check_same_device, check_shape
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -39,6 +39,7 @@ def check_options(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    shift: bool = False,
 ) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}.")
@@ -50,6 +51,7 @@ def check_options(
         check_number("softcap", softcap, "a positive number or None", lambda value: 0 < value < float("inf"))
     check_number("label_smoothing", label_smoothing, "a number in [0, 1]", lambda value: 0 <= value <= 1)
     check_number("z_loss", z_loss, "a number from 0 up", lambda value: 0 <= value < float("inf"))
+    check_flag("shift", shift)
 
 
 def check_num_items(num_items: Any, x: Tensor, reduction: str) -> None:

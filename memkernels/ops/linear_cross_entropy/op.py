@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkernels._library import define, implement_with_python
 from memkernels.ops.autocast import check_product_dtype, product_dtype
+from memkernels.ops.distinct import distinct
 from memkernels.ops.linear_cross_entropy import tiles
 from memkernels.ops.linear_cross_entropy.checks import check_num_items, check_options, check_tensors
 from memkernels.ops.linear_cross_entropy.head import HEAD, head_arguments
@@ -119,7 +120,7 @@ def linear_cross_entropy(
         float32 (float64 for float64): a scalar, or with "none" target's shape, 0 where ignored.
 
     Raises:
-        TypeError: a dtype other than those above, or an option that is no number.
+        TypeError: a dtype other than those above, or an option of another type.
         ValueError: a shape, device, reduction or option that does not fit; a weight that is quantised and requires a
             gradient.
         IndexError: a label out of range. On a GPU it is a device-side assertion, without a synchronisation, as is a
@@ -132,8 +133,8 @@ def linear_cross_entropy(
     once in backward. An adapter's product with x is made once in each; DoRA with dropout multiplies by the weight once
     more in both.
     """
+    check_options(ignore_index, reduction, softcap, label_smoothing, z_loss, shift)
     check_tensors(x, base_of(weight), target, bias, shift)
-    check_options(ignore_index, reduction, softcap, label_smoothing, z_loss)
     check_num_items(num_items, x, reduction)
     dtype = product_dtype(x)
     # W goes on as it is: under autocast it is cast a tile at a time.
@@ -145,5 +146,6 @@ def linear_cross_entropy(
         target = shifted(target, ignore_index)
     tensors, parts, *description = head_arguments(projection)
     options = (int(ignore_index), float(softcap or 0.0), float(label_smoothing), float(z_loss))
-    losses = _LinearCrossEntropy.apply(tuple(description), options, x.to(dtype), target, *tensors, *parts)
+    inputs = distinct(x.to(dtype), target, *tensors, *parts)
+    losses = _LinearCrossEntropy.apply(tuple(description), options, *inputs)
     return reduce(losses, target, ignore_index, reduction, num_items)

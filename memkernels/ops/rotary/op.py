@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_triton
-from memkernels.ops.checks import check_floating, check_like, check_same_device, check_shape
+from memkernels.ops.checks import check_flag, check_floating, check_like, check_same_device, check_shape
 from memkernels.ops.distinct import distinct
 from memkernels.ops.rotary import reference
 
@@ -108,12 +108,13 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved:
         The rotated q and k, each with the shape, dtype and layout in memory of its input.
 
     Raises:
-        TypeError: a dtype other than those above.
+        TypeError: a dtype other than those above, or an interleaved that is no bool.
         ValueError: a shape or device that does not fit q; cos or sin that requires grad.
 
     Saved for backward: cos and sin. The gradients may be differentiated again.
     """
     _check(q, k, cos, sin)
+    check_flag("interleaved", interleaved)
     if not has_kernel("rotary_fwd", q):
         return reference.apply_rotary(q, k, cos, sin, interleaved=interleaved)
-    return _Rotary.apply(*distinct(q, k, cos, sin), bool(interleaved), False)
+    return _Rotary.apply(*distinct(q, k, cos, sin), interleaved, False)
