@@ -34,25 +34,38 @@ inline void check_launch(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("kernel launch failed: ") + cudaGetErrorString(error));
 }
 
-// Launches `blocks` blocks of `threads` threads with `shared_bytes` of dynamic shared memory; none if there are no
-// blocks. Raises std::runtime_error when CUDA refuses the launch.
+// Launches `teams` teams of `blocks` blocks (cuda_team.cuh) of `threads` threads with `shared_bytes` of dynamic shared
+// memory; none if there are no teams. Of teams of several blocks all are on the GPU together. Raises
+// std::runtime_error when CUDA refuses the launch, as it does where they are more than it holds.
 template <typename... Params, typename... Args>
-void launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
-                        Args... args) {
-  if (blocks == 0) return;
-  if (blocks > INT32_MAX) {
-    throw std::runtime_error("kernel launch of " + std::to_string(blocks) + " blocks; the most is 2^31 - 1");
+void launch_teams(void (*kernel)(Params...), int64_t teams, int blocks, int threads, int shared_bytes,
+                  cudaStream_t stream, Args... args) {
+  if (teams == 0) return;
+  if (teams > INT32_MAX) {
+    throw std::runtime_error("kernel launch of " + std::to_string(teams) + " blocks; the most is 2^31 - 1");
   }
   if (shared_bytes > kPlainSharedBytes) {
     // The same for all launches, of which some may be on their way from other threads.
     check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes));
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned int>(blocks));
+  config.gridDim = dim3(static_cast<unsigned int>(teams), static_cast<unsigned int>(blocks));
   config.blockDim = dim3(static_cast<unsigned int>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = blocks > 1 ? 1 : 0;
   check_launch(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// `blocks` blocks that need nothing of each other.
+template <typename... Params, typename... Args>
+void launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+                        Args... args) {
+  launch_teams(kernel, blocks, 1, threads, shared_bytes, stream, args...);
 }
 
 // The same without dynamic shared memory.

@@ -21,9 +21,11 @@ namespace memkernels::cuda {
 template <typename T>
 constexpr int kGroup = kPackBytes / sizeof(T);
 
+//
+// Columns are counted from the thread's first one, threadIdx.x * Size, and so are rows' addresses and lengths.
 template <int Threads, int Size>
-__device__ __forceinline__ int column_of(int i) {
-  return i / Size * (Size * Threads) + static_cast<int>(threadIdx.x) * Size + i % Size;
+__device__ __forceinline__ constexpr int column_of(int i) {
+  return i / Size * (Size * Threads) + i % Size;
 }
 
 // Calls body(i) for the first elements of the groups among [first, first + Count) that a row of `cols` reaches.

@@ -8,8 +8,8 @@ namespace memkernels::cuda {
 template <typename T>
 __device__ T& shared_memory() {
 #ifdef MEMKERNELS_SIMT
-  static T* storage = static_cast<T*>(simt::SharedMemory::instance().allocate(sizeof(T), alignof(T)));
-  return *storage;
+  static const size_t type = simt::new_shared_type();
+  return *static_cast<T*>(simt::current_block->shared().of_type(type, sizeof(T), alignof(T)));
 #else
   __shared__ T storage;
   return storage;
@@ -20,7 +20,7 @@ __device__ T& shared_memory() {
 template <typename T>
 __device__ T* dynamic_shared_memory() {
 #ifdef MEMKERNELS_SIMT
-  return static_cast<T*>(simt::SharedMemory::instance().dynamic());
+  return static_cast<T*>(simt::current_block->shared().dynamic());
 #else
   extern __shared__ __align__(16) unsigned char memkernels_dynamic_shared[];
   return reinterpret_cast<T*>(memkernels_dynamic_shared);

@@ -18,8 +18,8 @@ int checked_size(const char* name, const Tensor& rows) {
   return static_cast<int>(size);
 }
 
-void check_blocks(int64_t blocks) {
-  STD_TORCH_CHECK(blocks >= 1 && blocks <= INT32_MAX, "blocks: expected 1 to 2^31 - 1, got ", blocks);
+void check_teams(int64_t teams) {
+  STD_TORCH_CHECK(teams >= 1 && teams <= INT32_MAX, "teams: expected 1 to 2^31 - 1, got ", teams);
 }
 
 template <typename T, typename W>
@@ -30,6 +30,11 @@ NormParameter<DeviceType<T>> parameter(const std::optional<Tensor>& values) {
   } else {
     return {nullptr, data};
   }
+}
+
+// What teams sum through.
+Tensor zeroed_words(const Tensor& like, int64_t teams, int size) {
+  return torch::stable::new_zeros(like, {team_words(teams, norm_blocks(size))}, ScalarType::Long);
 }
 
 template <typename T>
@@ -44,7 +49,7 @@ DeviceType<T>* written(Tensor& values) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> wide_norm_fwd(Tensor x_in, std::optional<Tensor> residual_in,
                                                          Tensor weight_in, std::optional<Tensor> bias_in, double eps,
-                                                         double weight_offset, bool centred, int64_t blocks) {
+                                                         double weight_offset, bool centred, int64_t teams) {
   const int size = checked_size("x", x_in);
   check_tensor("residual", residual_in, x_in.scalar_type(), x_in.sizes());
   check_device("residual", residual_in, x_in);
@@ -53,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wide_norm_fwd(Tensor x_in, std::optio
   check_tensor("bias", bias_in, weight_in.scalar_type(), {size});
   check_device("bias", bias_in, x_in);
   STD_TORCH_CHECK(centred || !bias_in.has_value(), "bias: expected None where it is not centred");
-  check_blocks(blocks);
+  check_teams(teams);
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   const std::optional<Tensor> residual = as_contiguous(residual_in), bias = as_contiguous(bias_in);
   const int64_t rows = row_count(x);
@@ -61,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wide_norm_fwd(Tensor x_in, std::optio
   Tensor residual_out = residual.has_value() ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor mean = torch::stable::new_empty(x, {centred ? rows : 0}, ScalarType::Float);
   Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  Tensor words = zeroed_words(x, teams, size);
   const StreamOf stream(x);
   dispatch_floating("x", x, "weight", weight.scalar_type(), [&]<typename T, typename W>() {
     const WideNormFwd<DeviceType<T>> of = {
@@ -72,12 +78,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wide_norm_fwd(Tensor x_in, std::optio
         .residual_out = written<T>(residual_out),
         .mean = mean.mutable_data_ptr<float>(),
         .rstd = rstd.mutable_data_ptr<float>(),
+        .words = reinterpret_cast<unsigned long long*>(words.mutable_data_ptr<int64_t>()),
         .rows = rows,
         .size = size,
         .eps = static_cast<float>(eps),
         .weight_offset = static_cast<float>(weight_offset),
     };
-    launch_wide_norm_fwd(of, centred, rows == 0 ? 0 : blocks, stream);
+    launch_wide_norm_fwd(of, centred, rows == 0 ? 0 : teams, stream);
   });
   return {y, residual_out, mean, rstd};
 }
@@ -85,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wide_norm_fwd(Tensor x_in, std::optio
 std::tuple<Tensor, Tensor, Tensor> wide_norm_bwd(Tensor dy_in, std::optional<Tensor> dresidual_out_in, Tensor h_in,
                                                  Tensor weight_in, std::optional<Tensor> mean_in, Tensor rstd_in,
                                                  double weight_offset, bool weight_grad, bool bias_grad,
-                                                 int64_t blocks) {
+                                                 int64_t teams) {
   const int size = checked_size("h", h_in);
   const int64_t rows = row_count(h_in);
   check_tensor("dy", dy_in, h_in.scalar_type(), h_in.sizes());
@@ -100,14 +107,15 @@ std::tuple<Tensor, Tensor, Tensor> wide_norm_bwd(Tensor dy_in, std::optional<Ten
   check_device("rstd", rstd_in, h_in);
   const bool centred = mean_in.has_value();
   STD_TORCH_CHECK(centred || !bias_grad, "bias_grad: expected False without mean");
-  check_blocks(blocks);
+  check_teams(teams);
   const Tensor dy = as_contiguous(dy_in), h = as_contiguous(h_in), weight = as_contiguous(weight_in);
   const Tensor rstd = as_contiguous(rstd_in);
   const std::optional<Tensor> dresidual_out = as_contiguous(dresidual_out_in), mean = as_contiguous(mean_in);
   const auto sums = [&](bool wanted) {
-    return torch::stable::new_empty(h, {wanted ? blocks : 0, size}, ScalarType::Float);
+    return torch::stable::new_empty(h, {wanted ? teams : 0, size}, ScalarType::Float);
   };
   Tensor dx = torch::stable::empty_like(h), dweight = sums(weight_grad), dbias = sums(bias_grad);
+  Tensor words = zeroed_words(h, teams, size);
   const StreamOf stream(h);
   dispatch_floating("h", h, "weight", weight.scalar_type(), [&]<typename T, typename W>() {
     const WideNormBwd<DeviceType<T>> of = {
@@ -120,11 +128,12 @@ std::tuple<Tensor, Tensor, Tensor> wide_norm_bwd(Tensor dy_in, std::optional<Ten
         .dx = written<T>(dx),
         .dweight = weight_grad ? dweight.mutable_data_ptr<float>() : nullptr,
         .dbias = bias_grad ? dbias.mutable_data_ptr<float>() : nullptr,
+        .words = reinterpret_cast<unsigned long long*>(words.mutable_data_ptr<int64_t>()),
         .rows = rows,
         .size = size,
         .weight_offset = static_cast<float>(weight_offset),
     };
-    launch_wide_norm_bwd(of, centred, blocks, stream);
+    launch_wide_norm_bwd(of, centred, teams, stream);
   });
   return {dx, dweight, dbias};
 }

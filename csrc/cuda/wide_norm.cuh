@@ -1,12 +1,13 @@
-// RMS norm and layer norm (Centred) of rows of up to 16,384 elements, each of which a block holds in its registers:
+// RMS norm and layer norm (Centred) of wide rows, of which a block holds up to 16,384 elements in its registers, and a
+// team of blocks (cuda_team.cuh) longer rows:
 //
 //   h = x + residual        n = (h - mean) * rstd        y = n * w + bias        w = weight + weight_offset
 //   dx = rstd * (g - mean(g) - n * mean(g * n)) + dresidual_out                  g = dy * w
 //   dweight = sum over rows of dy * n                    dbias = sum over rows of dy
 //
-// Without bias, mean and mean(g) where it is not centred. A fixed number of blocks walks the rows: each reads the
+// Without bias, mean and mean(g) where it is not centred. A fixed number of teams walks the rows: each reads the
 // parameters once, and writes its own sums of their gradients once. Arithmetic is float32, and the order of every sum
-// that of the blocks.
+// that of the teams.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,12 +20,23 @@
 #include "../common/cuda_pack.cuh"
 #include "../common/cuda_reduce.cuh"
 #include "../common/cuda_row.cuh"
+#include "../common/cuda_team.cuh"
 
 namespace memkernels::cuda {
 
 constexpr int kNormThreads = 256;  // of 255 registers: all that a multiprocessor has
 constexpr int kHeld = 64;          // elements of a row a thread
-constexpr int64_t kWidestNorm = int64_t{kNormThreads} * kHeld;
+constexpr int kHeldByBlock = kNormThreads * kHeld;
+constexpr int kWidestNorm = kMostTeam * kHeldByBlock;
+
+// The blocks to a row of `size` elements, and the columns of each but the last: whole packs.
+inline int norm_blocks(int size) {
+  return (size + kHeldByBlock - 1) / kHeldByBlock;
+}
+inline int norm_width(int size) {
+  const int blocks = norm_blocks(size), width = (size + blocks - 1) / blocks;
+  return (width + kPackBytes - 1) / kPackBytes * kPackBytes;
+}
 
 // A parameter of the rows' dtype or of float32; `wide` is null where it is of the rows' dtype.
 template <typename T>
@@ -40,36 +52,57 @@ struct NormParameter {
 
 template <typename T>
 struct WideNormFwd {
-  const T* x;               // [rows, size]
-  const T* residual;        // like x, or null
-  NormParameter<T> weight;  // [size]
-  NormParameter<T> bias;    // [size], or null twice
-  T* y;                     // like x
-  T* residual_out;          // like x; not written without residual
-  float* mean;              // [rows]; not written where it is not centred
-  float* rstd;              // [rows]
+  const T* x;                 // [rows, size]
+  const T* residual;          // like x, or null
+  NormParameter<T> weight;    // [size]
+  NormParameter<T> bias;      // [size], or null twice
+  T* y;                       // like x
+  T* residual_out;            // like x; not written without residual
+  float* mean;                // [rows]; not written where it is not centred
+  float* rstd;                // [rows]
+  unsigned long long* words;  // team_words, zeros
   int64_t rows;
   int size;
   float eps;
   float weight_offset;
+  int width = norm_width(size);
 };
 
 template <typename T>
 struct WideNormBwd {
-  const T* dy;              // [rows, size]
-  const T* dresidual_out;   // like dy, or null
-  const T* h;               // like dy
-  NormParameter<T> weight;  // [size]
-  const float* mean;        // [rows]; not read where it is not centred
-  const float* rstd;        // [rows]
-  T* dx;                    // like dy
-  float* dweight;           // [blocks, size], each block's sum over its rows, or null
-  float* dbias;             // likewise
+  const T* dy;                // [rows, size]
+  const T* dresidual_out;     // like dy, or null
+  const T* h;                 // like dy
+  NormParameter<T> weight;    // [size]
+  const float* mean;          // [rows]; not read where it is not centred
+  const float* rstd;          // [rows]
+  T* dx;                      // like dy
+  float* dweight;             // [teams, size], each team's sum over its rows, or null
+  float* dbias;               // likewise
+  unsigned long long* words;  // team_words, zeros
   int64_t rows;
   int size;
   float weight_offset;
+  int width = norm_width(size);
   float share = 1.0f / static_cast<float>(size);  // of a column in a mean
 };
+
+// The columns of a row from the thread's first one to the end of the block's.
+struct Columns {
+  int first, count;
+};
+
+template <int Size>
+__device__ __forceinline__ Columns own_columns(int size, int width) {
+  const int first = static_cast<int>(blockIdx.y) * width, rest = size - first;
+  const int before = static_cast<int>(threadIdx.x) * Size;
+  return {first + before, (rest < width ? rest : width) - before};
+}
+
+// The team's rows by step, which numbers its sums too: each in a register of its own is one too many.
+__device__ __forceinline__ int64_t row_at(uint32_t step) {
+  return blockIdx.x + int64_t{step} * gridDim.x;
+}
 
 template <typename T, int Count = kHeld, typename Body>
 __device__ __forceinline__ void for_each_held(int first, int size, Body body) {
@@ -83,11 +116,11 @@ __device__ __forceinline__ void load_row(Elements<T, kHeld>& held, const T* row,
 
 // A parameter's elements of a group; zeros beyond the row.
 template <int Size, typename T, typename Set>
-__device__ __forceinline__ void load_parameter(const NormParameter<T>& parameter, int i, int size, Set set) {
+__device__ __forceinline__ void load_parameter(const NormParameter<T>& parameter, int i, Columns own, Set set) {
 #pragma unroll
   for (int k = i; k < i + kGroup<T>; ++k) {
     const int column = column_of<kNormThreads, Size>(k);
-    set(k, column < size ? parameter[column] : 0.0f);
+    set(k, column < own.count ? parameter[own.first + column] : 0.0f);
   }
 }
 
@@ -123,56 +156,59 @@ struct AddTwoSums {
 template <typename T, int Size, bool Centred>
 __global__ void __launch_bounds__(kNormThreads, Centred ? 1 : 2)
     wide_norm_fwd_kernel(const __grid_constant__ WideNormFwd<T> of) {
+  const Columns own = own_columns<Size>(of.size, of.width);
   const OwnFloats<kNormThreads> weight(0);
   float bias[Centred ? kHeld : 1] = {};
-  for_each_held<T>(0, of.size, [&](int i) {
-    load_parameter<Size>(of.weight, i, of.size, [&](int k, float value) { weight[k] = value + of.weight_offset; });
+  for_each_held<T>(0, own.count, [&](int i) {
+    load_parameter<Size>(of.weight, i, own, [&](int k, float value) { weight[k] = value + of.weight_offset; });
     if constexpr (Centred) {
-      if (of.bias.given()) load_parameter<Size>(of.bias, i, of.size, [&](int k, float value) { bias[k] = value; });
+      if (of.bias.given()) load_parameter<Size>(of.bias, i, own, [&](int k, float value) { bias[k] = value; });
     }
   });
   const float count = static_cast<float>(of.size);
-  for (int64_t row = blockIdx.x; row < of.rows; row += gridDim.x) {
-    const int64_t first = row * of.size;
+  const TeamSums<kNormThreads> team_sum(of.words);
+  for (uint32_t step = 0; row_at(step) < of.rows; ++step) {
+    const int64_t row = row_at(step);
+    const int64_t first = row * of.size + own.first;
     Elements<T, kHeld> h;
-    load_row<Size>(h, of.x + first, of.size);
-    if (of.residual != nullptr) add_residual<Size>(h, of.residual + first, of.residual_out + first, of.size);
+    load_row<Size>(h, of.x + first, own.count);
+    if (of.residual != nullptr) add_residual<Size>(h, of.residual + first, of.residual_out + first, own.count);
     float mean = 0.0f, variance;
     if constexpr (Centred) {
       float sum = 0.0f;
-      for_each_held<T>(0, of.size, [&](int i) {
+      for_each_held<T>(0, own.count, [&](int i) {
 #pragma unroll
         for (int k = i; k < i + kGroup<T>; ++k) sum += h[k];
       });
-      mean = block_reduce<kNormThreads>(sum, Sum()) / count;
+      mean = team_sum(2 * step + 1, sum, Sum()) / count;
       // The corrected two-pass algorithm (Chan, Golub and LeVeque 1983): a large mean costs no digits.
       TwoSums sums = {0.0f, 0.0f};
-      for_each_held<T>(0, of.size, [&](int i) {
+      for_each_held<T>(0, own.count, [&](int i) {
 #pragma unroll
         for (int k = i; k < i + kGroup<T>; ++k) {
-          const float centred = column_of<kNormThreads, Size>(k) < of.size ? h[k] - mean : 0.0f;
+          const float centred = column_of<kNormThreads, Size>(k) < own.count ? h[k] - mean : 0.0f;
           sums.first += centred;
           sums.second += centred * centred;
         }
       });
-      sums = block_reduce<kNormThreads>(sums, AddTwoSums());
+      sums = team_sum(2 * step + 2, sums, AddTwoSums());
       const float correction = sums.first / count;
       mean += correction;
       variance = sums.second / count - correction * correction;
     } else {
       float squares = 0.0f;
-      for_each_held<T>(0, of.size, [&](int i) {
+      for_each_held<T>(0, own.count, [&](int i) {
 #pragma unroll
         for (int k = i; k < i + kGroup<T>; ++k) squares += h[k] * h[k];
       });
-      variance = block_reduce<kNormThreads>(squares, Sum()) / count;
+      variance = team_sum(step + 1, squares, Sum()) / count;
     }
     const float rstd = 1.0f / sqrtf(variance + of.eps);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0 && blockIdx.y == 0) {
       of.rstd[row] = rstd;
       if constexpr (Centred) of.mean[row] = mean;
     }
-    for_each_held<T>(0, of.size, [&](int i) {
+    for_each_held<T>(0, own.count, [&](int i) {
       Elements<T, kGroup<T>> y = {};
 #pragma unroll
       for (int k = 0; k < kGroup<T>; ++k) {
@@ -180,7 +216,7 @@ __global__ void __launch_bounds__(kNormThreads, Centred ? 1 : 2)
         if constexpr (Centred) value += bias[i + k];
         y.set(k, value);
       }
-      y.template store<kNormThreads, Size>(0, of.y + first, i, of.size);
+      y.template store<kNormThreads, Size>(0, of.y + first, i, own.count);
     });
   }
 }
@@ -219,20 +255,23 @@ constexpr int kSumRegisters = Centred && std::is_same_v<T, float> ? kHeld / 2 : 
 // Reads dy, h, dresidual_out once; writes dx once. dy is 0 beyond the row, and with it every sum.
 template <typename T, int Size, bool Centred>
 __global__ void __launch_bounds__(kNormThreads) wide_norm_bwd_kernel(const __grid_constant__ WideNormBwd<T> of) {
+  const Columns own = own_columns<Size>(of.size, of.width);
   const OwnFloats<kNormThreads> weight(kHeld - kSumRegisters<T, Centred>);
-  for_each_held<T>(0, of.size, [&](int i) {
-    load_parameter<Size>(of.weight, i, of.size, [&](int k, float value) { weight[k] = value + of.weight_offset; });
+  for_each_held<T>(0, own.count, [&](int i) {
+    load_parameter<Size>(of.weight, i, own, [&](int k, float value) { weight[k] = value + of.weight_offset; });
   });
   float dweight[kHeld] = {};
   HeldSums<kSumRegisters<T, Centred>> dbias;
-  for (int64_t row = blockIdx.x; row < of.rows; row += gridDim.x) {
-    const int64_t first = row * of.size;
+  const TeamSums<kNormThreads> team_sum(of.words);
+  for (uint32_t step = 0; row_at(step) < of.rows; ++step) {
+    const int64_t row = row_at(step);
+    const int64_t first = row * of.size + own.first;
     Elements<T, kHeld> dy, h;
-    load_row<Size>(dy, of.dy + first, of.size);
-    load_row<Size>(h, of.h + first, of.size);
+    load_row<Size>(dy, of.dy + first, own.count);
+    load_row<Size>(h, of.h + first, own.count);
     const float mean = Centred ? of.mean[row] : 0.0f, rstd = of.rstd[row];
     TwoSums sums = {0.0f, 0.0f};
-    for_each_held<T>(0, of.size, [&](int i) {
+    for_each_held<T>(0, own.count, [&](int i) {
 #pragma unroll
       for (int k = i; k < i + kGroup<T>; ++k) {
         const float normed = (h[k] - mean) * rstd, grad = dy[k] * weight[k];
@@ -244,7 +283,7 @@ __global__ void __launch_bounds__(kNormThreads) wide_norm_bwd_kernel(const __gri
         dweight[k] += dy[k] * normed;
       }
     });
-    sums = block_reduce<kNormThreads>(sums, AddTwoSums());
+    sums = team_sum(step + 1, sums, AddTwoSums());
     const float grad_mean = sums.first * of.share, shrink = sums.second * of.share;
     // Loads of a part are on their way together; beside all sums of float32 rows there is room for one.
     constexpr int kPart = kSumRegisters<T, Centred> < kHeld ? kGroup<T> : 4 * kGroup<T>;
@@ -252,27 +291,27 @@ __global__ void __launch_bounds__(kNormThreads) wide_norm_bwd_kernel(const __gri
     for (int part = 0; part < kHeld; part += kPart) {
       Elements<T, kPart> added = {};
       if (of.dresidual_out != nullptr) {
-        for_each_held<T, kPart>(part, of.size, [&](int i) {
-          added.template load<kNormThreads, Size>(i - part, of.dresidual_out + first, i, of.size);
+        for_each_held<T, kPart>(part, own.count, [&](int i) {
+          added.template load<kNormThreads, Size>(i - part, of.dresidual_out + first, i, own.count);
         });
       }
-      for_each_held<T, kPart>(part, of.size, [&](int i) {
+      for_each_held<T, kPart>(part, own.count, [&](int i) {
         Elements<T, kGroup<T>> dx = {};
 #pragma unroll
         for (int k = 0; k < kGroup<T>; ++k) {
           const float normed = (h[i + k] - mean) * rstd, grad = dy[i + k] * weight[i + k];
           dx.set(k, rstd * (grad - grad_mean - normed * shrink) + added[i + k - part]);
         }
-        dx.template store<kNormThreads, Size>(0, of.dx + first, i, of.size);
+        dx.template store<kNormThreads, Size>(0, of.dx + first, i, own.count);
       });
     }
   }
-  const int64_t first = int64_t{blockIdx.x} * of.size;
-  for_each_held<T>(0, of.size, [&](int i) {
+  const int64_t first = int64_t{blockIdx.x} * of.size + own.first;
+  for_each_held<T>(0, own.count, [&](int i) {
 #pragma unroll
     for (int k = i; k < i + kGroup<T>; ++k) {
       const int column = column_of<kNormThreads, Size>(k);
-      if (column >= of.size) continue;
+      if (column >= own.count) continue;
       if (of.dweight != nullptr) of.dweight[first + column] = dweight[k];
       if constexpr (Centred) {
         if (of.dbias != nullptr) of.dbias[first + column] = dbias[k];
@@ -285,31 +324,31 @@ __global__ void __launch_bounds__(kNormThreads) wide_norm_bwd_kernel(const __gri
 template <typename T>
 int norm_shared_bytes(int floats, int size) {
   constexpr int kColumns = kNormThreads * kGroup<T>;
-  const int held = (size + kColumns - 1) / kColumns * kGroup<T>;
+  const int held = (norm_width(size) + kColumns - 1) / kColumns * kGroup<T>;
   return (floats + held) * kNormThreads * static_cast<int>(sizeof(float));
 }
 
-// `blocks` walk the rows, so many as are on the GPU at once; size: 1 to kWidestNorm.
+// `teams` of norm_blocks(size) walk the rows, so many as are on the GPU at once; size: 1 to kWidestNorm.
 template <typename T>
-void launch_wide_norm_fwd(const WideNormFwd<T>& of, bool centred, int64_t blocks, cudaStream_t stream) {
+void launch_wide_norm_fwd(const WideNormFwd<T>& of, bool centred, int64_t teams, cudaStream_t stream) {
   dispatch_pack<T>(
       of.size,
       [&]<int Size>(std::integral_constant<int, Size>) {
         const auto kernel = centred ? wide_norm_fwd_kernel<T, Size, true> : wide_norm_fwd_kernel<T, Size, false>;
-        launch_with_shared(kernel, blocks, kNormThreads, norm_shared_bytes<T>(0, of.size), stream, of);
+        launch_teams(kernel, teams, norm_blocks(of.size), kNormThreads, norm_shared_bytes<T>(0, of.size), stream, of);
       },
       of.x, of.residual, of.y, of.residual_out);
 }
 
-// Without rows the blocks still write their sums, zeros.
+// Without rows the teams still write their sums, zeros.
 template <typename T>
-void launch_wide_norm_bwd(const WideNormBwd<T>& of, bool centred, int64_t blocks, cudaStream_t stream) {
+void launch_wide_norm_bwd(const WideNormBwd<T>& of, bool centred, int64_t teams, cudaStream_t stream) {
   dispatch_pack<T>(
       of.size,
       [&]<int Size>(std::integral_constant<int, Size>) {
         const auto run = [&]<bool Centred>(std::bool_constant<Centred>) {
-          launch_with_shared(wide_norm_bwd_kernel<T, Size, Centred>, blocks, kNormThreads,
-                             norm_shared_bytes<T>(kHeld - kSumRegisters<T, Centred>, of.size), stream, of);
+          launch_teams(wide_norm_bwd_kernel<T, Size, Centred>, teams, norm_blocks(of.size), kNormThreads,
+                       norm_shared_bytes<T>(kHeld - kSumRegisters<T, Centred>, of.size), stream, of);
         };
         centred ? run(std::true_type()) : run(std::false_type());
       },

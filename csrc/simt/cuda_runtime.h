@@ -1,13 +1,14 @@
 // Compiles and runs CUDA C++ kernels on a CPU, for tests only: with `-I csrc/simt` a kernel's own
 // `#include <cuda_runtime.h>` finds this file in place of the toolkit's, and its source is unchanged.
 //
-// The blocks of a grid run one after another, in an order drawn from MEMKERNELS_SIMT_SEED; each CUDA thread is a
-// real thread, so ThreadSanitizer checks a block for races and AddressSanitizer a kernel's own accesses. Shared memory
-// from shared_memory<T>() and dynamic_shared_memory<T>() holds NaN bit patterns when a block starts.
-// A failed assert, an exception or a barrier that can never complete ends the launch with simt::KernelError.
+// The blocks of a grid run one after another, in an order drawn from MEMKERNELS_SIMT_SEED, and those of a cooperative
+// launch all at once; each CUDA thread is a real thread, so ThreadSanitizer checks blocks that run at once for races
+// and AddressSanitizer a kernel's own accesses. Shared memory from shared_memory<T>() and dynamic_shared_memory<T>()
+// holds NaN bit patterns when a block starts. A failed assert, an exception or a barrier that can never complete ends
+// the launch with simt::KernelError.
 //
-// What it cannot show: races between blocks (they never overlap), memory ordering weaker than the host's (a shuffle
-// orders the memory of its warp here, on a GPU only __syncwarp does), tensor cores, rounding of approximate
+// What it cannot show: races between blocks that run one after another, memory ordering weaker than the host's (a
+// shuffle orders the memory of its warp here, on a GPU only __syncwarp does), tensor cores, rounding of approximate
 // instructions, and timing.
 #pragma once
 
@@ -29,5 +30,4 @@
 #include "atomics.h"
 #include "intrinsics.h"
 #include "launch.h"
-#include "shared_memory.h"
 #include "vector_types.h"

@@ -82,6 +82,10 @@ inline float __uint_as_float(unsigned int bits) {
   return std::bit_cast<float>(bits);
 }
 
+inline void __nanosleep(unsigned int) {
+  memkernels::simt::current_block->sleep();
+}
+
 // Byte i of the result is that of y and x, as one word, that the i-th hexadecimal digit of `selector` numbers; none of
 // the digits is above 7.
 inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {

@@ -12,21 +12,41 @@
 #include <vector>
 
 #include "block.h"
-#include "shared_memory.h"
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess             ? "no error"
-         : error == cudaErrorInvalidValue ? "invalid argument"
-                                          : "invalid configuration argument";
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    default:
+      return "too many blocks in cooperative launch";
+  }
 }
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 using cudaStream_t = struct CUstream_st*;
 
-struct cudaLaunchAttribute {};
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+
+union cudaLaunchAttributeValue {
+  int cooperative;
+};
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -43,6 +63,9 @@ namespace memkernels::simt {
 // smallest GPU.
 constexpr size_t kPlainDynamicBytes = 48 << 10;
 constexpr int kMostDynamicBytes = 99 << 10;
+
+// Blocks of a cooperative launch, one a multiprocessor.
+constexpr int64_t kMultiprocessors = 8;
 
 inline size_t& dynamic_bytes_of(const void* kernel) {
   static std::map<const void*, size_t> limits;
@@ -63,42 +86,51 @@ inline std::vector<int64_t> block_order(int64_t blocks) {
   return order;
 }
 
-// Runs body() once per thread of the grid, on one pool of threads that takes the blocks in turn.
+inline bool is_cooperative(const cudaLaunchConfig_t& config) {
+  return config.numAttrs > 0 && config.attrs[0].id == cudaLaunchAttributeCooperative &&
+         config.attrs[0].val.cooperative != 0;
+}
+
+// Runs body() once per thread of the grid, on one pool of threads that takes the blocks in turn, or in a cooperative
+// launch all of them at once.
 inline void launch(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
   const std::vector<int64_t> order = block_order(int64_t{gridDim.x} * gridDim.y * gridDim.z);
-  SharedMemory& shared = SharedMemory::instance();
-  shared.resize_dynamic(config.dynamicSmemBytes);
+  const int at_once = is_cooperative(config) ? static_cast<int>(order.size()) : 1;
 
-  Block block(threads);
-  size_t next = 0;  // 1 past the block that runs
+  Launch launch;
+  std::deque<Block> blocks;
+  for (int i = 0; i < at_once; ++i) blocks.emplace_back(threads, config.dynamicSmemBytes, launch);
+  size_t next = 0;  // 1 past the blocks that run
   bool done = false;
   auto advance = [&]() noexcept {
-    done = next == order.size() || block.failed();
+    done = next == order.size() || launch.failed;
     if (done) return;
-    ++next;
-    shared.poison();
-    block.reset();
+    next += at_once;
+    for (Block& block : blocks) block.reset();
   };
-  std::barrier turn(threads, advance);
+  std::barrier turn(at_once * threads, advance);
 
   {
     std::vector<std::jthread> pool;
-    for (int thread = 0; thread < threads; ++thread) {
-      pool.emplace_back([&, thread] {
+    for (int i = 0; i < at_once * threads; ++i) {
+      pool.emplace_back([&, place = i / threads, thread = i % threads] {
+        Block& block = blocks[place];
         current_block = &block;
         current_thread = thread;
         threadIdx = unflatten(thread, blockDim);
         for (turn.arrive_and_wait(); !done; turn.arrive_and_wait()) {
-          blockIdx = unflatten(order[next - 1], gridDim);
+          blockIdx = unflatten(order[next - at_once + place], gridDim);
           block.run(thread, body);
         }
       });
     }
   }
-  if (block.failed()) throw KernelError(block.message());
+  for (const Block& block : blocks) {
+    if (block.failed() && !block.message().empty()) throw KernelError(block.message());
+  }
 }
 
 }  // namespace memkernels::simt
@@ -121,6 +153,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   if (config->dynamicSmemBytes > memkernels::simt::dynamic_bytes_of(reinterpret_cast<const void*>(kernel))) {
     return cudaErrorInvalidValue;
+  }
+  if (memkernels::simt::is_cooperative(*config) &&
+      int64_t{grid.x} * grid.y * grid.z > memkernels::simt::kMultiprocessors) {
+    return cudaErrorCooperativeLaunchTooLarge;
   }
   memkernels::simt::launch(*config, [&] { kernel(static_cast<Params>(args)...); });
   return cudaSuccess;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -11,44 +13,57 @@ namespace memkernels::simt {
 
 constexpr int kPoison = 0xFF;  // a NaN in every floating-point format, -1 in integers
 
-// All shared memory of the program, filled with NaN patterns before each block. Allocated on the heap with its exact
-// size, so that AddressSanitizer sees an access past its end.
+// The number of a type of static shared memory, a new one for each call.
+inline size_t new_shared_type() {
+  static std::atomic<size_t> types{0};
+  return types++;
+}
+
+// Shared memory of a block, filled with NaN patterns when one starts. Allocated on the heap with its exact size, so
+// that AddressSanitizer sees an access past its end.
 class SharedMemory {
  public:
-  static SharedMemory& instance() {
-    static SharedMemory memory;
-    return memory;
-  }
+  explicit SharedMemory(size_t dynamic_bytes) : dynamic_(new std::byte[dynamic_bytes]), dynamic_bytes_(dynamic_bytes) {}
 
-  void* allocate(size_t bytes, size_t alignment) {
+  // Static memory, allocated by the first thread that asks for the type. The others only load an address: an order of
+  // all threads would hide their races.
+  void* of_type(size_t type, size_t bytes, size_t alignment) {
+    std::atomic<void*>& address = static_.at(type);
+    if (void* data = address.load(std::memory_order_acquire)) return data;
     std::lock_guard lock(mutex_);
-    void* data = ::operator new(bytes, std::align_val_t(alignment));
-    std::memset(data, kPoison, bytes);
-    static_.push_back({data, bytes});
-    return data;
+    if (void* data = address.load(std::memory_order_relaxed)) return data;
+    regions_.emplace_back(bytes, alignment);
+    address.store(regions_.back().data.get(), std::memory_order_release);
+    return regions_.back().data.get();
   }
 
-  void resize_dynamic(size_t bytes) {
-    dynamic_.reset(new std::byte[bytes]);
-    dynamic_bytes_ = bytes;
-  }
   void* dynamic() { return dynamic_.get(); }
 
   void poison() {
-    for (const Region& region : static_) std::memset(region.data, kPoison, region.bytes);
+    for (const Region& region : regions_) std::memset(region.data.get(), kPoison, region.bytes);
     if (dynamic_bytes_ > 0) std::memset(dynamic_.get(), kPoison, dynamic_bytes_);
   }
 
  private:
+  struct Delete {
+    std::align_val_t alignment;
+    void operator()(void* data) const { ::operator delete(data, alignment); }
+  };
+
   struct Region {
-    void* data;
+    Region(size_t bytes, size_t alignment)
+        : data(::operator new(bytes, std::align_val_t(alignment)), Delete{std::align_val_t(alignment)}), bytes(bytes) {
+      std::memset(data.get(), kPoison, bytes);
+    }
+    std::unique_ptr<void, Delete> data;
     size_t bytes;
   };
 
+  std::array<std::atomic<void*>, 256> static_{};
   std::mutex mutex_;
-  std::vector<Region> static_;  // reachable until the process ends, as the kernels' own statics are
+  std::vector<Region> regions_;
   std::unique_ptr<std::byte[]> dynamic_;
-  size_t dynamic_bytes_ = 0;
+  size_t dynamic_bytes_;
 };
 
 }  // namespace memkernels::simt

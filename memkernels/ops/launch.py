@@ -37,7 +37,12 @@ def holds_row(size: int) -> bool:
     return size <= (2 * widest if torch.version.hip else widest)
 
 
+def multiprocessors(x: Tensor) -> int:
+    """Of x's GPU; a fixed few on a CPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+
 def num_programs(x: Tensor, rows: int, rows_per_program: int, *, per_multiprocessor: int = 2) -> int:
     """As many a multiprocessor, or fewer where rows run out; a fixed few under the interpreter."""
-    limit = per_multiprocessor * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    limit = multiprocessors(x) * (per_multiprocessor if x.is_cuda else 1)
     return max(1, min(limit, triton.cdiv(rows, rows_per_program)))

@@ -1,8 +1,8 @@
 """RMS norm and layer norm on GPUs of rows too wide for a Triton program: which kernels compute them, and operators.
 
-A block of `wide_norm_fwd` and `wide_norm_bwd` (csrc/cuda/wide_norm.cuh) holds a row of up to 16,384 elements and reads
-it once. Wider rows, and GPUs without the library of CUDA C++, take the kernels of `wide_norm_triton.py`, which read it
-twice.
+A block of `wide_norm_fwd` and `wide_norm_bwd` (csrc/cuda/wide_norm.cuh) holds 16,384 elements of a row, a team of
+blocks a longer row, which so is read once. GPUs without the library of CUDA C++ take the kernels of
+`wide_norm_triton.py`, which read it twice, and so do rows that no team holds.
 """
 
 from __future__ import annotations
@@ -11,41 +11,53 @@ import torch
 from torch import Tensor
 
 from memkernels._library import define, has_kernel
+from memkernels.ops.partial_sums import total
 
-WIDEST_HELD = 16384
+HELD_BY_BLOCK = 16384
+MOST_BLOCKS = 32  # of a team
 _ALTERNATIVE = "rms_norm's and layer_norm's other kernels"
 
 
-def _fwd_fake(x, residual, weight, bias, eps, weight_offset, centred, blocks):
+def _fwd_fake(x, residual, weight, bias, eps, weight_offset, centred, teams):
     rows = x.shape[:-1].numel()
     mean, rstd = (x.new_empty(count, dtype=torch.float32) for count in (rows if centred else 0, rows))
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), mean, rstd
 
 
-def _bwd_fake(dy, dresidual_out, h, weight, mean, rstd, weight_offset, weight_grad, bias_grad, blocks):
+def _bwd_fake(dy, dresidual_out, h, weight, mean, rstd, weight_offset, weight_grad, bias_grad, teams):
     dweight, dbias = (
-        h.new_empty((blocks if wanted else 0, h.shape[-1]), dtype=torch.float32) for wanted in (weight_grad, bias_grad)
+        h.new_empty((teams if wanted else 0, h.shape[-1]), dtype=torch.float32) for wanted in (weight_grad, bias_grad)
     )
     return h.new_empty(h.shape), dweight, dbias
 
 
 define(
     "wide_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float weight_offset,"
-    " bool centred, int blocks) -> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",
+    " bool centred, int teams) -> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",
     _fwd_fake,
     alternative=_ALTERNATIVE,
 )
 define(
     "wide_norm_bwd(Tensor dy, Tensor? dresidual_out, Tensor h, Tensor weight, Tensor? mean, Tensor rstd,"
-    " float weight_offset, bool weight_grad, bool bias_grad, int blocks)"
+    " float weight_offset, bool weight_grad, bool bias_grad, int teams)"
     " -> (Tensor dx, Tensor dweight_partial, Tensor dbias_partial)",
     _bwd_fake,
     alternative=_ALTERNATIVE,
 )
 
 
-def _holds(operator: str, x: Tensor) -> bool:
-    return x.shape[-1] <= WIDEST_HELD and has_kernel(operator, x)
+def _teams(operator: str, rows: Tensor, per_multiprocessor: int) -> int:
+    """How many rows the operator computes at once; 0 where it does not.
+
+    A team of several blocks waits for each of them, so that all blocks are on the GPU together, one a multiprocessor.
+    """
+    from memkernels.ops import launch  # imports Triton
+
+    blocks = -(-rows.shape[-1] // HELD_BY_BLOCK)
+    if blocks > MOST_BLOCKS or not has_kernel(operator, rows):
+        return 0
+    at_once = launch.multiprocessors(rows) * (per_multiprocessor if blocks == 1 else 1)
+    return min(max(rows.shape[:-1].numel(), 1), at_once // blocks)
 
 
 def wide_norm_fwd(
@@ -59,12 +71,12 @@ def wide_norm_fwd(
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, residual_out (empty without residual), mean (empty where it is not centred) and rstd; inputs contiguous."""
-    from memkernels.ops import launch, wide_norm_triton  # they import Triton
+    from memkernels.ops import wide_norm_triton
 
-    if not _holds("wide_norm_fwd", x):
+    teams = _teams("wide_norm_fwd", x, per_multiprocessor=2)
+    if not teams:
         return wide_norm_triton.wide_norm_fwd(x, residual, weight, bias, eps, weight_offset, centred=centred)
-    blocks = launch.num_programs(x, x.shape[:-1].numel(), 1)
-    return torch.ops.memkernels.wide_norm_fwd(x, residual, weight, bias, eps, weight_offset, centred, blocks)
+    return torch.ops.memkernels.wide_norm_fwd(x, residual, weight, bias, eps, weight_offset, centred, teams)
 
 
 def wide_norm_bwd(
@@ -79,17 +91,13 @@ def wide_norm_bwd(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx and, empty where not wanted, dweight and dbias; inputs contiguous, mean None where it is not centred."""
-    from memkernels.ops import launch, wide_norm_triton
+    from memkernels.ops import wide_norm_triton
 
-    wanted = (weight_grad, bias_grad)
-    if not _holds("wide_norm_bwd", h):
-        return wide_norm_triton.wide_norm_bwd(dy, dresidual_out, h, weight, mean, rstd, weight_offset, *wanted)
+    arguments = (dy, dresidual_out, h, weight, mean, rstd, weight_offset, weight_grad, bias_grad)
     # A block takes all registers of a multiprocessor.
-    blocks = launch.num_programs(h, h.shape[:-1].numel(), 1, per_multiprocessor=1)
-    dx, *partial = torch.ops.memkernels.wide_norm_bwd(
-        dy, dresidual_out, h, weight, mean, rstd, weight_offset, *wanted, blocks
-    )
-    dweight, dbias = (
-        sums.sum(0).to(weight.dtype) if of else weight.new_empty(0) for sums, of in zip(partial, wanted, strict=True)
-    )
-    return dx, dweight, dbias
+    teams = _teams("wide_norm_bwd", h, per_multiprocessor=1)
+    if teams:
+        dx, dweight, dbias = torch.ops.memkernels.wide_norm_bwd(*arguments, teams)
+    else:
+        dx, dweight, dbias = wide_norm_triton.wide_norm_bwd(*arguments)
+    return dx, total(dweight, weight, weight_grad), total(dbias, weight, bias_grad)

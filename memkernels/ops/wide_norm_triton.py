@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernels.ops.launch import num_programs
+from memkernels.ops.partial_sums import partial_sums
 
 # Rows share the loads of weight and bias; a thread has 8 or 16 elements.
 ROW_TILE = {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 8}
@@ -233,7 +234,8 @@ def wide_norm_bwd(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx and, empty where not wanted, dweight and dbias; inputs contiguous, mean None where it is not centred."""
+    """dx and, by share of the rows, the partial sums of dweight and dbias; inputs contiguous, mean None where it is not
+    centred."""
     size, rows = h.shape[-1], h.shape[:-1].numel()
     centred = mean is not None
     dx, means = torch.empty_like(h), h.new_empty((2, rows), dtype=torch.float32)
@@ -242,15 +244,11 @@ def wide_norm_bwd(
             dy, h, weight, mean, rstd, means, rows, size, weight_offset, CENTRED=centred, **ROW_TILE
         )
     shares = min(MAX_SHARES, num_programs(h, rows, COLUMN_TILE["BLOCK_M"]))
-    dweight_partial, dbias_partial = (
-        h.new_empty((shares if wanted else 0, size), dtype=torch.float32) for wanted in (weight_grad, bias_grad)
-    )
+    dweight_partial, dbias_partial = (partial_sums(h, shares, wanted) for wanted in (weight_grad, bias_grad))
     # With no rows the kernel still writes the zeros of dweight and dbias.
     _wide_norm_bwd_kernel[(triton.cdiv(size, COLUMN_TILE["BLOCK_N"]), shares)](
         dy, dresidual_out, h, weight, mean, rstd, means, dx, dweight_partial, dbias_partial, rows, size, weight_offset,
         HAS_RESIDUAL=dresidual_out is not None, CENTRED=centred, WEIGHT_GRAD=weight_grad, BIAS_GRAD=bias_grad,
         **COLUMN_TILE,
     )  # fmt: skip
-    dweight = dweight_partial.sum(0).to(weight.dtype) if weight_grad else weight.new_empty(0)
-    dbias = dbias_partial.sum(0).to(weight.dtype) if bias_grad else weight.new_empty(0)
-    return dx, dweight, dbias
+    return dx, dweight_partial, dbias_partial

@@ -51,10 +51,11 @@ A choice's weight adds 4 bytes. The plan's ids are read twice, since no choice c
 bytes beside a row of thousands. p is 4 of float32 and of bfloat16 with the remainder, and 2 of bfloat16 that is
 rounded; s is, for each moment, 4, 2, 1 + 4 / 256 or 1/2 + 4 / 128.
 
-The norms of wide rows read the parameters once a block, of which a multiprocessor has one in backward and two in
-forward; in backward a block writes 4 bytes a parameter, its sum of the gradients. Beside 40 rows a block that is below
-5%. They take the rows above 8,192 elements, and those above 4,096 that are no multiple of 16, up to 16,384; wider ones
-are Triton's, and read twice (kernels.md).
+The norms of wide rows take those above 8,192 elements, and above 4,096 where they are no multiple of 16. A block holds
+16,384 elements; longer rows, up to 524,288 elements or 16,384 a multiprocessor, are held by teams of blocks, which send
+each other 8 bytes for each sum of a row, or 16. The parameters are read once a team; in backward a team writes 4 bytes
+a parameter, its sum of the gradients. Beside 40 rows a team that is below 5%. A multiprocessor has one block, in
+forward without teams two. Wider rows are Triton's, and read twice (kernels.md).
 
 ## Resources
 

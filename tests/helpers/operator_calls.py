@@ -171,18 +171,18 @@ def _wide_norm() -> list[Call]:
     x, weight, rows = _floats(2, 3, 8), _floats(8), _floats(6)
     like_x = [(2, 3, 7), (1, 3, 8), (6, 8), (0,), BFLOAT16]
     of_weight, of_rows = [(7,), (9,), (), (8, 1), HALF, DOUBLE], [(5,), (7,), (2, 3), (), BFLOAT16, DOUBLE]
-    of_size, of_blocks = [(), (2, 3, 0), (1, 16385), DOUBLE], [0, -1, BEYOND]
+    of_size, of_teams = [(), (2, 3, 0), (1, 2**19 + 1), DOUBLE], [0, -1, BEYOND]
     forward = {"x": x, "residual": x, "weight": weight, "bias": weight, "eps": 1e-5, "weight_offset": 0.0}
     wrong = {"x": of_size, "residual": like_x, "weight": of_weight, "bias": [(7,), (9,), (), BFLOAT16]}
     backward = {"dy": x, "dresidual_out": x, "h": x, "weight": weight, "mean": rows, "rstd": rows, "weight_offset": 0.0}
     of_backward = {"dy": like_x, "dresidual_out": like_x, "h": of_size, "weight": of_weight}
-    of_backward |= {"mean": [*of_rows, None], "rstd": of_rows, "blocks": of_blocks}
-    wanted = {"weight_grad": True, "bias_grad": True, "blocks": 2}
+    of_backward |= {"mean": [*of_rows, None], "rstd": of_rows, "teams": of_teams}
+    wanted = {"weight_grad": True, "bias_grad": True, "teams": 2}
     return [
         Call(
             "wide_norm_fwd",
-            {**forward, "centred": True, "blocks": 2},
-            {**wrong, "centred": [False], "blocks": of_blocks},
+            {**forward, "centred": True, "teams": 2},
+            {**wrong, "centred": [False], "teams": of_teams},
         ),
         Call("wide_norm_bwd", backward | wanted, of_backward),
     ]

@@ -168,6 +168,33 @@ void test_order_of_blocks() {
   expect(seen == 0xFFF, "every block runs once");
 }
 
+// Each block says that it is there, and waits for all others.
+__global__ void meeting_kernel(int* present, int failing) {
+  assert(static_cast<int>(blockIdx.x) != failing && "no such block");
+  if (threadIdx.x == 0) atomicAdd(present, 1);
+  while (atomicAdd(present, 0) < static_cast<int>(gridDim.x)) __nanosleep(32);
+  __syncthreads();
+}
+
+cudaError_t launch_meeting(unsigned int blocks, int failing) {
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(32);
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  int present = 0;
+  return cudaLaunchKernelEx(&config, meeting_kernel, &present, failing);
+}
+
+void test_blocks_of_a_cooperative_launch_run_at_once() {
+  expect(launch_meeting(8, -1) == cudaSuccess, "blocks that wait for each other");
+  expect_kernel_error("block (2, 0, 0), thread", [] { launch_meeting(4, 2); });
+  expect(launch_meeting(9, -1) == cudaErrorCooperativeLaunchTooLarge, "more blocks than run at once");
+}
+
 __global__ void early_exit_kernel(int* output) {
   if (threadIdx.x % 2 == 0) return;
   __syncthreads();
@@ -235,6 +262,7 @@ int main() {
   test_bytes_are_picked();
   test_much_dynamic_shared_memory_is_asked_for();
   test_order_of_blocks();
+  test_blocks_of_a_cooperative_launch_run_at_once();
   test_threads_may_leave_early();
   test_failures();
   return failures > 0;

@@ -55,6 +55,12 @@ def test_program(run_program: Run, name: str, build: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("build", ["thread", "address"])
+def test_team_sums(run_program: Run, build: str) -> None:
+    result = run_program("team_sums", build)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 # AddressSanitizer's build checks the same results: the plain one only tells whether a sanitizer hides a fault.
 @pytest.mark.parametrize("build", [pytest.param("plain", marks=pytest.mark.slow), "thread", "address"])
 @pytest.mark.parametrize("name", ["linear_cross_entropy", "nf4", "moe"])

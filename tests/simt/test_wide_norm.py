@@ -43,12 +43,15 @@ def make_inputs(size, dtype, *names, parameter_dtype=None):
     }
 
 
-# Between them every dtype with whole packs and with single elements, one and the most of them a thread.
+# Between them every dtype with whole packs and with single elements, one and the most of them a thread; and teams of
+# two blocks and of three.
 RMS_NORM = [
     (5000, FLOAT, ("residual",), None),
     (9999, BFLOAT16, (), FLOAT),
     (16384, HALF, ("residual",), None),
     (16383, FLOAT, (), None),
+    (16385, BFLOAT16, ("residual",), None),
+    (40000, FLOAT, (), None),
 ]
 LAYER_NORM = [
     (5000, BFLOAT16, ("bias", "residual"), None),
@@ -57,6 +60,7 @@ LAYER_NORM = [
     (16383, HALF, ("bias", "residual"), None),
     (16384, FLOAT, ("bias", "residual"), None),
     (16384, BFLOAT16, ("bias",), None),
+    (20000, BFLOAT16, ("bias", "residual"), FLOAT),
 ]
 
 
@@ -66,7 +70,7 @@ def and_all_others(cases, names):
     parameters = {FLOAT: (None,), HALF: (None, FLOAT), BFLOAT16: (None, FLOAT)}
     everything = [
         (size, dtype, chosen, of)
-        for size in (5000, 8200, 9999, 16383, 16384)
+        for size in (5000, 8200, 9999, 16383, 16384, 16385, 20000, 32767)
         for dtype in parameters
         for chosen in optional
         for of in parameters[dtype]
@@ -91,14 +95,20 @@ def test_layer_norm_matches_the_reference(gpu_path, size, dtype, names, paramete
 
 
 def test_a_large_mean_costs_no_precision(gpu_path):
-    inputs = make_inputs(4099, FLOAT, "bias")
-    inputs["x"] = (inputs["x"].detach() + 1e4).requires_grad_()
-    check_op(ops.layer_norm, lambda x, weight, bias: torch.nn.functional.layer_norm(x, (4099,), weight, bias), inputs)
-    assert gpu_path == OPERATORS
+    for size in (4099, 16400):
+        inputs = make_inputs(size, FLOAT, "bias")
+        inputs["x"] = (inputs["x"].detach() + 1e4).requires_grad_()
+        check_op(
+            ops.layer_norm,
+            lambda x, weight, bias, size=size: torch.nn.functional.layer_norm(x, (size,), weight, bias),
+            inputs,
+        )
+    assert gpu_path == 2 * OPERATORS
 
 
 @pytest.mark.parametrize("size", [4096, 16385])
-def test_rows_of_other_sizes_are_triton_s(gpu_path, size):
+def test_rows_that_no_team_holds_or_a_program_does_are_triton_s(gpu_path, monkeypatch, size):
+    monkeypatch.setattr("memkernels.ops.launch.multiprocessors", lambda rows: 1)
     inputs = make_inputs(size, BFLOAT16)
     check_op(ops.rms_norm, rms_norm_reference.rms_norm, inputs)
     assert gpu_path == []
@@ -118,7 +128,7 @@ def test_no_rows_give_gradients_of_zero(gpu_path):
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_gradients_of_parameters_are_left_out_or_given_by_block(simt, centred):
+def test_gradients_of_parameters_are_left_out_or_given_by_team(simt, centred):
     inputs = [tensor.detach() for tensor in make_inputs(264, FLOAT, "dy").values()]
     x, weight, dy = inputs
     _, _, mean, rstd = simt.wide_norm_fwd(x, None, weight, None, 1e-5, 0.5, centred, 3)
@@ -129,7 +139,7 @@ def test_gradients_of_parameters_are_left_out_or_given_by_block(simt, centred):
     assert [tuple(sums.shape) for sums in none] == [(0, 264)] * 2 and torch.equal(dx, also_dx)
     normed = (x.double() - (mean.double()[:, None] if centred else 0)) * rstd.double()[:, None]
     for sums, rows in ((dweight, dy * normed), *([(dbias, dy.double())] if centred else [])):
-        # Block b has rows b and b + 3.
+        # Team b has rows b and b + 3.
         expected = torch.stack([rows[0] + rows[3], rows[1], rows[2]])
         assert_within_factor_two("sums", sums, expected, expected.float())
 

@@ -18,7 +18,7 @@ struct Case {
   bool centred;
   bool residual;  // and bias
   bool wide;      // parameters of float32
-  int64_t blocks;
+  int64_t teams;
 };
 
 bool is_nan(float value) {
@@ -48,7 +48,7 @@ bool operator!=(__nv_bfloat16 a, __nv_bfloat16 b) {
 
 template <typename T>
 std::vector<float> run(const Case& c) {
-  const int64_t elements = c.rows * c.size, sums = c.blocks * c.size;
+  const int64_t elements = c.rows * c.size, sums = c.teams * c.size;
   const T canary = from_float<T>(12345.0f), nan = from_float<T>(NAN);
   const auto array = [&](int64_t size) { return Guarded<T>(size, 0, canary); };
   const auto floats = [](int64_t size) { return Guarded<float>(size, 0, 12345.0f); };
@@ -61,6 +61,7 @@ std::vector<float> run(const Case& c) {
   for (Guarded<T>* output : {&y, &h, &dx}) std::fill_n(output->data(), output->size(), nan);
   for (Guarded<float>* output : {&mean, &rstd, &dweight, &dbias}) std::fill_n(output->data(), output->size(), NAN);
 
+  std::vector<unsigned long long> words(team_words(c.teams, norm_blocks(c.size)), 0), words_of_backward = words;
   const NormParameter<T> weight = {c.wide ? nullptr : narrow.data(), c.wide ? wide.data() : nullptr};
   const bool bias = c.centred && c.residual;
   const WideNormFwd<T> forward = {
@@ -72,12 +73,13 @@ std::vector<float> run(const Case& c) {
       .residual_out = h.data(),
       .mean = mean.data(),
       .rstd = rstd.data(),
+      .words = words.data(),
       .rows = c.rows,
       .size = c.size,
       .eps = 1e-5f,
       .weight_offset = 1.0f,
   };
-  launch_wide_norm_fwd(forward, c.centred, c.blocks, nullptr);
+  launch_wide_norm_fwd(forward, c.centred, c.teams, nullptr);
   const WideNormBwd<T> backward = {
       .dy = dy.data(),
       .dresidual_out = forward.residual,
@@ -88,11 +90,12 @@ std::vector<float> run(const Case& c) {
       .dx = dx.data(),
       .dweight = dweight.data(),
       .dbias = c.centred ? dbias.data() : nullptr,
+      .words = words_of_backward.data(),
       .rows = c.rows,
       .size = c.size,
       .weight_offset = 1.0f,
   };
-  launch_wide_norm_bwd(backward, c.centred, c.blocks, nullptr);
+  launch_wide_norm_bwd(backward, c.centred, c.teams, nullptr);
 
   Written written;
   written.add("y", y), written.add("residual_out", h), written.add("mean", mean), written.add("rstd", rstd);
@@ -104,9 +107,11 @@ std::vector<float> run(const Case& c) {
 
 template <typename T>
 void test() {
-  // Whole packs and single elements, as many as there are and fewer; blocks without rows.
+  // Whole packs and single elements, as many as there are and fewer; teams of one block and of several, of which the
+  // last has fewer columns; blocks without rows.
   for (const Case& c : {Case{3, 16384, true, true, false, 2}, Case{2, 16383, true, true, true, 1},
-                        Case{2, 5001, false, true, false, 3}, Case{0, 24, true, false, true, 2}}) {
+                        Case{2, 5001, false, true, false, 3}, Case{0, 24, true, false, true, 2},
+                        Case{3, 16392, true, true, false, 2}, Case{2, 32769, false, true, true, 1}}) {
     run<T>(c);
   }
 }
@@ -151,11 +156,11 @@ void test_offsets_beyond_32_bits() {
   }
   std::vector<float> weight(kSize, 2.0f), mean(kRows), rstd(kRows);
   const NormParameter<__nv_bfloat16> parameter = {nullptr, weight.data()}, none = {nullptr, nullptr};
-  const WideNormFwd<__nv_bfloat16> forward = {x,           nullptr,     parameter, none,  y,    nullptr,
-                                              mean.data(), rstd.data(), kRows,     kSize, 0.0f, 0.0f};
+  const WideNormFwd<__nv_bfloat16> forward = {x,           nullptr, parameter, none,  y,    nullptr, mean.data(),
+                                              rstd.data(), nullptr, kRows,     kSize, 0.0f, 0.0f};
   float* dweight = static_cast<float*>(sums);
-  const WideNormBwd<__nv_bfloat16> backward = {dy, nullptr, x,       parameter, mean.data(), rstd.data(),
-                                               dx, dweight, nullptr, kRows,     kSize,       0.0f};
+  const WideNormBwd<__nv_bfloat16> backward = {dy,      nullptr, x,       parameter, mean.data(), rstd.data(), dx,
+                                               dweight, nullptr, nullptr, kRows,     kSize,       0.0f};
   launch_with_shared(last_row_kernel, 1, kNormThreads, norm_shared_bytes<__nv_bfloat16>(0, kSize), nullptr, forward,
                      backward);
   expect(to_float(y[kLast]) == 2.0f && to_float(y[kLast + 1]) == -2.0f && rstd[kRows - 1] == 1.0f,

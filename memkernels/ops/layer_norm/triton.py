@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernels.ops.launch import holds_row, num_programs, row_tile
+from memkernels.ops.partial_sums import partial_sums, total
 from memkernels.ops.wide_norm import wide_norm_bwd, wide_norm_fwd
 
 
@@ -159,14 +160,10 @@ def layer_norm_bwd(
     dx = torch.empty_like(h)
     tile = row_tile(size)
     programs = num_programs(h, rows, tile.BLOCK_M)
-    dweight_partial, dbias_partial = (
-        h.new_empty((programs if wanted else 0, size), dtype=torch.float32) for wanted in (weight_grad, bias_grad)
-    )
+    dweight_partial, dbias_partial = (partial_sums(h, programs, wanted) for wanted in (weight_grad, bias_grad))
     if size:  # With no rows the kernel still writes the zeros of dweight and dbias.
         _layer_norm_bwd_kernel[(programs,)](
             dy, dresidual_out, h, weight, mean, rstd, dx, dweight_partial, dbias_partial, rows, size,
             HAS_RESIDUAL=dresidual_out is not None, WEIGHT_GRAD=weight_grad, BIAS_GRAD=bias_grad, **tile.options(),
         )  # fmt: skip
-    dweight = dweight_partial.sum(0).to(weight.dtype) if weight_grad else weight.new_empty(0)
-    dbias = dbias_partial.sum(0).to(weight.dtype) if bias_grad else weight.new_empty(0)
-    return dx, dweight, dbias
+    return dx, total(dweight_partial, weight, weight_grad), total(dbias_partial, weight, bias_grad)

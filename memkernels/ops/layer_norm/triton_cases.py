@@ -52,7 +52,7 @@ HELD_BY_AMD = (
     (torch.bfloat16, 16384, True, True),
     (torch.float32, 16384, True, True),
 )
-# Where there is no CUDA C++, and rows that none of its blocks holds.
+# Where there is no CUDA C++, and rows that no team of its blocks holds.
 WIDE = ((torch.float32, 5001, True, True), (torch.bfloat16, 20000, True, False))
 KERNEL_CASES = [
     KernelCase(

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernels.ops.launch import holds_row, num_programs, row_tile
+from memkernels.ops.partial_sums import partial_sums, total
 from memkernels.ops.wide_norm import wide_norm_bwd, wide_norm_fwd
 
 
@@ -139,11 +140,10 @@ def rms_norm_bwd(
     dx = torch.empty_like(h)
     tile = row_tile(size)
     programs = num_programs(h, rows, tile.BLOCK_M)
-    dweight_partial = h.new_empty((programs if weight_grad else 0, size), dtype=torch.float32)
+    dweight_partial = partial_sums(h, programs, weight_grad)
     if size:  # With no rows the kernel still writes dweight's zeros.
         _rms_norm_bwd_kernel[(programs,)](
             dy, dresidual_out, h, weight, rstd, dx, dweight_partial, rows, size, weight_offset,
             HAS_RESIDUAL=dresidual_out is not None, WEIGHT_GRAD=weight_grad, **tile.options(),
         )  # fmt: skip
-    dweight = dweight_partial.sum(0).to(weight.dtype) if weight_grad else weight.new_empty(0)
-    return dx, dweight
+    return dx, total(dweight_partial, weight, weight_grad)
