@@ -76,3 +76,27 @@ def test_a_byte_is_predicted_from_those_before_it(example, shape):
 def test_a_number_of_steps_that_is_none_is_refused(example, capsys):
     assert example.main(["--steps", "0"]) == 2
     assert "--steps: expected a positive number, got 0" in capsys.readouterr().err
+
+
+def test_an_output_that_is_no_folder_is_refused_before_anything_is_trained(example, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install memkernels[plot]")
+    monkeypatch.setattr(example, "unmet", lambda *_: None)
+    monkeypatch.setattr(example, "standard_library", lambda: pytest.fail("it went on"))
+    path = tmp_path / "file"
+    path.touch()
+    assert example.main(["--output", str(path)]) == 2
+    assert f"--output: expected a folder to write to, got {path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sparse, expected",
+    [
+        ([[3.0, 1.0, 1.0], [3.0, 2.0, 1.0]], True),
+        ([[3.0, 1.0, 1.0], [3.0, 3.0, 2.0]], False),  # one as late as the dense model
+        ([[3.0, 1.0, 1.0], [3.0, 3.0, 3.0]], False),
+        ([[3.0, 1.0, 1.0], [3.0, float("nan"), float("nan")]], False),
+    ],
+)
+def test_the_ordering_is_of_steps_and_of_each_sparse_model(example, sparse, expected):
+    curves = [example.Curve("", 0, [10, 20, 30], losses) for losses in ([3.0, 2.5, 2.0], *sparse)]
+    assert example.in_fewer_steps(curves) is expected
