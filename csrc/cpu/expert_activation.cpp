@@ -97,22 +97,25 @@ Tensor expert_activation_fwd(const Tensor& gate_up_in, const Tensor& row_weight_
   return h;
 }
 
-std::tuple<Tensor, Tensor, Tensor> expert_activation_bwd(const Tensor& dh_in, const Tensor& gate_up_in,
-                                                         const Tensor& row_weight_in, bool gated,
-                                                         const std::string& activation) {
-  check_backward(dh_in, gate_up_in, row_weight_in, gated);
-  const Tensor dh = as_contiguous(dh_in), gate_up = as_contiguous(gate_up_in),
-               row_weight = as_contiguous(row_weight_in);
-  Tensor h = output_like(dh), dgate_up = output_like(gate_up);
+// dh becomes h.
+std::tuple<Tensor, Tensor> expert_activation_bwd(const Tensor& dh, const Tensor& gate_up_in,
+                                                 const Tensor& row_weight_in, bool gated,
+                                                 const std::string& activation) {
+  check_backward(dh, gate_up_in, row_weight_in, gated);
+  STD_TORCH_CHECK(dh.is_contiguous(), "dh: expected a contiguous tensor, since it is written in place");
+  const Tensor gate_up = as_contiguous(gate_up_in), row_weight = as_contiguous(row_weight_in);
+  Tensor dgate_up = output_like(gate_up);
   Tensor drow_weight = torch::stable::empty_like(row_weight);
   dispatch_activation("gate_up", gate_up, activation, [&]<typename T, typename Act>() {
-    backward<Act>(dh.const_data_ptr<T>(), gate_up.const_data_ptr<T>(), row_weight.const_data_ptr<float>(),
-                  h.mutable_data_ptr<T>(), dgate_up.mutable_data_ptr<T>(), drow_weight.mutable_data_ptr<float>(),
-                  dh.size(0), dh.size(1), gated);
+    T* dh_data = dh.mutable_data_ptr<T>();
+    backward<Act, T>(dh_data, gate_up.const_data_ptr<T>(), row_weight.const_data_ptr<float>(), dh_data,
+                     dgate_up.mutable_data_ptr<T>(), drow_weight.mutable_data_ptr<float>(), dh.size(0), dh.size(1),
+                     gated);
   });
-  return {h, dgate_up, drow_weight};
+  return {dgate_up, drow_weight};
 }
 
+// And gate_up its gradient.
 Tensor expert_activation_bwd_(const Tensor& dh, const Tensor& gate_up, const Tensor& row_weight_in, bool gated,
                               const std::string& activation) {
   check_backward(dh, gate_up, row_weight_in, gated);

@@ -128,7 +128,8 @@ def _expert_activation() -> list[Call]:
     of_rows = {"row_weight": [(), (3,), (5,), (4, 1), (0,), BFLOAT16], "activation": ["tanh"]}
     of_gate = {"gate_up": [(3, 10), (4,), (4, 10, 1), (4, 9), DOUBLE], **of_rows}
     of_dh = {"dh": [(4, 4), (4, 10), (3, 5), (20,), (0, 5), BFLOAT16], **of_gate}
-    in_place = of_dh | {name: [*of_dh[name], strided(backward[name])] for name in ("dh", "gate_up")}
+    of_dh["dh"].append(strided(backward["dh"]))
+    in_place = of_dh | {"gate_up": [*of_dh["gate_up"], strided(backward["gate_up"])]}
     return [
         Call("expert_activation_fwd", gated, of_gate),
         Call("expert_activation_bwd", backward, of_dh),

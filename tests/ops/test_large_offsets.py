@@ -161,6 +161,7 @@ def expert_activation(x, weights, y, offsets):
     return [
         OPERATORS.expert_activation_fwd(x, row_weight, False, "silu"),
         *OPERATORS.expert_activation_bwd(y, x, row_weight, False, "silu"),
+        y,
     ]
 
 

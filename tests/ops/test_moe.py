@@ -18,7 +18,15 @@ from memkernels.ops.lora_linear.reference import keep_mask
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.dispatch import dispatch_rows
 from memkernels.ops.moe.weights import select_backend
-from memkernels.testing import check_op, implementations, poisoned_memory, random_tensor, saved_bytes
+from memkernels.testing import (
+    check_op,
+    implementations,
+    peak_bytes,
+    poisoned_memory,
+    random_tensor,
+    run_in_child,
+    saved_bytes,
+)
 
 MASK_SEED = 1234567890123456789
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -591,6 +599,26 @@ def test_saves_the_input_the_routing_and_the_pre_activation_if_kept(recompute):
     kept = saved_bytes(lambda: ops.moe_mlp(**inputs, recompute=recompute), exclude=tuple(inputs.values()))
     plan = 2 * tokens * choices * 4 + 2 * (experts + 1) * 4
     assert kept == plan + (0 if recompute else 2 * tokens * choices * 2 * n)
+
+
+def backward_peak(recompute: bool) -> float:
+    """In n elements a choice."""
+    torch.set_num_threads(1)
+    tokens, choices, d, n = 2048, 2, 16, 2048
+    inputs = layer_inputs(tokens, choices, 2, d, n, torch.float32)
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    y = ops.moe_mlp(**inputs, recompute=recompute)
+
+    def step():
+        torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=True)
+
+    step()
+    return peak_bytes(step) / (tokens * choices * n * 4)
+
+
+@pytest.mark.slow
+def test_backward_writes_over_the_gradient_of_the_activation():
+    assert all(run_in_child(backward_peak, recompute) <= 3.3 for recompute in (True, False))
 
 
 def test_a_second_backward_gives_the_same_gradient_and_does_not_depend_on_threads():

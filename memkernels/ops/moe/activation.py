@@ -18,7 +18,7 @@ def _fwd_fake(gate_up, row_weight, gated, activation):
 
 
 def _bwd_fake(dh, gate_up, row_weight, gated, activation):
-    return dh.new_empty(dh.shape), gate_up.new_empty(gate_up.shape), row_weight.new_empty(row_weight.shape)
+    return gate_up.new_empty(gate_up.shape), row_weight.new_empty(row_weight.shape)
 
 
 def _bwd_in_place_fake(dh, gate_up, row_weight, gated, activation):
@@ -27,12 +27,13 @@ def _bwd_in_place_fake(dh, gate_up, row_weight, gated, activation):
 
 # h = row_weight act(gate) up, gate beside up in a row of gate_up; ungated, row_weight act(gate_up).
 define("expert_activation_fwd(Tensor gate_up, Tensor row_weight, bool gated, str activation) -> Tensor", _fwd_fake)
+# dh becomes h.
 define(
-    "expert_activation_bwd(Tensor dh, Tensor gate_up, Tensor row_weight, bool gated, str activation)"
-    " -> (Tensor h, Tensor dgate_up, Tensor drow_weight)",
+    "expert_activation_bwd(Tensor(a!) dh, Tensor gate_up, Tensor row_weight, bool gated, str activation)"
+    " -> (Tensor dgate_up, Tensor drow_weight)",
     _bwd_fake,
 )
-# In place, for a backward pass that recomputes gate_up: it becomes its gradient, and dh becomes h.
+# The same for a backward pass that recomputes gate_up, which becomes its gradient.
 define(
     "expert_activation_bwd_(Tensor(a!) dh, Tensor(b!) gate_up, Tensor row_weight, bool gated, str activation)"
     " -> Tensor drow_weight",

@@ -95,10 +95,10 @@ class _MoEMLP(torch.autograd.Function):
             dh = down.input_grad(dy, tokens, groups)
             if gate_up is None:
                 dgate_up = gate_up_projection.forward(x, tokens, groups)
-                h = dh
                 drow_weight = torch.ops.memkernels.expert_activation_bwd_(dh, dgate_up, *activated)
             else:
-                h, dgate_up, drow_weight = torch.ops.memkernels.expert_activation_bwd(dh, gate_up, *activated)
+                dgate_up, drow_weight = torch.ops.memkernels.expert_activation_bwd(dh, gate_up, *activated)
+            h = dh
             del dh, gate_up
             down.add_gradients(dy, tokens, h, None, groups, down_sums)
             del h
@@ -168,7 +168,8 @@ def moe_mlp(
 
     Saved for backward: x (d elements a token), expert_weights and the plan (12 bytes a choice), and the parameters.
     Without `recompute` also the pre-activation, 2 n elements a choice; with it backward has two products' worth more
-    than the nine that keep it (a product: T k n d multiplications). An adapter keeps nothing more: its r elements a
+    than the nine that keep it (a product: T k n d multiplications). Either way backward has for a moment 3 n elements a
+    choice beside what is kept, and the gradients. An adapter keeps nothing more: its r elements a
     choice are recomputed.
     """
     check_activation(activation)

@@ -70,23 +70,24 @@ def expert_activation_fwd(gate_up: Tensor, row_weight: Tensor, gated: bool, acti
     return h
 
 
-def _backward(dh, gate_up, row_weight, h, dgate_up, gated, activation) -> Tensor:
+def _backward(dh, gate_up, row_weight, dgate_up, gated, activation) -> Tensor:
+    """drow_weight; dh becomes h."""
     drow_weight = torch.empty_like(row_weight)
     rows, size = dh.shape
     if rows:
         _expert_activation_bwd_kernel[(rows,)](
-            dh, gate_up, row_weight, h, dgate_up, drow_weight, size, GATED=gated, ACTIVATION=activation, BLOCK=BLOCK
+            dh, gate_up, row_weight, dh, dgate_up, drow_weight, size, GATED=gated, ACTIVATION=activation, BLOCK=BLOCK
         )
     return drow_weight
 
 
 def expert_activation_bwd(
     dh: Tensor, gate_up: Tensor, row_weight: Tensor, gated: bool, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    dh, gate_up = dh.contiguous(), gate_up.contiguous()
-    h, dgate_up = torch.empty_like(dh), torch.empty_like(gate_up)
-    return h, dgate_up, _backward(dh, gate_up, row_weight.contiguous(), h, dgate_up, gated, activation)
+) -> tuple[Tensor, Tensor]:
+    gate_up = gate_up.contiguous()
+    dgate_up = torch.empty_like(gate_up)
+    return dgate_up, _backward(dh, gate_up, row_weight.contiguous(), dgate_up, gated, activation)
 
 
 def expert_activation_bwd_(dh: Tensor, gate_up: Tensor, row_weight: Tensor, gated: bool, activation: str) -> Tensor:
-    return _backward(dh, gate_up, row_weight.contiguous(), dh, gate_up, gated, activation)
+    return _backward(dh, gate_up, row_weight.contiguous(), gate_up, gated, activation)

@@ -51,7 +51,7 @@ def _forward(gated, activation, dtype, device):
 
 def _backward(gated, activation, dtype, device):
     dh, gate_up, row_weight = _tensors(dtype, device, gated)
-    return dh, gate_up, row_weight, *expert_activation_bwd(dh, gate_up, row_weight, gated, activation)
+    return dh, gate_up, row_weight, dh, *expert_activation_bwd(dh, gate_up, row_weight, gated, activation)
 
 
 def _backward_in_place(gated, activation, dtype, device):
