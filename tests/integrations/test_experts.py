@@ -73,6 +73,16 @@ def test_loss_and_gradients(make, make_batch, family, padding):
         memkernels.unpatch(model)
 
 
+@every_family
+def test_packed_sequences_told_by_position_ids(make, make_batch, family):
+    batch, model = make_batch(), make(family)
+    batch |= {"position_ids": torch.cat([torch.arange(20), torch.arange(17)]).expand(2, -1), "use_cache": False}
+    batch["labels"][batch["position_ids"] == 0] = -100
+    plain, exact = train_step(model, batch), exact_step(make(family), batch)
+    memkernels.patch(model, recompute="layer")
+    assert_same(train_step(model, batch), exact, plain)
+
+
 @pytest.mark.parametrize("padding", [None, "right"])
 @pytest.mark.parametrize("family", WITH_ROUTER_LOSS)
 def test_the_routers_loss_is_added_without_logits(make, make_batch, family, padding):

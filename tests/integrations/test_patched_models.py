@@ -174,7 +174,7 @@ def test_residual_dropout_is_the_modules(make_model, make_batch):
 
 
 # Beside Qwen3 the gate compiles these, which differ most; the others are like Llama but for what these have.
-TRACED = ("Gemma2", "GPT2")
+TRACED = ("Gemma2", "GPT2", "Phi3")
 OTHERS = tuple(family for family in FAMILIES if family not in ("Qwen3", "GptOss"))
 COMPILED = (
     [("Qwen3", "aot_eager", recompute) for recompute in ("none", "sublayer")]
