@@ -10,7 +10,9 @@ from memkernels.testing.cases import KernelCase, Target
 SWEPT = ("attention", "gated_mlp", "lora_linear", "moe", "quantized")
 # What labels of attention end in.
 BESIDES = (" packed", " sinks and window")
-BESIDES_IN_GATE = tuple(f" {of}" for of in ("64 sm_90 packed", "64 sm_90 sinks and window", "192/128 sm_90"))
+BESIDES_IN_GATE = tuple(
+    f" {of}" for of in ("64 sm_90 packed", "64 sm_90 sinks and window", "192/128 sm_90", "32/256 sm_90")
+)
 
 
 def in_gate(op: str, case: KernelCase) -> bool:

@@ -269,12 +269,13 @@ def test_offsets_beyond_32_bits(implementation, dimension):
 @settings(max_examples=12, deadline=None)
 @given(
     queries=st.integers(1, 60), keys=st.integers(1, 120), size=st.integers(1, 40), group=st.integers(1, 3),
-    left=st.integers(-1, 50), right=st.integers(-1, 50), causal=st.booleans(),
+    value_size=st.sampled_from((None, 3, 130)), left=st.integers(-1, 50), right=st.integers(-1, 50),
+    causal=st.booleans(),
 )  # fmt: skip
-def test_any_shape(implementation, queries, keys, size, group, left, right, causal):
+def test_any_shape(implementation, queries, keys, group, left, right, causal, **sizes):
     with implementation.active() as device:
         inputs = make_inputs(
-            torch.float32, device, batch=1, queries=queries, keys=keys, size=size, heads=group, kv_heads=1
+            torch.float32, device, batch=1, queries=queries, keys=keys, heads=group, kv_heads=1, **sizes
         )
         check(inputs, window=(left, right), causal=causal)
 

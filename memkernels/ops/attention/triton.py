@@ -29,13 +29,15 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+def _blocks(*sizes: int) -> list[int]:
+    """The columns in which tiles hold heads of these sizes: a quarter of the largest at least, or registers spill."""
+    blocks = [max(16, triton.next_power_of_2(size)) for size in sizes]
+    return [max(block, max(blocks) // 4) for block in blocks]
 
 
-def _rows(tensor: Tensor, streamed: int = 0) -> Rows:
-    """With a number of rows that are streamed at a time, also by a descriptor."""
-    block = [1, 1, streamed, _block(tensor.shape[-1])]
+def _rows(tensor: Tensor, streamed: int = 0, columns: int = 0) -> Rows:
+    """With a number of rows that are streamed at a time, in so many columns, also by a descriptor."""
+    block = [1, 1, streamed, columns]
     descriptor = TensorDescriptor.from_tensor(tensor.transpose(1, 2), block) if streamed else None
     batch_stride, row_stride, head_stride, _ = tensor.stride()
     return Rows(tensor, batch_stride, row_stride, head_stride, descriptor)
@@ -76,7 +78,7 @@ class _Call:
         self.max_queries, self.max_keys = max_seqlen_q, max_seqlen_k
         self.heads, self.kv_heads = q.shape[-2], k.shape[-2]
         self.size, self.value_size = self.q.shape[-1], self.v.shape[-1]
-        self.block_d, self.block_dv = _block(self.size), _block(self.value_size)
+        self.block_d, self.block_dv = _blocks(self.size, self.value_size)
         rich = alibi_slopes is not None or self.masks.softcap is not None or self.masks.seed is not None
         self.config = config or select_config(max(self.block_d, self.block_dv), rich, q.dtype, q.device)
         if not all(tensor.numel() for tensor in (q, k, v)):  # nothing for a descriptor to describe
@@ -101,10 +103,11 @@ class _Call:
             return
         # A program keeps the tile of its own side and streams those of the other.
         streamed_q, streamed_k = (tile.BLOCK_M, 0) if by_keys else (0, tile.BLOCK_N)
-        inputs = [(self.q, streamed_q), (self.k, streamed_k), (self.v, streamed_k)]
-        inputs += [] if dout is None else [(dout, streamed_q)]
+        inputs = [(self.q, streamed_q, self.block_d), (self.k, streamed_k, self.block_d)]
+        inputs += [(self.v, streamed_k, self.block_dv)]
+        inputs += [] if dout is None else [(dout, streamed_q, self.block_dv)]
         kernel[(tiles * heads * self.sequences,)](
-            *(_rows(tensor, streamed if self.config.TMA else 0) for tensor, streamed in inputs), *outputs,
+            *(_rows(tensor, rows if self.config.TMA else 0, columns) for tensor, rows, columns in inputs), *outputs,
             *statistics, self.masks, heads, self.heads // self.kv_heads, self.q.shape[1], self.k.shape[1], tiles,
             SIZE=self.size, VALUE_SIZE=self.value_size, NATURAL=self.natural, PRECISION=self.config.PRECISION,
             BLOCK_D=self.block_d, BLOCK_DV=self.block_dv, **tile.options(),

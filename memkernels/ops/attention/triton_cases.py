@@ -2,10 +2,10 @@
 
 Every tile of every architecture, causal: without options on a batch, with all of them at once on packed sequences and,
 where rows come by TMA, on a batch, whose edges then do too; those of float32 with all of them, and where head sizes
-differ so that one is cut in fewer parts. Without options also small heads, head sizes that differ, and what training
-packed sequences and gpt-oss launch, sinks and a window without the options that have tiles of their own. The window
-hides nothing here: a kernel knows it as a number alone. The least bytes are those of flash attention at the tile's
-size: what a tile keeps and writes once, and of the other side what it sees, tile by tile.
+differ so that one is cut in fewer parts. Without options also small heads, head sizes that differ, by much with all
+options too, and what training packed sequences and gpt-oss launch, sinks and a window without the options that have
+tiles of their own. The window hides nothing here: a kernel knows it as a number alone. The least bytes are those of
+flash attention at the tile's size: what a tile keeps and writes once, and of the other side what it sees, tile by tile.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ KERNEL_CASES += [
 KERNEL_CASES += [
     case
     for architecture in PLAIN
-    for case in _cases(architecture, PLAIN[architecture][256], (192, 128), NONE, targets_of(architecture))
+    for sizes, options, configs in (((192, 128), NONE, PLAIN), ((32, 256), NONE, PLAIN), ((32, 256), PACKED, RICH))
+    for case in _cases(architecture, configs[architecture][256], sizes, options, targets_of(architecture))
 ]
 KERNEL_CASES += [
     case
