@@ -111,7 +111,7 @@ void test() {
   // last has fewer columns; blocks without rows.
   for (const Case& c : {Case{3, 16384, true, true, false, 2}, Case{2, 16383, true, true, true, 1},
                         Case{2, 5001, false, true, false, 3}, Case{0, 24, true, false, true, 2},
-                        Case{3, 16392, true, true, false, 2}, Case{2, 32769, false, true, true, 1}}) {
+                        Case{2, 16392, true, true, false, 1}, Case{1, 16385, false, true, true, 1}}) {
     run<T>(c);
   }
 }
