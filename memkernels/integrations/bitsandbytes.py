@@ -30,7 +30,7 @@ def why_not(module: Any, x: Tensor | None = None) -> str | None:
     """
     if torch.compiler.is_compiling():
         return "a weight of bitsandbytes under torch.compile"
-    return _why_not_8bit(module, x) if type(module).__name__ in _8BIT else _why_not_4bit(module, x)
+    return _why_not_8bit(module) if type(module).__name__ in _8BIT else _why_not_4bit(module, x)
 
 
 def why_unreadable(module: Any) -> str | None:
@@ -111,8 +111,8 @@ def _of_4bit(module: Any, dtype: torch.dtype) -> NF4Tensor:
     state = _state(module)
     encoding = NF4Encoding(tuple(state.shape), dtype, state.blocksize, state.nested)
     nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
-    # The packed codes may be stored as elements of another dtype.
-    return NF4Tensor(encoding, (module.weight.data.view(-1).view(torch.uint8), state.absmax, *nested))
+    # The packed codes may be stored as elements of another dtype. Detached, they count the changes of the weight.
+    return NF4Tensor(encoding, (module.weight.detach().view(-1).view(torch.uint8), state.absmax, *nested))
 
 
 def _state(module: Any) -> Any:
@@ -149,16 +149,15 @@ def _unreadable_8bit(module: Any) -> str | None:
     return None
 
 
-def _why_not_8bit(module: Any, x: Tensor | None) -> str | None:
+def _why_not_8bit(module: Any) -> str | None:
     """In evaluation bitsandbytes rounds the input to 8 bits too."""
-    in_evaluation = None if module.training or x is None else "an 8-bit weight in evaluation"
-    return _unreadable_8bit(module) or in_evaluation
+    return _unreadable_8bit(module) or (None if module.training else "an 8-bit weight in evaluation")
 
 
 def _of_8bit(module: Any, dtype: torch.dtype) -> Int8Tensor:
     scales = _scales(module)
     assert scales is not None
-    return Int8Tensor(Int8Encoding((module.out_features, module.in_features), dtype), (module.weight.data, scales))
+    return Int8Tensor(Int8Encoding((module.out_features, module.in_features), dtype), (module.weight.detach(), scales))
 
 
 def _scales(module: Any) -> Tensor | None:

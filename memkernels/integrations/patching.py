@@ -30,7 +30,8 @@ class PatchReport:
         model: class of the model.
         recompute: the option.
         replaced: by a module's name, what it now is.
-        left: by a module's name, why it was left to transformers or PEFT, wholly or in part.
+        left: by a module's name, why it was left to transformers or PEFT, wholly or in part, as the model is now: in
+            training or in evaluation, with the adapters that are active.
     """
 
     model: str
@@ -54,15 +55,15 @@ class PatchReport:
 def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -> PatchReport:
     """Puts memkernels into a model of transformers, this instance only: families as in `family.FAMILIES`.
 
-    Replaced are norms (RMS norms, GPT-2's layer norms), attention, MLPs, gated or not, head and loss, and with
-    `recompute` the sublayers of a decoder layer, each with the norm in front as one op. Parameters, state_dict keys and
-    classes stay as they are; cached generation, save_pretrained, copy.deepcopy, pickle and torch.compile work. The
-    model may be anywhere inside `model`. Where a weight is not a plain one (a quantised or distributed weight, hooks),
-    now or later, its module is called and only what surrounds it is replaced. `ops.attention` stands in for "sdpa" and
-    "eager" where it has a kernel and attention is causal, within windows and packed sequences too, and no (S, S) mask
-    is built; where a mask hides other tokens, or attention weights are asked for, the model's own attention
-    implementation computes. So it does under torch.compile in a call with attention_mask or position_ids, for which
-    transformers builds its mask: what they say is not known when a graph is made. Padding is computed there too.
+    Replaced are RMS norms, attention, MLPs, gated or not, head and loss, and with `recompute` the sublayers of a layer,
+    each with the norm in front, RMS or layer norm, as one op. Parameters, state_dict keys and classes stay as they are;
+    cached generation, save_pretrained, copy.deepcopy, pickle and torch.compile work. The model may be anywhere inside
+    `model`. Weights may be plain ones or of `memkernels.quant`; where one is another (distributed, quantised otherwise)
+    or has hooks, now or later, its module is called and only what surrounds it is replaced. `ops.attention` stands in
+    for "sdpa" and "eager" where it has a kernel and attention is causal, within windows and packed sequences too, and
+    no (S, S) mask is built; where a mask hides other tokens, or attention weights are asked for, the model's own
+    attention implementation computes. So it does under torch.compile in a call with attention_mask or position_ids, for
+    which transformers builds its mask: what they say is not known when a graph is made. Padding is computed there too.
 
     LoRA adapters of PEFT (rsLoRA, DoRA, dropout, any of which is active, merged or disabled) are computed with their
     base by `ops.lora_linear`, in any model, and within the ops above at every recompute level, whether PEFT wrapped the

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adapted_models import adapted
 from bitsandbytes_models import WIDTH, dequantized, in_4bit, in_8bit
 from calls import Calls
 from training_step import assert_same_step, exact_step, train_step
@@ -25,11 +26,7 @@ def make_adapted(make_model):
     def make(family="Llama", dtype=torch.float32, *, autocast=False, of_4bit=None, bits=4, **options):
         model = make_model(family, dtype, **WIDTH)
         model = in_8bit(model) if bits == 8 else in_4bit(model, **(of_4bit or {}))
-        options = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6, "init_lora_weights": False} | options
-        torch.manual_seed(0)
-        return peft.get_peft_model(
-            model, peft.LoraConfig(task_type="CAUSAL_LM", **options), autocast_adapter_dtype=autocast
-        ).train()
+        return adapted(model, autocast=autocast, **options)
 
     return make
 
@@ -82,11 +79,54 @@ def test_without_adapters(make_model, make_batch, quantize, dtype):
 @pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
 @pytest.mark.parametrize("recompute", ["sublayer", "layer"])
 def test_blocks_call_no_layer(make_adapted, make_batch, monkeypatch, recompute, bits, kind):
-    model, batch = make_adapted(bits=bits), make_batch()
+    model, batch, called = make_adapted(bits=bits), make_batch(), []
+    for place in (peft.tuners.lora.bnb, bitsandbytes.nn):
+        forward = getattr(place, kind).forward
+        monkeypatch.setattr(
+            getattr(place, kind), "forward", lambda layer, x, forward=forward: called.append(layer) or forward(layer, x)
+        )
+    model(**batch)
+    assert len(called) == 2 * 14
+    called.clear()
     memkernels.patch(model, recompute=recompute)
-    monkeypatch.delattr(getattr(peft.tuners.lora.bnb, kind), "forward")
-    monkeypatch.delattr(getattr(bitsandbytes.nn, kind), "forward")
     model(**batch).loss.backward()
+    assert not called
+
+
+def attributes(model):
+    """Of each module and parameter, and of bitsandbytes' state, by name, and which object each is."""
+    found = {}
+    for name, of in [*model.named_modules(), *model.named_parameters()]:
+        for part, held in (("", of), ("state.", getattr(of, "state", None))):
+            found |= {f"{name}.{part}{key}": id(value) for key, value in getattr(held, "__dict__", {}).items()}
+    return found | {name: (id(of), of.data_ptr(), of._version) for name, of in model.named_parameters()}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_unpatch_leaves_what_was_there(make_adapted, make_batch, bits):
+    model, batch = make_adapted(bits=bits), make_batch()
+    model(**batch)  # in which bitsandbytes settles its state
+    before = attributes(model)
+    for recompute in RECOMPUTE:
+        memkernels.patch(model, recompute=recompute)
+        model(**batch).loss.backward()
+        memkernels.unpatch(model)
+    assert attributes(model) == before
+
+
+def test_norms_of_rows_are_computed_again_where_the_weight_was_written():
+    """As by load_state_dict, which writes codes in place."""
+    model = in_4bit(torch.nn.Sequential(torch.nn.Linear(64, 30)), nested=False)
+    config = peft.LoraConfig(target_modules=["0"], r=3, use_dora=True, init_lora_weights=False)
+    model, x = peft.get_peft_model(model, config), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    memkernels.patch(model)
+    before, weight = model(x), model.base_model.model[0].base_layer.weight
+    with torch.no_grad():
+        weight.copy_(weight.roll(1, 0) // 2)
+    found = model(x)
+    memkernels.unpatch(model)
+    torch.testing.assert_close(found, model(x))
+    assert not torch.allclose(found, before)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -137,7 +177,7 @@ def test_8_bits(make_adapted, make_batch, family, dtype, options):
         memkernels.unpatch(model)
 
 
-def test_8_bits_in_evaluation_are_left(make_adapted, make_batch, monkeypatch):
+def test_8_bits_in_evaluation_are_left_and_said(make_adapted, make_batch, monkeypatch):
     """There bitsandbytes rounds their input to 8 bits too."""
     model, called, forward = make_adapted(bits=8), [], bitsandbytes.nn.Linear8bitLt.forward
     memkernels.patch(model, recompute="layer")
@@ -148,6 +188,9 @@ def test_8_bits_in_evaluation_are_left(make_adapted, make_batch, monkeypatch):
     assert not called
     model.eval()(**make_batch())
     assert len(called) == 14
+    memkernels.unpatch(model)
+    reasons = list(memkernels.patch(model, recompute="none").left.values())
+    assert reasons == ["an adapter of a base with an 8-bit weight in evaluation"] * 14
 
 
 def test_before_it_is_quantised_it_is_left_and_said():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from adapted_models import adapted
 from compilers import on_every_compiler
 from training_step import assert_same_step, exact_step
 from training_step import train_step as step
@@ -41,12 +42,7 @@ def make_adapted(make_model):
     """make_adapted(family, dtype, config=..., **options of LoraConfig): the same on every call, no adapter zero."""
 
     def make(family="Llama", dtype=torch.float32, *, config=None, autocast=False, **options):
-        model = make_model(family, dtype, **(config or {}))
-        options = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6, "init_lora_weights": False} | options
-        torch.manual_seed(0)
-        return peft.get_peft_model(
-            model, peft.LoraConfig(task_type="CAUSAL_LM", **options), autocast_adapter_dtype=autocast
-        ).train()
+        return adapted(make_model(family, dtype, **(config or {})), autocast=autocast, **options)
 
     return make
 
