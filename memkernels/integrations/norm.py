@@ -1,4 +1,4 @@
-"""RMS norms."""
+"""RMS norms; and what a block op takes of the norms around it, of either kind."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from memkernels import ops
 from memkernels._library import has_kernel
 from memkernels.integrations.family import VisionTower
 from memkernels.integrations.linears import is_linear
+from memkernels.integrations.masks import IMPLEMENTATIONS
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.projections import weights
 
@@ -38,7 +39,7 @@ def attention_forward(
 
 
 def takes_attention(attention: Any, x: Tensor) -> bool:
-    return attention.config._attn_implementation in ("sdpa", "eager") and has_kernel("attention_fwd", x)
+    return attention.config._attn_implementation in IMPLEMENTATIONS and has_kernel("attention_fwd", x)
 
 
 def fits_block(attention: Any, tower: VisionTower, x: Tensor | None = None) -> bool:
