@@ -1,5 +1,6 @@
 #include "runtime/transfer.h"
 
+#include <stdexcept>
 #include <utility>
 
 namespace memkernels::runtime {
@@ -16,6 +17,8 @@ bool Transfer::done() const {
 }
 
 void Transfer::wait() const {
+  if (getpid() != owner_)
+    throw std::runtime_error("disk tier: a transfer of another process, of which this is a fork.");
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [this] { return remaining_ == 0; });
   if (error_) std::rethrow_exception(error_);

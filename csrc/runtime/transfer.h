@@ -1,6 +1,8 @@
 // What becomes of bytes that move in several parts.
 #pragma once
 
+#include <unistd.h>
+
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
@@ -15,9 +17,10 @@ class Transfer {
 
   void finish_part(std::exception_ptr error = nullptr);
   bool done() const;
-  void wait() const;  // throws the error
+  void wait() const;  // throws the error; in a forked child one of its own, since no thread there moves anything
 
  private:
+  const pid_t owner_ = getpid();
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   int64_t remaining_;
