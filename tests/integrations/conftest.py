@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from padding import pad
 
 SIZES = {
     "hidden_size": 48,
@@ -77,12 +78,6 @@ def make_batch():
     def make(padding=None):
         ids = torch.randint(3, SIZES["vocab_size"], (2, 37), generator=torch.Generator().manual_seed(1))
         batch = {"input_ids": ids, "labels": ids.clone()}
-        if padding is not None:
-            mask = torch.ones_like(ids)
-            mask[1, slice(0, 9) if padding == "left" else slice(-9, None)] = 0
-            batch["attention_mask"] = mask
-            batch["labels"][mask == 0] = -100
-            ids[mask == 0] = SIZES["pad_token_id"]
-        return batch
+        return pad(batch, padding, SIZES["pad_token_id"])
 
     return make

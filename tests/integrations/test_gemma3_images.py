@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from padding import pad
 from training_step import assert_same_step, exact_step, train_step
 
 import memkernels
@@ -47,13 +48,7 @@ def make_batch(images=True, padding=None):
             "token_type_ids": (ids == IMAGE).long(),
             "pixel_values": torch.randn(3, 3, 16, 16, generator=generator),
         }
-    if padding is not None:
-        mask = torch.ones_like(ids)
-        mask[1, slice(0, 9) if padding == "left" else slice(-9, None)] = 0
-        batch["attention_mask"] = mask
-        batch["labels"][mask == 0] = -100
-        ids[mask == 0] = TEXT["pad_token_id"]
-    return batch
+    return pad(batch, padding, TEXT["pad_token_id"])
 
 
 @pytest.mark.parametrize(

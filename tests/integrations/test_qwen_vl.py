@@ -6,6 +6,7 @@ import pytest
 import torch
 import training_step
 from compilers import on_every_compiler
+from padding import pad
 from training_step import train_step as step
 
 import memkernels
@@ -69,13 +70,7 @@ def make_batch(padding=None):
         types[row, begin : begin + tokens] = 1
     ids[types == 1] = TOKENS["image_token_id"]
     pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * 4 * 4, generator=generator)
-    batch = {"input_ids": ids, "labels": ids.masked_fill(types == 1, -100)}
-    if padding is not None:
-        mask = torch.ones_like(ids)
-        mask[1, slice(0, 9) if padding == "left" else slice(-9, None)] = 0
-        batch["attention_mask"] = mask
-        batch["labels"][mask == 0] = -100
-        ids[mask == 0] = TEXT["pad_token_id"]
+    batch = pad({"input_ids": ids, "labels": ids.masked_fill(types == 1, -100)}, padding, TEXT["pad_token_id"])
     return batch | {"mm_token_type_ids": types, "pixel_values": pixels, "image_grid_thw": grids}
 
 

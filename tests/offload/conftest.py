@@ -1,21 +1,16 @@
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
+from disk_folder import on_disk
 
 
 @pytest.fixture
 def tmp_path(tmp_path):
-    """On a disk: beside the tests, where the system's folder is in memory."""
-    from memkernels._runtime import SpillFile
-
-    if not SpillFile(str(tmp_path), threads=1).in_memory:
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
-        yield Path(folder)
+    """On a disk."""
+    with on_disk(tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

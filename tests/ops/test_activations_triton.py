@@ -2,20 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from memkernels.ops.activations_triton import act, act_and_grad
+from memkernels.ops.gated_activation.reference import ACTIVATIONS
 from memkernels.testing import assert_within_factor_two
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
-}
 
 
 @triton.jit

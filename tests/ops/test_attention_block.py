@@ -2,10 +2,13 @@
 
 import inspect
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from autocast import check_autocast
+from compilers import check_compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -233,21 +236,7 @@ def test_autocast_follows_the_layers_it_replaces(norm):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return F.linear(out.transpose(1, 2).flatten(-2), w_o, b_o)
 
-    def run(function, dtype):
-        copies = {k: v.detach().to(dtype).requires_grad_() for k, v in inputs.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            y = function(**copies)
-            grads = torch.autograd.grad(y, tuple(copies.values()), torch.ones_like(y))
-        return [y, *grads]
-
-    def block(**k):
-        return ops.attention_block(**k, num_heads=4, causal=True)
-
-    ours, plain, exact = run(block, torch.float32), run(layers, torch.float32), run(layers, torch.float64)
-    for name, a, p, e in zip(("y", *inputs), ours, plain, exact, strict=True):
-        assert a.dtype == p.dtype, name
-        ours_error, plain_error = ((value.double() - e).abs().mean() for value in (a, p))
-        assert ours_error <= 2 * plain_error, name
+    check_autocast(partial(ops.attention_block, num_heads=4, causal=True), layers, layers, inputs)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -259,14 +248,7 @@ def test_compiles_whole_and_equals_eager(packed):
             **tensors, num_heads=4, causal=True, cu_seqlens=starts, max_seqlen=13 if packed else None
         )
 
-    inputs = make_inputs((1, 24), torch.float32, rotary=12, head_norms=True, bias=True)
-    wanted = tuple(tensor for tensor in inputs.values() if tensor.requires_grad)
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True)):
-        y = function(**inputs)
-        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    check_compiled(step, make_inputs((1, 24), torch.float32, rotary=12, head_norms=True, bias=True))
 
 
 def test_works_under_activation_checkpointing():

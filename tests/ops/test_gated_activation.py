@@ -1,7 +1,10 @@
 """ops.gated_activation: every implementation against the float64 reference, and what it saves, rejects, compiles to."""
 
+from functools import partial
+
 import pytest
 import torch
+from compilers import check_compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,13 +108,7 @@ def test_opcheck(implementation):
 
 
 def test_compiles_whole_and_equals_eager():
-    results = []
-    for function in (ops.gated_activation, torch.compile(ops.gated_activation, fullgraph=True)):
-        inputs = make_inputs((33, 48), torch.float32, "cpu")
-        h = function(**inputs, activation="gelu")
-        results.append([h, *torch.autograd.grad(h.square().sum(), tuple(inputs.values()))])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    check_compiled(partial(ops.gated_activation, activation="gelu"), make_inputs((33, 48), torch.float32, "cpu"))
 
 
 @on_every_implementation

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from memkernels.ops.gated_activation.reference import ACTIVATIONS
 from memkernels.ops.gated_mlp import hidden  # noqa: F401  (defines the operators)
 from memkernels.ops.gated_mlp.tiles import INTERPRETER_TILE, SMALL_TILE, TF32_TILE, TILES, architecture, select_tile
 from memkernels.testing import assert_within_factor_two, implementations, poisoned_memory, random_tensor
@@ -14,13 +15,6 @@ OPERATORS = torch.ops.memkernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The first has rows at multiples of 16 elements, so descriptors; the others are loaded by pointers.
 SHAPES = [(64, 64, 96), (63, 60, 100), (70, 33, 35), (1, 1, 1)]
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
-}
 IMPLEMENTATIONS = implementations("gated_hidden_fwd")
 on_every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 

@@ -2,11 +2,13 @@
 
 import inspect
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compilers import on_every_compiler
+from autocast import check_autocast
+from compilers import check_compiled, on_every_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -318,20 +320,7 @@ def test_autocast_follows_the_layers_it_replaces(norm):
         n = x if norm_weight is None else F.rms_norm(x.float(), x.shape[-1:], norm_weight, 1e-6)
         return F.linear(F.silu(F.linear(n, w_gate, b_gate)) * F.linear(n, w_up, b_up), w_down, b_down)
 
-    def run(function, dtype):
-        copies = {k: v.detach().to(dtype).requires_grad_() for k, v in inputs.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            y = function(**copies)
-            # Backward inside the region too, as many training loops have it.
-            grads = torch.autograd.grad(y, tuple(copies.values()), torch.ones_like(y))
-        return [y, *grads]
-
-    ours, plain = run(lambda **k: ops.gated_mlp(**k, tile_tokens=16), torch.float32), run(layers, torch.float32)
-    exact = run(reference.gated_mlp, torch.float64)
-    for name, a, p, e in zip(("y", *inputs), ours, plain, exact, strict=True):
-        assert a.dtype == p.dtype, name
-        ours_error, plain_error = ((value.double() - e).abs().mean() for value in (a, p))
-        assert ours_error <= 2 * plain_error, name
+    check_autocast(partial(ops.gated_mlp, tile_tokens=16), layers, reference.gated_mlp, inputs)
 
 
 def test_autocast_norms_in_the_inputs_own_range():
@@ -348,30 +337,16 @@ def test_compiles_whole_and_equals_eager(gated, tile_tokens, backend):
     def step(**tensors):
         return ops.gated_mlp(**tensors, tile_tokens=tile_tokens, activation="gelu_tanh")
 
-    inputs = make_inputs((3, 11), 24, 40, torch.float32, gated=gated)
-    wanted = tuple(tensor for tensor in inputs.values() if tensor is not None)
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
-        y = function(**inputs)
-        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    check_compiled(step, make_inputs((3, 11), 24, 40, torch.float32, gated=gated), backend=backend)
 
 
 @on_every_compiler
 def test_compiles_under_autocast(backend):
-    inputs = make_inputs(33, 24, 40, torch.float32)
-
     def step(**tensors):
         with torch.autocast("cpu", torch.bfloat16):
             return ops.gated_mlp(**tensors)
 
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
-        y = function(**inputs)
-        results.append([y, *torch.autograd.grad(y.float().sum(), tuple(inputs.values()))])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    check_compiled(step, make_inputs(33, 24, 40, torch.float32), backend=backend)
 
 
 def test_works_under_activation_checkpointing():

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapted_blocks import ATTENTION, F_SIZE, HEADS, MLP, RANK, D, assembled, layer, make_inputs, over_flat
-from compilers import on_every_compiler
+from autocast import check_autocast
+from compilers import check_compiled, on_every_compiler
 
 from memkernels import ops
 from memkernels.ops.attention_block import reference as attention_reference
@@ -132,33 +133,13 @@ def test_autocast_casts_adapters_as_linear_does():
         n = F.rms_norm(x, x.shape[-1:], norm_weight, 1e-6)
         return linear(F.silu(linear(n, "w_gate")) * linear(n, "w_up"), "w_down")
 
-    wanted = [name for name, tensor in inputs.items() if tensor.requires_grad]
-
-    def run(function, dtype):
-        copies = {name: t.detach().to(dtype).requires_grad_(t.requires_grad) for name, t in inputs.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            y = function(**copies)
-        return [y, *torch.autograd.grad(y, [copies[name] for name in wanted], torch.ones_like(y))]
-
-    ours, plain = run(over_flat(ops.gated_mlp, tile_tokens=16), torch.float32), run(layers, torch.float32)
-    exact = run(over_flat(mlp_reference.gated_mlp), torch.float64)
-    for name, a, p, e in zip(("y", *wanted), ours, plain, exact, strict=True):
-        assert a.dtype == p.dtype, name
-        ours_error, plain_error = ((value.double() - e).abs().mean() for value in (a, p))
-        assert ours_error <= 2 * plain_error, name
+    check_autocast(over_flat(ops.gated_mlp, tile_tokens=16), layers, over_flat(mlp_reference.gated_mlp), inputs)
 
 
 @on_every_compiler
 def test_compiles_whole_and_equals_eager(backend):
     inputs = make_inputs((2, 11), ATTENTION + MLP, torch.float32, magnitude=True)
-    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    step = layer(ops.decoder_layer, 0.3, CAUSAL)
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
-        y = function(**inputs)
-        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    check_compiled(layer(ops.decoder_layer, 0.3, CAUSAL), inputs, backend=backend)
 
 
 def test_bad_input_is_named():

@@ -1,12 +1,15 @@
 """ops.lora_linear: against the float64 reference and PEFT, and what it saves, rejects, compiles to."""
 
 import itertools
+from functools import partial
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from autocast import check_autocast
 from calls import Calls
+from compilers import check_compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -294,17 +297,7 @@ def test_autocast_follows_linear(magnitude):
         norms = torch.linalg.vector_norm(weight + 0.7 * lora_b.float() @ lora_a.float(), dim=1).detach()
         return (magnitude / norms * (F.linear(x, weight) + adapter) + bias).bfloat16()
 
-    def run(function, dtype, **options):
-        copies = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in inputs.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            return gradients(copies, function, **options)
-
-    ours, plain = run(ops.lora_linear, torch.float32, scaling=0.7), run(layers, torch.float32)
-    exact = run(reference.lora_linear, torch.float64, scaling=0.7)
-    for name, a, p, e in zip(("y", *inputs), ours, plain, exact, strict=True):
-        assert a.dtype == p.dtype, name
-        ours_error, plain_error = ((value.double() - e).abs().mean() for value in (a, p))
-        assert ours_error <= 2 * plain_error, name
+    check_autocast(partial(ops.lora_linear, scaling=0.7), layers, partial(reference.lora_linear, scaling=0.7), inputs)
 
 
 def test_known_row_squares_give_the_same():
@@ -320,12 +313,7 @@ def test_known_row_squares_give_the_same():
 @pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
 def test_compiles_whole_and_equals_eager(options, magnitude):
     inputs = make_inputs((3, 11), 24, 40, 3, torch.float32, magnitude=magnitude)
-    results = []
-    for function in (ops.lora_linear, torch.compile(ops.lora_linear, fullgraph=True)):
-        y = function(**inputs, **options, seed=SEED)
-        results.append([y, *torch.autograd.grad(y.square().sum(), tuple(inputs.values()))])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    check_compiled(lambda **tensors: ops.lora_linear(**tensors, **options, seed=SEED), inputs)
 
 
 @on_every_implementation

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapted_blocks import ATTENTION, MLP, layer, over_flat
-from compilers import on_every_compiler
+from compilers import check_compiled, on_every_compiler
 
 from memkernels import ops, quant
 from memkernels.ops.attention_block import reference as attention_reference
@@ -190,14 +190,8 @@ def test_gated_mlp_by_triton(implementation):
 @on_every_compiler
 def test_compiles_whole_and_equals_eager(kind, magnitude, backend):
     inputs = make_inputs((2, 11), ATTENTION + MLP, kind, torch.float32, ("w_q", "w_up"), magnitude)
-    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
     step = layer(ops.decoder_layer, 0.0, {"num_heads": HEADS, "causal": True})
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
-        y = function(**inputs)
-        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+    check_compiled(step, inputs, rtol=1e-4, atol=1e-4, backend=backend)
 
 
 def test_saves_the_parts_alone():

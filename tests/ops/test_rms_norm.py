@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compilers import check_compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from norms import check_under_autocast
@@ -141,14 +142,7 @@ def test_compiles_whole_and_equals_eager():
         y, h = ops.rms_norm(x, weight, residual=residual)
         return (y * 2 + h).sum()
 
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True)):
-        inputs = make_inputs((33, 48), torch.float32, "cpu", residual=True)
-        loss = function(**inputs)
-        loss.backward()
-        results.append([loss, *(tensor.grad for tensor in inputs.values())])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    check_compiled(step, make_inputs((33, 48), torch.float32, "cpu", residual=True))
 
 
 def test_saves_the_input_itself_and_rstd():

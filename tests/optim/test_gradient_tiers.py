@@ -1,9 +1,7 @@
 """offload_gradients: the bits of steps whose gradients were in memory all along."""
 
 import gc
-import tempfile
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +11,10 @@ from memkernels import micro_batch
 from memkernels.optim import SGD, AdamW, Lion, offload_gradients, offload_states, step_in_backward
 from memkernels.testing import peak_bytes, run_in_child
 
-_runtime = pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
+pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
 
 KB, MB = 1 << 10, 1 << 20
 WEIGHT = 65 * 65 * 4
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """On a disk."""
-    if not _runtime.SpillFile(str(tmp_path), threads=1).in_memory:
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as other:
-        yield Path(other)
 
 
 class Model(nn.Module):

@@ -1,9 +1,7 @@
 """offload_states: the bits of a step whose states were in memory all along, wherever they are in between."""
 
 import sys
-import tempfile
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,19 +11,9 @@ from torch import nn
 from memkernels.optim import SGD, Adafactor, AdamW, Lion, Muon, offload_states, step_in_backward
 from memkernels.testing import peak_bytes, run_in_child
 
-_runtime = pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
+pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
 
 KB, MB = 1 << 10, 1 << 20
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """On a disk."""
-    if not _runtime.SpillFile(str(tmp_path), threads=1).in_memory:
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as other:
-        yield Path(other)
 
 
 def build(optimizer_class=AdamW, dtype=torch.float32, **options):

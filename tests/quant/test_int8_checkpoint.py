@@ -97,27 +97,11 @@ def test_transformers_reads_what_was_written(tmp_path):
 
 @pytest.fixture
 def stored(tmp_path):
-    """A good file's tensors, and a function that writes changed ones and loads them into a model."""
+    """A good file's tensors and header."""
     weight = quant.quantize_int8(torch.randn(70, 96, generator=torch.Generator().manual_seed(0)))
-    path = tmp_path / "model.safetensors"
-    quant.save_file({"0.weight": weight, "0.bias": torch.zeros(70)}, path)
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-
-    def load(changed, changed_header=header):
-        model = torch.nn.Sequential(torch.nn.Linear(96, 70))
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        save_file(changed, path, metadata=changed_header)
-        try:
-            model.load_state_dict(quant.load_file(path), assign=True)
-        except ValueError as error:
-            assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-            assert str(path) in str(error)
-            raise
-
-    tensors = load_file(path)
-    load(tensors)
-    return tensors, load, path
+    quant.save_file({"0.weight": weight, "0.bias": torch.zeros(70)}, tmp_path / "good")
+    with safe_open(tmp_path / "good", framework="pt") as file:
+        return load_file(tmp_path / "good"), file.metadata()
 
 
 @pytest.mark.parametrize(
@@ -136,11 +120,12 @@ def stored(tmp_path):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_named(stored, key, value, message):
-    tensors, load, _ = stored
+def test_what_does_not_fit_is_named(stored, load_stored, key, value, message):
+    tensors, header = stored
+    load_stored(tensors, 96, header)
     changed = {name: tensor for name, tensor in (tensors | {key: value}).items() if tensor is not None}
     with pytest.raises(ValueError, match=message):
-        load(changed)
+        load_stored(changed, 96, header)
 
 
 @pytest.mark.parametrize(
@@ -153,22 +138,14 @@ def test_what_does_not_fit_is_named(stored, key, value, message):
         ('{"0.weight": ["float32"]}', "expected a dtype"),
     ],
 )
-def test_a_header_that_does_not_fit_is_named(stored, said, message):
-    tensors, load, _ = stored
+def test_a_header_that_does_not_fit_is_named(stored, load_stored, said, message):
     with pytest.raises(ValueError, match=f"{HEADER}: {message}"):
-        load(tensors, {"format": "pt", HEADER: said})
+        load_stored(stored[0], 96, {"format": "pt", HEADER: said})
 
 
-def test_without_the_format_codes_are_by_rows(stored):
+def test_without_the_format_codes_are_by_rows(stored, load_stored, tmp_path):
     """As in files of old releases of bitsandbytes."""
-    tensors, load, path = stored
-    load({name: tensor for name, tensor in tensors.items() if name != "0.weight_format"}, {"format": "pt"})
-    assert quant.load_file(path)["0.weight"].dtype == torch.float16
-
-
-@pytest.mark.parametrize("kept", [4, 100, 5000])
-def test_a_truncated_file_is_named(stored, kept):
-    _, _, path = stored
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
-        quant.load_file(path)
+    tensors, _ = stored
+    del tensors["0.weight_format"]
+    load_stored(tensors, 96, {"format": "pt"})
+    assert quant.load_file(tmp_path / "model.safetensors")["0.weight"].dtype == torch.float16
