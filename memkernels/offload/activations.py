@@ -13,6 +13,7 @@ from memkernels.offload.compression import COMPRESS, Compress
 from memkernels.offload.order import Order
 from memkernels.offload.session import Counts, Policy, Session
 from memkernels.offload.store import Tier, TieredStore
+from memkernels.ops.checks import check_integer
 
 
 class offload_activations:
@@ -72,6 +73,7 @@ class offload_activations:
             are finite, and then rounding to x's dtype; infinities stay, and a NaN makes all 128 values NaN.
 
     Raises:
+        TypeError: min_bytes, keep_last_layers, prefetch or max_host_bytes is no integer.
         ValueError: an argument that does not fit; a path in memory (tmpfs), where a file frees nothing.
         OSError: path does not exist or cannot be written. In forward: the disk is full or a write failed; in backward:
             a read failed or a checksum does not match. It names tier, path, and bytes wanted and available.
@@ -93,13 +95,9 @@ class offload_activations:
         prefetch: int = Policy.prefetch,
         compress: Compress | None = None,
     ) -> None:
-        for name, value, least in (
-            ("min_bytes", min_bytes, 1),
-            ("keep_last_layers", keep_last_layers, 0),
-            ("prefetch", prefetch, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}.")
+        check_integer("min_bytes", min_bytes, "an integer of 1 or more")
+        check_integer("keep_last_layers", keep_last_layers, "an integer of 0 or more", least=0)
+        check_integer("prefetch", prefetch, "an integer of 0 or more", least=0)
         if compress is not None and compress not in COMPRESS:
             raise ValueError(f"compress: expected None, {' or '.join(COMPRESS)}, got {compress!r}.")
         self._store = TieredStore(tier, max_host_bytes=max_host_bytes, path=path)

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from memkernels.offload.tensors import plain_parts, storage_id
 
 
 class LayerWatch:
@@ -146,18 +147,3 @@ def _storages(module: nn.Module) -> Iterator[int]:
         for tensor in tensors:
             if not nn.parameter.is_lazy(tensor):
                 yield from map(storage_id, plain_parts(tensor))
-
-
-def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with memory that a tensor consists of: itself, or those that a subclass wraps."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            part = getattr(tensor, name)
-            if isinstance(part, Tensor):
-                yield from plain_parts(part)
-    elif tensor.layout == torch.strided:
-        yield tensor
-
-
-def storage_id(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memkernels.offload.budget import Claim
 from memkernels.offload.compression import Codec, Compress, codec_for
-from memkernels.offload.layers import LayerWatch, storage_id
+from memkernels.offload.layers import LayerWatch
 from memkernels.offload.order import Order, Tape
 from memkernels.offload.source import Source
 from memkernels.offload.store import Stored, TieredStore
-from memkernels.offload.tensors import Span, View, bytes_of, span_of, span_to_move, witness_of
+from memkernels.offload.tensors import Span, View, bytes_of, span_of, span_to_move, storage_id, witness_of
 from memkernels.ops.checks import PLAIN_TENSORS
 from memkernels.ops.saved import is_compressible
 
@@ -46,16 +46,42 @@ class Counts:
 
 
 @dataclass(frozen=True, eq=False)
+class _Unchanged:
+    """What autograd checks of what it saves without hooks: that `counted`, of that shape, is still of `version`."""
+
+    counted: Tensor
+    version: int
+    shape: torch.Size
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Unchanged:
+        return _Unchanged(witness_of(tensor), tensor._version, tensor.shape)
+
+    def check(self) -> None:
+        version = self.counted._version
+        if version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation:"
+                f" a tensor of shape {tuple(self.shape)} is at version {version}; expected version {self.version}"
+                " instead."
+            )
+
+
+@dataclass(frozen=True, eq=False)
 class _Stays:
     """The tensor itself, and its share of the host tier where that counts it."""
 
     tensor: Tensor
-    version: int
+    unchanged: _Unchanged
     claim: Claim | None = None
-    must_stay_unchanged = True
+
+    @staticmethod
+    def of(tensor: Tensor, claim: Claim | None = None) -> _Stays:
+        kept = tensor.detach()
+        return _Stays(kept, _Unchanged(kept, tensor._version, tensor.shape), claim)
 
     def unpack(self) -> Tensor:
-        _check_version(self.tensor, self.version, self.tensor.shape)
+        self.unchanged.check()
         return self.tensor
 
 
@@ -63,7 +89,7 @@ class _Stays:
 class _Moved:
     """`nbytes` of a storage, in `codec` where there is one.
 
-    `witness` is given where the tensor must not have changed after `version`, since its copy was under way.
+    `unchanged` is given where the tensor must not change, since its copy was under way.
     """
 
     stored: Stored
@@ -73,49 +99,33 @@ class _Moved:
     session: Session
     tape: Tape
     position: int
-    witness: Tensor | None
-    version: int
-
-    @property
-    def must_stay_unchanged(self) -> bool:
-        return self.witness is not None
+    unchanged: _Unchanged | None
 
     def unpack(self) -> Tensor:
-        if self.witness is not None:
-            _check_version(self.witness, self.version, self.view.size)
+        if self.unchanged is not None:
+            self.unchanged.check()
         return self.session.load(self)
 
 
 @dataclass(frozen=True, eq=False)
 class _Wrapped:
-    """A tensor subclass, such as DTensor or NF4Tensor, whose parts went their own ways."""
+    """A tensor subclass, such as DTensor or NF4Tensor, whose parts went their own ways.
+
+    `unchanged` is given where one of them must not change.
+    """
 
     rebuild: Callable[[dict[str, Any]], Tensor]
     parts: dict[str, Any]
-    witness: Tensor | None
-    version: int
-
-    @property
-    def must_stay_unchanged(self) -> bool:
-        return self.witness is not None
+    unchanged: _Unchanged | None
 
     def unpack(self) -> Tensor:
-        if self.witness is not None:
-            _check_version(self.witness, self.version, self.witness.shape)
+        if self.unchanged is not None:
+            self.unchanged.check()
         parts = {name: part.unpack() if isinstance(part, _PACKED) else part for name, part in self.parts.items()}
         return self.rebuild(parts).detach()
 
 
 _PACKED = (_Stays, _Moved, _Wrapped)
-
-
-def _check_version(tensor: Tensor, version: int, shape: torch.Size) -> None:
-    """What autograd checks of what it saves without hooks."""
-    if tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation:"
-            f" a tensor of shape {tuple(shape)} is at version {tensor._version}; expected version {version} instead."
-        )
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ class Session:
             return self._pack_parts(tensor, whole)
         if self._stays(tensor):
             self._counts.stayed += 1
-            return _Stays(tensor.detach(), tensor._version)
+            return _Stays.of(tensor)
         known = self._known.get(storage_id(tensor))
         if known is None:
             known = self._known[storage_id(tensor)] = _Known(tensor)
@@ -218,7 +228,7 @@ class Session:
             found, entry = self._take(tensor, source, compressible)
             known.add(entry)
         if isinstance(found, Claim):
-            return _Stays(tensor.detach(), tensor._version, found)
+            return _Stays.of(tensor, found)
         self._turn_tape()
         return _Moved(
             found,
@@ -228,8 +238,7 @@ class Session:
             self,
             self._tape,
             self._tape.append(found),
-            witness_of(tensor) if self._store.is_device(tensor.device) else None,
-            tensor._version,
+            _Unchanged.of(tensor) if self._store.is_device(tensor.device) else None,
         )
 
     def _take(self, tensor: Tensor, source: Source, compressible: bool) -> tuple[Stored | Claim, _Entry]:
@@ -254,12 +263,11 @@ class Session:
             if isinstance(part, Tensor) and (name == "_values" or not tensor.is_nested):
                 parts[name] = self._pack(part, whole)
         cls, size, stride = type(tensor), tensor.size(), tensor.stride()
-        unchanged = any(part.must_stay_unchanged for part in parts.values() if isinstance(part, _PACKED))
+        bound = any(part.unchanged is not None for part in parts.values() if isinstance(part, _PACKED))
         return _Wrapped(
             lambda parts: cls.__tensor_unflatten__(parts, context, size, stride),
             parts,
-            witness_of(tensor) if unchanged else None,
-            tensor._version,
+            _Unchanged.of(tensor) if bound else None,
         )
 
     def _stays(self, tensor: Tensor) -> bool:

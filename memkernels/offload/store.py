@@ -18,6 +18,7 @@ from memkernels.offload.device import Arrival, DeviceCopies, find_cuda
 from memkernels.offload.lent import Lent
 from memkernels.offload.memory import available_memory, total_memory
 from memkernels.offload.runtime import load_runtime
+from memkernels.ops.checks import check_integer
 
 Tier = Literal["host", "disk", "auto"]
 TIERS = ("host", "disk", "auto")
@@ -47,7 +48,7 @@ class Stored:
     arrival: Arrival | None = None
 
     @property
-    def in_use(self) -> bool:
+    def at_hand(self) -> bool:
         """Whether what was handed out serves again, or it is on its way to a device."""
         return (self.lent is not None and self.lent.usable) or (self.arrival is not None and self.arrival.usable)
 
@@ -87,6 +88,7 @@ class TieredStore:
         path: folder of the file, on a file system that is not in memory; default that of `tempfile`.
 
     Raises:
+        TypeError: max_host_bytes is no integer.
         ValueError: a tier, limit or path that does not fit.
         OSError: path does not exist or cannot be written.
         ImportError: `memkernels._runtime` is not built.
@@ -97,8 +99,8 @@ class TieredStore:
     ) -> None:
         if tier not in TIERS:
             raise ValueError(f"tier: expected {', '.join(TIERS)}, got {tier!r}.")
-        if max_host_bytes is not None and (not isinstance(max_host_bytes, int) or max_host_bytes < 1):
-            raise ValueError(f"max_host_bytes: expected a positive number of bytes or None, got {max_host_bytes!r}.")
+        if max_host_bytes is not None:
+            check_integer("max_host_bytes", max_host_bytes, "a positive number of bytes or None")
         if tier == "host" and path is not None:
             raise ValueError(f"path: expected None for tier 'host', which has no file, got {os.fspath(path)!r}.")
         self.tier = tier
@@ -265,7 +267,7 @@ class TieredStore:
     def _read_ahead(self, then: list[Stored], beside: Stored) -> None:
         """Begins to read where the staging blocks have room; `beside` is being handed out and takes none."""
         for stored in then:
-            if stored.block is None and not stored.in_use:
+            if stored.block is None and not stored.at_hand:
                 held = sum(other.nbytes for other in self._waiting() if other is not beside)
                 if held == 0 or held + stored.nbytes <= self._staging:
                     try:
@@ -277,7 +279,7 @@ class TieredStore:
         """Begins to copy to their devices those that are in host memory."""
         for stored in then:
             copies = self._copies_of(stored.device)
-            if copies is None or stored.block is None or stored.in_use:
+            if copies is None or stored.block is None or stored.at_hand:
                 continue
             if stored.reading is not None:
                 if not _succeeded(stored.reading):

@@ -1,7 +1,10 @@
-"""A saved tensor as a range of its storage's bytes and what makes the tensor of them again."""
+"""Tensors by their memory: the parts that have some, and a range of a storage's bytes with what makes a tensor of them
+again.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +12,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _ALIGNMENT = 64  # of torch's CPU memory: kernels may sum in another order at another alignment
+
+
+def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with memory that a tensor consists of: itself, or those that a subclass wraps."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):
+                yield from plain_parts(part)
+    elif tensor.layout == torch.strided:
+        yield tensor
+
+
+def storage_id(tensor: Tensor) -> int:
+    """What no other storage has while this one is there."""
+    return tensor.untyped_storage()._cdata
 
 
 @dataclass(frozen=True)

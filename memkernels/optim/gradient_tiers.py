@@ -57,7 +57,7 @@ def offload_gradients(
         prefetch: of how many parameters sums are read ahead.
 
     Raises:
-        TypeError: optimizer is not of this package.
+        TypeError: optimizer is not of this package, or max_host_bytes no integer.
         ValueError: min_bytes, prefetch, or one of those of `TieredStore`, does not fit; the gradients are offloaded
             already, or taken by `step_in_backward`.
         OSError: path does not exist or cannot be written. In a backward: the disk is full; in a backward or a step: a

@@ -48,7 +48,7 @@ def offload_states(
         prefetch: of how many parameters states are read ahead.
 
     Raises:
-        TypeError: optimizer is not of this package.
+        TypeError: optimizer is not of this package, or max_host_bytes no integer.
         ValueError: min_bytes, prefetch, or one of those of `TieredStore`, does not fit; or they are offloaded already.
         OSError: path does not exist or cannot be written. In a step: the disk is full, or a write failed and failed
             again. Then all parameters have made the step, which is not to be repeated; what could not be written stays

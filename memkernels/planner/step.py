@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from memkernels.adapters import lora
 from memkernels.integrations import patch
-from memkernels.offload.layers import plain_parts
+from memkernels.offload.tensors import plain_parts
 from memkernels.optim.buckets import BUCKET_BYTES
 from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.planner.offload import offloading

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from memkernels._library import python_implementation
-from memkernels.offload.layers import plain_parts
+from memkernels.offload.tensors import plain_parts, storage_id
 from memkernels.ops import matmul
 from memkernels.planner.flops import formula_of
 
@@ -77,7 +77,7 @@ class Trace(TorchDispatchMode):
 
     def storages(self, tensor: Tensor) -> set[int]:
         """The numbers of the storages that hold a tensor, or the parts of one."""
-        identities = {part.untyped_storage()._cdata for part in plain_parts(tensor)}
+        identities = set(map(storage_id, plain_parts(tensor)))
         return {self._live[identity][0] for identity in identities if identity in self._live}
 
     def alive(self) -> set[int]:

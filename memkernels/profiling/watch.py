@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_leaves
 
 from memkernels.offload import store
-from memkernels.offload.layers import plain_parts
+from memkernels.offload.tensors import plain_parts
 from memkernels.profiling.categories import CATEGORIES
 from memkernels.profiling.marks import mark, place
 

@@ -441,17 +441,18 @@ def test_the_second_step_reads_ahead_in_the_order_of_the_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "kind", "message"),
     [
-        ({"min_bytes": 0}, "min_bytes: expected an integer of 1 or more, got 0"),
-        ({"keep_last_layers": -1}, "keep_last_layers: expected an integer of 0 or more, got -1"),
-        ({"prefetch": 1.5}, "prefetch: expected an integer of 0 or more, got 1.5"),
-        ({"max_host_bytes": -1}, "max_host_bytes: expected a positive number"),
-        ({"path": "/no/such/folder"}, "disk tier: .*'/no/such/folder'"),
+        ({"min_bytes": 0}, ValueError, "min_bytes: expected an integer of 1 or more, got 0"),
+        ({"keep_last_layers": -1}, ValueError, "keep_last_layers: expected an integer of 0 or more, got -1"),
+        ({"prefetch": 1.5}, TypeError, "prefetch: expected an integer of 0 or more, got 1.5"),
+        ({"max_host_bytes": -1}, ValueError, "max_host_bytes: expected a positive number"),
+        ({"max_host_bytes": "1GB"}, TypeError, "max_host_bytes: expected a positive number.*'1GB'"),
+        ({"path": "/no/such/folder"}, OSError, "disk tier: .*'/no/such/folder'"),
     ],
 )
-def test_bad_arguments_are_named(options, message):
-    with pytest.raises((ValueError, OSError), match=message):
+def test_bad_arguments_are_named(options, kind, message):
+    with pytest.raises(kind, match=message):
         offload_activations("disk", **options)
 
 
