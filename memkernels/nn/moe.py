@@ -12,6 +12,7 @@ from memkernels import ops
 from memkernels.nn.expert_mesh import check_mesh, shard_of, sharded
 from memkernels.nn.lora_linear import check_adapter
 from memkernels.nn.routers import Router, Routing, SwitchRouter
+from memkernels.ops.checks import check_number
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.moe.exchange import failing_together
 from memkernels.ops.moe.parallel import start_moe_mlp
@@ -100,7 +101,7 @@ class MoE(torch.nn.Module):
     received: d elements for each; with it x is sent again in backward, together with the gradient of y.
 
     Raises:
-        TypeError: expert_mesh is no DeviceMesh.
+        TypeError: expert_mesh is no DeviceMesh, or expert_dropout no number.
         ValueError: an unknown activation, or expert_dropout outside [0, 1); an expert_mesh of several dimensions; ranks
             differ in their arguments, on every rank; num_experts is not a multiple of the ranks.
     """
@@ -131,8 +132,7 @@ class MoE(torch.nn.Module):
             check_mesh(expert_mesh, experts, settings)
             experts //= expert_mesh.size()
         check_activation(activation)
-        if not 0.0 <= expert_dropout < 1.0:
-            raise ValueError(f"expert_dropout: expected a number in [0, 1), got {expert_dropout}.")
+        check_number("expert_dropout", expert_dropout, "a number in [0, 1)", lambda number: 0 <= number < 1)
         self.router = router
         self.expert_mesh = expert_mesh
         self.gate_up_proj = self._experts_weight(experts, width, hidden_size, device, dtype)

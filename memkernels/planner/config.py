@@ -12,6 +12,7 @@ def load_config(model: Any) -> Any:
     Raises:
         ImportError: transformers is missing.
         OSError: there is none.
+        TypeError: model is none of these.
         ValueError: it is of another kind of model.
     """
     try:

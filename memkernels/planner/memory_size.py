@@ -26,12 +26,11 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 
 def format_bytes(value: int) -> str:
-    """Three significant digits, in decimal units."""
-    for unit in ("TB", "GB", "MB", "KB"):
-        if value >= _UNITS[unit]:
-            return (
-                f"{value / _UNITS[unit]:.3g} {unit}"
-                if value < 1000 * _UNITS[unit]
-                else f"{value / _UNITS[unit]:.0f} {unit}"
-            )
-    return f"{value} B"
+    """Three significant digits, in decimal units; from 1000 TB on whole terabytes."""
+    if value < 1000:
+        return f"{value} B"
+    for unit in ("KB", "MB", "GB", "TB"):
+        written = f"{value / _UNITS[unit]:.3g}"
+        if "e" not in written:  # as 999,600 bytes in KB, which are 1 MB
+            return f"{written} {unit}"
+    return f"{value / _UNITS['TB']:.0f} TB"

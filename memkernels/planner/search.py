@@ -15,6 +15,7 @@ import torch
 from memkernels.adapters.base import check_base
 from memkernels.integrations.patching import RECOMPUTE
 from memkernels.nn.lora_linear import check_adapter
+from memkernels.ops.checks import check_integer
 from memkernels.optim.codes import STATE_BITS
 from memkernels.planner.memory_size import parse_bytes
 from memkernels.planner.optimizers import OPTIMIZERS
@@ -143,8 +144,7 @@ def plan(
     """
     limit = parse_bytes("memory", memory)
     for name, value in (("seq", seq), ("batch", batch), ("ranks", ranks)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
+        check_integer(name, value)
     if lora is not None:
         check_adapter(lora)
     check_base(base)
@@ -156,8 +156,11 @@ def plan(
         _check_choice("reduce_dtype", reduce_dtype, DTYPES)
     widths = _choices("state_bits", state_bits, STATE_BITS, STATE_BITS)
     stages = _choices("stage", stage, STAGES, STAGES if ranks > 1 else STAGES[:1])
-    if micro_batch is not None and not 1 <= micro_batch <= batch:
-        raise ValueError(f"micro_batch: expected a number of rows from 1 to batch={batch}, got {micro_batch!r}.")
+    if micro_batch is not None:
+        rows_of_part = f"a number of rows from 1 to batch={batch}"
+        check_integer("micro_batch", micro_batch, rows_of_part)
+        if micro_batch > batch:
+            raise ValueError(f"micro_batch: expected {rows_of_part}, got {micro_batch}.")
     halves = [math.ceil(batch / 2**i) for i in range(batch.bit_length() + 1)]
     rows = dict.fromkeys(halves) if micro_batch is None else [micro_batch]
     recomputes = _choices("recompute", recompute, (*RECOMPUTE, PLAIN), (*RECOMPUTE, PLAIN))

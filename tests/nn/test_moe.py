@@ -307,6 +307,7 @@ def test_a_dropped_token_is_zero_and_reported():
         (lambda: nn.SwitchRouter(D, 0), "num_experts: expected at least 1"),
         (lambda: nn.SwitchRouter(D, E, jitter=1.0), "jitter: expected at least 0 and less than 1"),
         (lambda: nn.SwitchRouter(D, E, capacity_factor=0.0), "capacity_factor: expected a positive number or None"),
+        (lambda: nn.SwitchRouter(D, E, capacity_factor=math.inf), "capacity_factor: expected a positive number"),
         (lambda: nn.ExpertChoiceRouter(D, E, capacity_factor=-1), "capacity_factor: expected a positive number"),
         (lambda: nn.TopKRouter(D, E, 7), "k: expected 1 to 6"),
         (lambda: nn.TopKRouter(D, E, 3, num_groups=3), "k: expected 1 to 2"),
@@ -324,3 +325,18 @@ def test_a_dropped_token_is_zero_and_reported():
 def test_bad_input_names_the_argument(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@every_router
+def test_input_of_another_dtype_is_named(make):
+    with pytest.raises(TypeError, match="x: expected float32, bfloat16, float16 or float64"):
+        make()(torch.zeros(T, D, dtype=torch.int64))
+
+
+@every_router
+def test_bad_input_draws_no_noise(make):
+    router = make(jitter=0.1)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="padding_mask: expected bool"):
+        router(tokens(), torch.zeros(T))
+    assert torch.equal(torch.get_rng_state(), before)

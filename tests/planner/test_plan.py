@@ -446,7 +446,17 @@ def test_sizes_are_read(written, size):
 
 
 @pytest.mark.parametrize(
-    ("size", "written"), [(0, "0 B"), (999, "999 B"), (15_360, "15.4 KB"), (2_500_000_000, "2.5 GB")]
+    ("size", "written"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 KB"),
+        (15_360, "15.4 KB"),
+        (999_400, "999 KB"),
+        (999_600, "1 MB"),
+        (2_500_000_000, "2.5 GB"),
+        (12_345 * 10**12, "12345 TB"),
+    ],
 )
 def test_sizes_are_written(size, written):
     assert format_bytes(size) == written

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from memkernels.nn.routers.router import ROUNDING, Router, Routing, largest
+from memkernels.nn.routers.router import ROUNDING, Router, Routing, check_capacity_factor, largest
 from memkernels.ops.moe.plan import expert_choice_plan
 
 
@@ -25,7 +25,7 @@ class ExpertChoiceRouter(Router):
         jitter: as `Router`.
 
     Raises:
-        ValueError: as `Router`; a capacity factor that is not positive.
+        TypeError, ValueError: as `Router`; a capacity factor that is no positive, finite number.
 
     A token has as many choices as experts took it, capacity E in all: plan and weights grow with those and with T.
 
@@ -37,8 +37,7 @@ class ExpertChoiceRouter(Router):
         dtype=None,
     ):  # fmt: skip
         super().__init__(hidden_size, num_experts, jitter=jitter, device=device, dtype=dtype)
-        if not capacity_factor > 0:
-            raise ValueError(f"capacity_factor: expected a positive number, got {capacity_factor}.")
+        check_capacity_factor("capacity_factor", capacity_factor, "a positive number")
         self.capacity_factor = capacity_factor
 
     def capacity(self, tokens: int) -> int:
@@ -52,7 +51,7 @@ class ExpertChoiceRouter(Router):
         one before, as `plan.token_offsets` says.
 
         Raises:
-            ValueError: a shape or dtype other than those.
+            TypeError, ValueError: a shape or dtype other than those.
             RuntimeError: NaN among the logits; on a GPU a device-side assertion.
         """
         logits = self.logits(x, padding_mask)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memkernels.ops.checks import check_floating
+from memkernels.ops.checks import check_floating, check_integer, check_number
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
 from memkernels.ops.philox import seed_tensor
 from memkernels.ops.router_logits.op import router_logits
@@ -49,6 +49,7 @@ class Router(torch.nn.Module):
         jitter: the noise's half width; 0: none.
 
     Raises:
+        TypeError: num_experts is no integer, or jitter no number.
         ValueError: no expert, or a jitter outside [0, 1).
 
     Saved for backward: x as it is, where weight has a gradient, the seed of the noise, and, by autograd, a few tensors
@@ -57,10 +58,8 @@ class Router(torch.nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, *, jitter: float = 0.0, device=None, dtype=None):
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts: expected at least 1, got {num_experts}.")
-        if not 0.0 <= jitter < 1.0:
-            raise ValueError(f"jitter: expected at least 0 and less than 1, got {jitter}.")
+        check_integer("num_experts", num_experts, "at least 1")
+        check_number("jitter", jitter, "at least 0 and less than 1", lambda number: 0 <= number < 1)
         self.num_experts = num_experts
         self.jitter = jitter
         self.weight = torch.nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
@@ -131,6 +130,10 @@ def check_padding_mask(padding_mask: Tensor | None, tokens: int) -> None:
             f"padding_mask: expected bool of shape ({tokens},), True where a token is padding, got"
             f" {padding_mask.dtype} of shape {tuple(padding_mask.shape)}."
         )
+
+
+def check_capacity_factor(name: str, factor: float, expected: str) -> None:
+    check_number(name, factor, expected, lambda number: 0 < number < math.inf)
 
 
 def hide(expert_ids: Tensor, padding_mask: Tensor | None, num_experts: int) -> Tensor:

@@ -11,6 +11,7 @@ from memkernels.nn.routers.router import (
     ROUNDING,
     Router,
     Routing,
+    check_capacity_factor,
     choices_per_expert,
     largest,
     mean_over_tokens,
@@ -33,7 +34,7 @@ class SwitchRouter(Router):
         jitter: as `Router`; the paper's is 1e-2.
 
     Raises:
-        ValueError: as `Router`; a capacity factor that is not positive.
+        TypeError, ValueError: as `Router`; a capacity factor that is no positive, finite number.
 
     Saved for backward: as `Router`.
     """
@@ -51,8 +52,8 @@ class SwitchRouter(Router):
     ):
         super().__init__(hidden_size, num_experts, jitter=jitter, device=device, dtype=dtype)
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and not factor > 0:
-                raise ValueError(f"{name}: expected a positive number or None, got {factor}.")
+            if factor is not None:
+                check_capacity_factor(name, factor, "a positive number or None")
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
 
@@ -65,7 +66,7 @@ class SwitchRouter(Router):
         """Of x (T, d); padding_mask (T,), bool, is True where a token is padding: it goes nowhere, counts in no loss.
 
         Raises:
-            ValueError: a shape or dtype other than those.
+            TypeError, ValueError: a shape or dtype other than those.
             RuntimeError: NaN among the logits; on a GPU a device-side assertion.
         """
         logits = self.logits(x, padding_mask)

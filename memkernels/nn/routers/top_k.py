@@ -43,7 +43,8 @@ class TopKRouter(Router):
         jitter: as `Router`.
 
     Raises:
-        ValueError: as `Router`; unknown scores; groups that do not divide the experts; k or top_groups out of range.
+        TypeError, ValueError: as `Router`; unknown scores; groups that do not divide the experts; k or top_groups out
+            of range.
 
     Saved for backward: as `Router`.
     """
@@ -101,7 +102,7 @@ class TopKRouter(Router):
         """Of x (T, d); padding_mask (T,), bool, is True where a token is padding: it goes nowhere, counts in no loss.
 
         Raises:
-            ValueError: a shape or dtype other than those.
+            TypeError, ValueError: a shape or dtype other than those.
             RuntimeError: NaN among the logits; on a GPU a device-side assertion.
         """
         logits = self.logits(x, padding_mask)
