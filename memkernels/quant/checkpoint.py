@@ -52,13 +52,13 @@ def from_plain(
     Raises:
         ValueError: a key is missing, or what it holds does not fit; the message names source and key.
     """
-    of = StateDict(dict(state_dict), source)
-    nf4_keys.check_supported(of)
+    checked = StateDict(dict(state_dict), source)
+    nf4_keys.check_supported(checked)
     for name in nf4_keys.names(state_dict):
-        of.tensors[name] = nf4_keys.joined(name, of)
+        checked.tensors[name] = nf4_keys.joined(name, checked)
     for name in int8_keys.names(state_dict):
-        of.tensors[name] = int8_keys.joined(name, of, (int8_dtypes or {}).get(name, torch.float16))
-    return of.tensors
+        checked.tensors[name] = int8_keys.joined(name, checked, (int8_dtypes or {}).get(name, torch.float16))
+    return checked.tensors
 
 
 def keys_of(name: str, keys: Iterable[str]) -> list[str]:

@@ -39,19 +39,19 @@ def names(keys: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def joined(name: str, of: StateDict, dtype: torch.dtype) -> Int8Tensor:
+def joined(name: str, state_dict: StateDict, dtype: torch.dtype) -> Int8Tensor:
     """The weight of these keys, which are taken out of the state dict, with values of dtype."""
     scales_key, format_key = _keys(name)
-    of.check(name in of.tensors, name, "missing, though the weight is in int8")
-    shape = tuple(of.tensors[name].shape)
-    of.check(len(shape) > 0, name, "expected at least one dimension, got a scalar")
+    state_dict.check(name in state_dict.tensors, name, "missing, though the weight is in int8")
+    shape = tuple(state_dict.tensors[name].shape)
+    state_dict.check(len(shape) > 0, name, "expected at least one dimension, got a scalar")
     encoding = Int8Encoding(shape, dtype)
     *rows, columns = encoding.codes_shape
-    codes = of.take(name, torch.int8, math.prod(rows) * columns, "in int8")
-    absmax = of.take(scales_key, torch.float32, math.prod(rows), "in int8")
-    stored = None if format_key is None else of.tensors.pop(format_key, None)
+    codes = state_dict.take(name, torch.int8, math.prod(rows) * columns, "in int8")
+    absmax = state_dict.take(scales_key, torch.float32, math.prod(rows), "in int8")
+    stored = None if format_key is None else state_dict.tensors.pop(format_key, None)
     by_rows = stored is None or (stored.numel() == 1 and stored.item() == 0)
-    of.check(by_rows, format_key or name, "expected 0, which stands for codes by rows")
+    state_dict.check(by_rows, format_key or name, "expected 0, which stands for codes by rows")
     return Int8Tensor(encoding, (codes.view(encoding.codes_shape), absmax.view(rows)))
 
 
@@ -61,7 +61,7 @@ def header(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     return {_DTYPES_KEY: json.dumps(dtypes)} if dtypes else {}
 
 
-def dtypes(header: Mapping[str, str], of: StateDict) -> dict[str, torch.dtype]:
+def dtypes(header: Mapping[str, str], state_dict: StateDict) -> dict[str, torch.dtype]:
     """By name, the dtypes of weights' values that a file's header says; there are none in one of bitsandbytes'.
 
     Raises:
@@ -70,12 +70,12 @@ def dtypes(header: Mapping[str, str], of: StateDict) -> dict[str, torch.dtype]:
     try:
         said = json.loads(header.get(_DTYPES_KEY, "{}"))
     except ValueError as error:
-        of.check(False, _DTYPES_KEY, f"expected JSON: {error}")
-    of.check(isinstance(said, dict), _DTYPES_KEY, f"expected a JSON object, got {said!r}")
-    stored = names(of.tensors)
+        state_dict.check(False, _DTYPES_KEY, f"expected JSON: {error}")
+    state_dict.check(isinstance(said, dict), _DTYPES_KEY, f"expected a JSON object, got {said!r}")
+    stored = names(state_dict.tensors)
     for name in said:
-        of.check(name in stored, _DTYPES_KEY, f"it names {name}, which is not stored in int8")
-    return {name: of.dtype(_DTYPES_KEY, dtype) for name, dtype in said.items()}
+        state_dict.check(name in stored, _DTYPES_KEY, f"it names {name}, which is not stored in int8")
+    return {name: state_dict.dtype(_DTYPES_KEY, dtype) for name, dtype in said.items()}
 
 
 def besides(name: str) -> tuple[str, ...]:

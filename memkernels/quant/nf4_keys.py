@@ -50,24 +50,24 @@ def names(keys: Iterable[str]) -> list[str]:
     return [key.removesuffix(_STATE) for key in keys if key.endswith(_STATE)]
 
 
-def joined(name: str, of: StateDict) -> NF4Tensor:
+def joined(name: str, state_dict: StateDict) -> NF4Tensor:
     """The weight of these keys, which are taken out of the state dict."""
-    state = _state(name + _STATE, of)
+    state = _state(name + _STATE, state_dict)
     size, block_size = math.prod(state["shape"]), state["blocksize"]
     blocks = -(-size // block_size)
     nested = "nested_offset" in state
     encoding = NF4Encoding(tuple(state["shape"]), state["dtype"], block_size, nested)
 
     def take(suffix: str, dtype: torch.dtype, size: int) -> Tensor:
-        return of.take(name + suffix, dtype, size, "in NF4")
+        return state_dict.take(name + suffix, dtype, size, "in NF4")
 
-    if name in of.tensors:  # it may be stored as elements of another dtype
-        of.tensors[name] = of.tensors[name].contiguous().view(-1).view(torch.uint8)
+    if name in state_dict.tensors:  # it may be stored as elements of another dtype
+        state_dict.tensors[name] = state_dict.tensors[name].contiguous().view(-1).view(torch.uint8)
     packed = take("", torch.uint8, (size + 1) // 2)
     absmax = take(".absmax", torch.uint8 if nested else torch.float32, blocks)
     values = take(".quant_map", torch.float32, len(NF4_VALUES))
     known = torch.allclose(values, values.new_tensor(NF4_VALUES), rtol=0, atol=1e-6)
-    of.check(known, f"{name}.quant_map", "expected the values of NF4")
+    state_dict.check(known, f"{name}.quant_map", "expected the values of NF4")
     if not nested:
         return NF4Tensor(encoding, (packed, absmax))
     nested_absmax = take(".nested_absmax", torch.float32, -(-blocks // NESTED_BLOCK))
@@ -76,33 +76,35 @@ def joined(name: str, of: StateDict) -> NF4Tensor:
     return NF4Tensor(encoding, (packed, absmax, nested_absmax, code, offset))
 
 
-def check_supported(of: StateDict) -> None:
+def check_supported(state_dict: StateDict) -> None:
     """That no weight is in bitsandbytes' other format of 4 bits."""
-    for key in of.tensors:
-        of.check(not key.endswith(_OTHER_STATE), key, "the weight is in FP4, which is not supported; expected NF4")
+    for key in state_dict.tensors:
+        state_dict.check(
+            not key.endswith(_OTHER_STATE), key, "the weight is in FP4, which is not supported; expected NF4"
+        )
 
 
-def _state(key: str, of: StateDict) -> dict[str, Any]:
+def _state(key: str, state_dict: StateDict) -> dict[str, Any]:
     """What the JSON says, checked."""
-    stored = of.tensors.pop(key)
+    stored = state_dict.tensors.pop(key)
     try:
         state = json.loads(bytes(stored.cpu().tolist()))
     except (ValueError, TypeError) as error:
-        of.check(False, key, f"expected JSON as bytes: {error}")
-    of.check(isinstance(state, dict), key, f"expected a JSON object, got {state!r}")
-    of.check(state.get("quant_type") == "nf4", key, f"expected quant_type nf4, got {state.get('quant_type')!r}")
-    of.check(
+        state_dict.check(False, key, f"expected JSON as bytes: {error}")
+    state_dict.check(isinstance(state, dict), key, f"expected a JSON object, got {state!r}")
+    state_dict.check(state.get("quant_type") == "nf4", key, f"expected quant_type nf4, got {state.get('quant_type')!r}")
+    state_dict.check(
         state.get("blocksize") in BLOCK_SIZES,
         key,
         f"expected a blocksize of {BLOCK_SIZES}, got {state.get('blocksize')!r}",
     )
-    state["dtype"] = of.dtype(key, state.get("dtype"))
+    state["dtype"] = state_dict.dtype(key, state.get("dtype"))
     shape = state.get("shape")
     whole = isinstance(shape, list) and bool(shape) and all(type(n) is int and n >= 0 for n in shape)
-    of.check(whole, key, f"expected a shape of whole numbers, got {shape!r}")
+    state_dict.check(whole, key, f"expected a shape of whole numbers, got {shape!r}")
     if "nested_offset" in state or "nested_blocksize" in state:
         size, offset = state.get("nested_blocksize"), state.get("nested_offset")
-        of.check(size == NESTED_BLOCK, key, f"expected nested_blocksize {NESTED_BLOCK}, got {size!r}")
+        state_dict.check(size == NESTED_BLOCK, key, f"expected nested_blocksize {NESTED_BLOCK}, got {size!r}")
         finite = isinstance(offset, (int, float)) and math.isfinite(offset)
-        of.check(finite, key, f"expected a finite nested_offset, got {offset!r}")
+        state_dict.check(finite, key, f"expected a finite nested_offset, got {offset!r}")
     return state
