@@ -14,13 +14,12 @@
 #include <type_traits>
 
 #include "lanes.h"
+#include "least_absmax.h"
 
 namespace memkernels {
 
 // Blocks of elements, counted from a parameter's first, that share an absmax: by bits of the code.
 constexpr int64_t kBlock8 = 256, kBlock4 = 128;
-// Absolute maxima below this count as this when they divide: the reciprocal stays finite.
-constexpr float kLeastDivisor = 1e-38f;
 
 template <int kBits, bool kSigned>
 struct DynamicCode {

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "least_absmax.h"
 
 namespace memkernels {
 
@@ -15,8 +16,6 @@ constexpr int kNf4Codes = 16;
 constexpr int64_t kNf4MaxBlock = 4096;
 // Absolute maxima that share a second-level one, where they are stored in 8 bits.
 constexpr int64_t kNestedBlock = 256;
-// Absolute maxima below this count as this when they divide: the reciprocal stays finite.
-constexpr float kLeastAbsmax = 1e-38f;
 
 // One float a code.
 struct Nf4Table {

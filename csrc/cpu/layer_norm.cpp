@@ -8,6 +8,7 @@
 #include "common/checks.h"
 #include "common/kernel_table.h"
 #include "cpu/outputs.h"
+#include "cpu/residual.h"
 #include "cpu/row_sums.h"
 #include "cpu/vec.h"
 
@@ -51,14 +52,7 @@ void forward(const T* x, const T* residual, const W* weight, const W* bias, T* y
              float* rstd, int64_t rows, int64_t size, float eps) {
   torch::stable::parallel_for(0, rows, kRowsPerTask, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* h = x + row * size;
-      if (residual != nullptr) {
-        const T* added = residual + row * size;
-        T* out = residual_out + row * size;
-        for_each_vec(size, [&](auto at, auto to) { to(out, at(h) + at(added)); });
-        // What is normalised is what the caller gets: the sum in its own dtype.
-        h = out;
-      }
+      const T* h = residual_row(x, residual, residual_out, row * size, size);
       const auto [mean, variance] = moments(h, size);
       const float scale = 1.0f / std::sqrt(variance + eps);
       means[row] = mean;

@@ -97,7 +97,7 @@ struct Codes8 {
   void put(int64_t i, Vec v) { store(values + i, v); }
   void end() {
     *absmax = absolute_maximum(values, kRun);
-    const float inverse = 1.0f / std::max(*absmax, kLeastDivisor);
+    const float inverse = 1.0f / std::max(*absmax, kLeastAbsmax);
     for (int64_t i = 0; i < kRun; i += kLanes) {
       store_bytes(codes + i, kCode.template encode<VecLanes>(load(values + i) * inverse));
     }
@@ -140,7 +140,7 @@ struct Codes4 {
       const float* from = values + block * kBlock4;
       uint8_t* to = packed + block * kBlock4 / 2;
       absmax[block] = absolute_maximum(from, kBlock4);
-      const float inverse = 1.0f / std::max(absmax[block], kLeastDivisor);
+      const float inverse = 1.0f / std::max(absmax[block], kLeastAbsmax);
       for (int64_t i = 0; i < kBlock4; i += 2 * kLanes) {
         store_nibbles(to + i / 2, kCode.template encode<VecLanes>(load(from + i) * inverse),
                       kCode.template encode<VecLanes>(load(from + i + kLanes) * inverse));

@@ -8,6 +8,7 @@
 #include "common/checks.h"
 #include "common/kernel_table.h"
 #include "cpu/outputs.h"
+#include "cpu/residual.h"
 #include "cpu/row_sums.h"
 #include "cpu/vec.h"
 
@@ -21,14 +22,7 @@ void forward(const T* x, const T* residual, const W* weight, T* y, T* residual_o
              int64_t size, float eps, float offset) {
   torch::stable::parallel_for(0, rows, kRowsPerTask, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* h = x + row * size;
-      if (residual != nullptr) {
-        const T* added = residual + row * size;
-        T* out = residual_out + row * size;
-        for_each_vec(size, [&](auto at, auto to) { to(out, at(h) + at(added)); });
-        // What is normalised is what the caller gets: the sum in its own dtype.
-        h = out;
-      }
+      const T* h = residual_row(x, residual, residual_out, row * size, size);
       const auto [squares] = sum_each_vec<1>(size, [&](auto at, auto, Vec* sums) {
         const Vec v = at(h);
         sums[0] += v * v;

@@ -190,7 +190,7 @@ struct SplitFloat {
 };
 
 __device__ __forceinline__ float inverse_of(float absmax) {
-  return 1.0f / (absmax < kLeastDivisor ? kLeastDivisor : absmax);
+  return 1.0f / (absmax < kLeastAbsmax ? kLeastAbsmax : absmax);
 }
 
 // The tables of codes are in shared memory: a warp looks up as many elements of one at a time.

@@ -114,7 +114,7 @@ struct CodedArray {
       float largest = 0.0f;
       for (int64_t i = first; i < last; ++i) largest = std::max(largest, std::abs(values[i]));
       absmax.expected[first / kBlock] = largest;
-      const float inverse = 1.0f / std::max(largest, kLeastDivisor);
+      const float inverse = 1.0f / std::max(largest, kLeastAbsmax);
       // Beyond an odd number of values comes the code of 0.
       for (int64_t i = first; i < (last + kPerByte - 1) / kPerByte * kPerByte; ++i) {
         const int number = kCode.template encode<OneLane>(i < last ? values[i] * inverse : 0.0f);
