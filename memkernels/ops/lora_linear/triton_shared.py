@@ -54,15 +54,11 @@ def _lora_down_shared_kernel(
             of_adapter_ptr += a_size
             dropped = _dropped(x_tile, dropout, adapter, first_row, first, BLOCK_M, BLOCK_N).to(a_tile.dtype)
             term = tl.dot(dropped, a_tile, input_precision=PRECISION)
-            total_0 = tl.where(adapter == 0, total_0 + term, total_0)
-            total_1 = tl.where(adapter == 1, total_1 + term, total_1)
-            total_2 = tl.where(adapter == 2, total_2 + term, total_2)
+            total_0, total_1, total_2 = _added(term, adapter, total_0, total_1, total_2)
     s_ptr += part * adapters * s_size
     for adapter in tl.static_range(3):
         if adapter < adapters:
-            total = total_0 if adapter == 0 else (total_1 if adapter == 1 else total_2)
-            if dropout is not None:
-                total *= dropout.keep_scale
+            total = _total_of(adapter, total_0, total_1, total_2, dropout)
             s_tile = s_ptr + adapter * s_size
             store_tile(s_tile, total, first_row, first_rank, rows, rank, rank, BLOCK_M, BLOCK_R, False)
 
@@ -101,15 +97,11 @@ def _lora_down_grad_shared_kernel(
             of_adapter_ptr += p_size
             dropped = _dropped(x_tile, dropout, adapter, first, first_column, BLOCK_M, BLOCK_N).to(p_tile.dtype).T
             term = tl.dot(dropped, p_tile, input_precision=PRECISION)
-            total_0 = tl.where(adapter == 0, total_0 + term, total_0)
-            total_1 = tl.where(adapter == 1, total_1 + term, total_1)
-            total_2 = tl.where(adapter == 2, total_2 + term, total_2)
+            total_0, total_1, total_2 = _added(term, adapter, total_0, total_1, total_2)
     grad_ptr += part * adapters * grad_size
     for adapter in tl.static_range(3):
         if adapter < adapters:
-            total = total_0 if adapter == 0 else (total_1 if adapter == 1 else total_2)
-            if dropout is not None:
-                total *= dropout.keep_scale
+            total = _total_of(adapter, total_0, total_1, total_2, dropout)
             grad_tile = grad_ptr + adapter * grad_size
             store_tile(grad_tile, total.T, first_rank, first_column, rank, size, size, BLOCK_R, BLOCK_N, False)
 
@@ -150,6 +142,25 @@ def _lora_input_add_shared_kernel(
         total *= dropout.keep_scale
     total += load_tile(dx_ptr, first_row, first_column, rows, size, dx_row_stride, BLOCK_M, BLOCK_N, False)
     store_tile(dx_ptr, total, first_row, first_column, rows, size, dx_row_stride, BLOCK_M, BLOCK_N, False)
+
+
+@triton.jit
+def _added(term, adapter, total_0, total_1, total_2):
+    """The sums of three adapters, with a term added to that of one."""
+    return (
+        tl.where(adapter == 0, total_0 + term, total_0),
+        tl.where(adapter == 1, total_1 + term, total_1),
+        tl.where(adapter == 2, total_2 + term, total_2),
+    )
+
+
+@triton.jit
+def _total_of(adapter: tl.constexpr, total_0, total_1, total_2, dropout):
+    """One of the sums of three adapters, over the keep probability."""
+    total = total_0 if adapter == 0 else (total_1 if adapter == 1 else total_2)
+    if dropout is not None:
+        total *= dropout.keep_scale
+    return total
 
 
 @triton.jit
