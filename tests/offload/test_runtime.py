@@ -39,6 +39,16 @@ def io_uring(request):
     return request.param
 
 
+class Child(subprocess.Popen):
+    def communicate(self, input=None, timeout=None):
+        """As of any process, but one that takes too long is ended, so that it does not run on after its test."""
+        try:
+            return super().communicate(input, timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+
 def run_python(code, *arguments, **environment):
     """A process that has the runtime as `_runtime`, without torch."""
     load = (
@@ -46,7 +56,7 @@ def run_python(code, *arguments, **environment):
         f"spec = importlib.util.spec_from_file_location('_runtime', {_runtime.__file__!r})\n"
         "_runtime = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(_runtime)\n"
     )
-    return subprocess.Popen(
+    return Child(
         [sys.executable, "-c", load + code, *map(str, arguments)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
