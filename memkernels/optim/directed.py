@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from memkernels.optim.agreement import on_all
 from memkernels.optim.local import is_distributed, local_of
 from memkernels.optim.operators import step_group
 from memkernels.optim.optimizer import LowMemoryOptimizer
-from memkernels.optim.rows import is_divided_by_rows
+from memkernels.optim.rows import group_of_rows, is_divided_by_rows
 
 
 class Stored(NamedTuple):
@@ -65,6 +67,11 @@ class DirectedOptimizer(LowMemoryOptimizer):
         for of in divided:
             _store(of)
         torch.autograd.graph.increment_version(list(chosen.values()))
+
+    def _fetch(self, param: Tensor, then: Sequence[Tensor], fetched: ExitStack) -> None:
+        """Of a parameter whose rows are divided on every rank or on none: a step of it exchanges them."""
+        group = group_of_rows(param) if is_distributed(param) else None
+        on_all(group, lambda: super(DirectedOptimizer, self)._fetch(param, then, fetched))
 
     def _stored(self, group: dict[str, Any], place: int, param: Tensor, scale: float | Tensor) -> Stored:
         assert param.grad is not None

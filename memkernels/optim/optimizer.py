@@ -175,11 +175,15 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         for i, (index, param) in enumerate(chosen.items()):
             following = [*params[i + 1 :], *then]
             with ExitStack() as fetched:
-                if self.gradient_tiers is not None:
-                    fetched.enter_context(self.gradient_tiers.fetched(param, following))
-                if self.tiers is not None:
-                    fetched.enter_context(self.tiers.fetched(self, param, following))
+                self._fetch(param, following, fetched)
                 self._step_in_memory(group, {index: param}, scale)
+
+    def _fetch(self, param: Tensor, then: Sequence[Tensor], fetched: ExitStack) -> None:
+        """Has what tiers hold of a parameter in memory until `fetched` is closed; `then` come next."""
+        if self.gradient_tiers is not None:
+            fetched.enter_context(self.gradient_tiers.fetched(param, then))
+        if self.tiers is not None:
+            fetched.enter_context(self.tiers.fetched(self, param, then))
 
     def _has_gradient(self, param: Tensor) -> bool:
         return param.grad is not None if self.gradient_tiers is None else self.gradient_tiers.has(param)

@@ -28,7 +28,7 @@ def is_divided_by_rows(parameter: Tensor) -> bool:
 def sum_over_ranks(local: Tensor, parameter: Tensor) -> Tensor:
     """The sum of what the ranks found in their rows of a parameter, in place; of a plain one what is there."""
     if is_distributed(parameter):
-        wait_for(start(dist.all_reduce, local, group=_group_of(parameter)))
+        wait_for(start(dist.all_reduce, local, group=group_of_rows(parameter)))
     return local
 
 
@@ -37,19 +37,23 @@ def through_whole(
 ) -> Iterator[Tensor]:
     """This rank's rows of function(matrix) for each matrix, of which `parts` are its rows.
 
-    A rank brings one of them together at a time, the next rank the next one, and sends the rows of the result back.
+    A rank brings one of them together at a time, the next rank the next one, as long as the same ranks have their rows,
+    and sends the rows of the result back.
 
     Args:
         function: gives a matrix of the same shape and dtype.
         parameters: in whose shapes and by whose division the matrices are.
     """
+    groups = [group_of_rows(parameter) for parameter in parameters]
     at = 0
     while at < len(parts):
-        group = _group_of(parameters[at])
-        ranks = dist.get_world_size(group)
-        wave = range(at, min(at + ranks, len(parts)))
+        group, end = groups[at], at + 1
+        most = min(at + dist.get_world_size(group), len(parts))
+        while end < most and groups[end] is group:
+            end += 1
+        wave = range(at, end)
         yield from _wave(function, [parts[i] for i in wave], [parameters[i].shape for i in wave], group)
-        at = wave.stop
+        at = end
 
 
 def _wave(
@@ -77,7 +81,7 @@ def _exchange(received: Tensor, sent: Tensor, from_each: list[int], to_each: lis
     wait_for(start(dist.all_to_all_single, received, sent, group=group, **options))
 
 
-def _group_of(parameter: Tensor) -> Any:
+def group_of_rows(parameter: Tensor) -> Any:
     """The ranks that have its rows."""
     division = division_of(parameter)
     assert division is not None

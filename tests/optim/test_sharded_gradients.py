@@ -20,6 +20,7 @@ from memkernels.optim import (
     Adafactor,
     AdamW,
     Lion,
+    Muon,
     ShardedGradScaler,
     ShardedOptimizer,
     load_checkpoint,
@@ -320,6 +321,21 @@ def offloaded(folder, stage):
         ShardedOptimizer(Wide(torch.float32), AdamW, stage=stage, offload="tape")
 
 
+def disks_that_fail_by_rows():
+    """A step that exchanges rows ends on both ranks where one cannot read a state, with what came."""
+    for cls in (Muon, Adafactor):
+        model = torch.nn.Sequential(*(torch.nn.Linear(16, 16, bias=False) for _ in range(3)))
+        optimizer = ShardedOptimizer(model, cls, stage=3)
+        offload_states(optimizer.local, "disk", min_bytes=1)
+        model(torch.ones(1, 16)).sum().backward()
+        optimizer.step()
+        model(torch.ones(1, 16)).sum().backward()
+        failing = mock.patch.object(optimizer.local.tiers.store, "load", side_effect=OSError("cannot read"))
+        error, match = (OSError, "cannot read") if dist.get_rank() else (ValueError, "rank 1: OSError: cannot read")
+        with failing if dist.get_rank() else contextlib.nullcontext(), pytest.raises(error, match=match):
+            optimizer.step()
+
+
 def in_parts(optimizer, model, step):
     """Two backwards, whose sums are clipped apart in some steps, and within the step in others."""
     dtype = next(model.parameters()).dtype
@@ -450,7 +466,7 @@ def every_case(folder):
     if importlib.util.find_spec("memkernels._runtime"):  # not built without pybind11 or Python's headers
         for stage in (2, 3):
             offloaded(folder, stage)
-        for case in (sums_on_a_tier, where_sums_are, disks_that_fail, offload_that_is_refused):
+        for case in (sums_on_a_tier, where_sums_are, disks_that_fail, disks_that_fail_by_rows, offload_that_is_refused):
             case()
 
 

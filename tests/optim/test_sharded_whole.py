@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from memkernels import micro_batch, optim
 from memkernels.optim import ShardedOptimizer
@@ -301,6 +301,7 @@ def by_rows(mesh_shape, folder):
         if len(sharded) == 1:  # goes on in one process
             optim.save_checkpoint(folder / f"{name}-{len(mesh_shape)}", model, sharded[0])
     if len(mesh_shape) == 1:
+        on_two_meshes(mesh)
         refused(mesh)
         round_trip(folder)
 
@@ -309,6 +310,25 @@ def assert_near(model, expected):
     for (name, actual), value in zip(model.named_parameters(), expected.parameters(), strict=True):
         difference = (actual.full_tensor() - value).abs().max() / value.abs().max()
         assert difference < 1e-5, (name, difference)
+
+
+def on_two_meshes(mesh):
+    """Muon's matrices whose rows are divided among other ranks than the next one's."""
+    alone = [torch.nn.Parameter(torch.randn(9, 4, generator=torch.Generator().manual_seed(i))) for i in range(6)]
+    whole_rows = init_device_mesh("cpu", (mesh.size(), 1), mesh_dim_names=("replicas", "shards"))
+
+    def divide(tensor, i):
+        of = (whole_rows, [Replicate(), Shard(0)]) if i % 2 else (mesh, [Shard(0)])
+        return distribute_tensor(tensor.detach(), *of)
+
+    divided = [torch.nn.Parameter(divide(p, i)) for i, p in enumerate(alone)]
+    for i, (whole, rows) in enumerate(zip(alone, divided, strict=True)):
+        whole.grad = whole.detach().sin()
+        rows.grad = divide(whole.grad, i)
+    for params in (alone, divided):
+        optim.Muon(params, lr=0.1).step()
+    for whole, rows in zip(alone, divided, strict=True):
+        torch.testing.assert_close(rows.full_tensor(), whole.detach(), rtol=1e-5, atol=1e-6)
 
 
 def refused(mesh):
