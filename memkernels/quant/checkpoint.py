@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -61,9 +61,9 @@ def from_plain(
     return checked.tensors
 
 
-def keys_of(name: str, keys: Iterable[str]) -> list[str]:
+def keys_of(name: str, keys: Container[str]) -> list[str]:
     """Those of `keys` under which a quantised weight of this name is stored, its own first; none of a dense one."""
-    besides = [key for key in keys if key.startswith(f"{name}.") or key in int8_keys.besides(name)]
+    besides = [key for key in (*nf4_keys.besides(name), *int8_keys.besides(name)) if key in keys]
     return [name, *besides] if besides else []
 
 

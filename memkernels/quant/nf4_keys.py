@@ -45,6 +45,12 @@ def split(name: str, tensor: NF4Tensor) -> dict[str, Tensor]:
     return plain
 
 
+def besides(name: str) -> tuple[str, ...]:
+    """The keys of a weight beside its own, in FP4 too."""
+    tensors = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+    return tuple(name + suffix for suffix in (*tensors, _STATE, _OTHER_STATE))
+
+
 def names(keys: Iterable[str]) -> list[str]:
     """The names of the weights that are stored in NF4."""
     return [key.removesuffix(_STATE) for key in keys if key.endswith(_STATE)]
