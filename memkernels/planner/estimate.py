@@ -167,6 +167,7 @@ class _States:
 
     def __init__(self, technique: Technique, states: PerParameter, ranks: int, on_host: bool) -> None:
         sharing = ranks if technique.stage else 1
+        states = states.at_stage(technique.stage, ranks)
         moved = 0 if technique.offload_states == "none" else states.moved
         self.moved, self.kept = math.ceil(moved / sharing), math.ceil((states.total - moved) / sharing)
         self._step = 0

@@ -9,10 +9,15 @@ AHEAD = 2  # parameters that are fetched ahead: their prefetch
 
 
 class PerParameter:
-    """Of the parameters in their order, each with how many equal ones it stands for."""
+    """Of the parameters in their order, each with how many equal ones it stands for; a tier takes those that have
+    `least` bytes."""
 
-    def __init__(self, sizes: Iterable[tuple[int, int]]) -> None:
-        self._sizes = tuple(sizes)
+    def __init__(self, sizes: Iterable[tuple[int, int]], least: int = TIER_BYTES) -> None:
+        self._sizes, self._least = tuple(sizes), least
+
+    def at_stage(self, stage: int, ranks: int) -> PerParameter:
+        """The same, where at ZeRO's stage 3 a tier takes a rank's rows of a parameter, which have to be as many."""
+        return PerParameter(self._sizes, TIER_BYTES * ranks) if stage == 3 else self
 
     @property
     def total(self) -> int:
@@ -21,7 +26,7 @@ class PerParameter:
     @property
     def moved(self) -> int:
         """Of those that a tier takes."""
-        return sum(nbytes * times for nbytes, times in self._sizes if nbytes >= TIER_BYTES)
+        return sum(nbytes * times for nbytes, times in self._sizes if nbytes >= self._least)
 
     @property
     def largest(self) -> int:
@@ -39,6 +44,6 @@ class PerParameter:
         """One after the other; of equal ones as many as are in flight together."""
         sizes: list[int] = []
         for nbytes, times in self._sizes:
-            if nbytes >= TIER_BYTES:
+            if nbytes >= self._least:
                 sizes += [nbytes] * min(times, AHEAD + 2)
         return sizes

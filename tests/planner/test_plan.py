@@ -156,9 +156,9 @@ def test_what_is_offloaded_leaves_a_parameters_share_in_memory():
     assert (sizes.states[32].total, sizes.states[32].moved) == (24 * m + 10, 24 * m)
     step = Timeline([Moment(12 * m, 0, 0)], 12 * m, 1, 0, tiered=([Moment(0, 0, 4 * m)], [Moment(0, 0, 8 * m)]))
 
-    def of(states, gradients, on_host, batch=1, stage=0):
+    def of(states, gradients, on_host, batch=1, stage=0, ranks=2):
         technique = Technique("none", "none", stage, 32, 1, False, states, gradients)
-        return estimate(technique, sizes, step, step, batch=batch, ranks=2 if stage else 1, on_host=on_host)
+        return estimate(technique, sizes, step, step, batch=batch, ranks=ranks if stage else 1, on_host=on_host)
 
     def parts(*arguments, **options):
         found = of(*arguments, **options).parts
@@ -169,6 +169,9 @@ def test_what_is_offloaded_leaves_a_parameters_share_in_memory():
     assert parts("disk", "none", True) == (12, 0, 8, 24)
     assert parts("disk", "none", False) == parts("host", "none", False) == (12, 0, 3 * 8 + 8, 0)
     assert parts("disk", "none", False, stage=3) == (6, 0, (3 * 8 + 8) / 2, 0)
+    # Of 16 ranks each has rows of half a MiB, which stay.
+    assert parts("disk", "none", False, stage=3, ranks=16) == parts("none", "none", False, stage=3, ranks=16)
+    assert parts("disk", "none", False, stage=3, ranks=8)[1] == 0
     assert parts("disk", "disk", True) == (0, 0, 8, 24 + 12)
     assert parts("none", "disk", True) == (0, 24, 4, 12) and parts("none", "disk", True, batch=2) == (0, 24, 8, 12 + 4)
     assert parts("none", "disk", False, batch=2) == parts("none", "disk", False) == (0, 24, 3 * 4, 0)
