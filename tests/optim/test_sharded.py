@@ -571,6 +571,11 @@ def parameters_left_out():
     for (name, own), value in zip(model.named_parameters(), expected.parameters(), strict=True):
         difference = (own.full_tensor() - value).norm() / value.norm()
         assert difference <= 1e-6, (name, difference)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None  # the model keeps none
+    model.zero_grad()
 
 
 def unsynced_steps(model, optimizer):

@@ -79,7 +79,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
         self.stage, self.grad_norm, self.skipped = stage, torch.zeros(()), False
         self._ranks = 1  # FSDP2 has taken the mean over the ranks
         self._syncing = True
-        _drop_with(model, self.zero_grad)
+        _drop_with(model, self)
         self._complete = True
 
     @contextmanager

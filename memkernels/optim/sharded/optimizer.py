@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -69,9 +70,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     every parameter; a mesh of two dimensions (replicas, shards) divides among the second and copies along the first
     (hybrid sharding). What FSDP2 asks holds: the model is called as a whole, every rank calls the same layers (of what
     is in them a rank may leave out parameters), and the last part of a batch is outside of `no_sync()`; `step` raises
-    RuntimeError otherwise. States in 8 or 4 bits need
-    rows that fall to the ranks at multiples of 256 elements. A model that `fully_shard` has been applied to stays as it
-    is, for another optimizer with other `params`, or as the caller divided it. What follows is of stages 1, 2.
+    RuntimeError otherwise. States in 8 or 4 bits need rows that fall to the ranks at multiples of 256 elements. A model
+    that `fully_shard` has been applied to stays as it is, for another optimizer with other `params`, or as the caller
+    divided it. What follows is of stages 1, 2.
 
     Each rank has ranges of elements, cut at multiples of 256 elements of each parameter, whatever the parameters'
     sizes. No block of states in few bits is cut, random bits are those of the element's index, and so every storage
@@ -189,7 +190,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.local.origins |= origins
         self._offload(offload)
         self._totals_of_step: tuple[Tensor, set[int]] | None = None
-        _drop_with(model, self.zero_grad)
+        _drop_with(model, self)
         self._complete = True
 
     def offload_gradients(
@@ -509,13 +510,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             theirs.update(_options(mine))
 
 
-def _drop_with(model: torch.nn.Module, drop: Callable[[], None]) -> None:
-    """Has the model's zero_grad() drop what is no parameter's `grad`."""
-    of_grads = model.zero_grad
+def _drop_with(model: torch.nn.Module, optimizer: ShardedOptimizer) -> None:
+    """Has the model's zero_grad() drop what is no parameter's `grad`, as long as there is the optimizer."""
+    of_grads, reference = model.zero_grad, weakref.ref(optimizer)
 
     def zero_grad(set_to_none: bool = True) -> None:
         of_grads(set_to_none)
-        drop()
+        of_model = reference()
+        if of_model is not None:
+            of_model.zero_grad()
 
     model.zero_grad = zero_grad  # type: ignore[method-assign]
 
