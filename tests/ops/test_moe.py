@@ -701,6 +701,26 @@ def test_compiles_whole_and_equals_eager(recompute, backend):
         torch.testing.assert_close(compiled, eager)
 
 
+def of_both_products(x, routing, matrices):
+    return ops.moe_mlp(x, *routing, matrices, matrices, activation="relu")
+
+
+def of_both_experts(x, routing, matrices):
+    return ops.moe_mlp(x, *routing, [matrices[0]] * 2, [matrices[1]] * 2, activation="relu")
+
+
+@pytest.mark.parametrize("layer", [of_both_products, of_both_experts])
+def test_experts_that_share_a_weight_compile_whole(layer):
+    x, matrices = random_tensor(9, 8, dtype=torch.float32), random_tensor(2, 8, 8, dtype=torch.float32, seed=1)
+    routing = random_ids(9, 2, 2), torch.ones(9, 2)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    eager, ours = (
+        torch.autograd.grad(call(x, routing, matrices).square().sum(), (x, matrices)) for call in (layer, compiled)
+    )
+    torch.testing.assert_close(ours, eager)
+
+
 def test_dispatch_and_combine_compile_whole():
     def step(x, ids, weights):
         x_grouped, plan = ops.moe_dispatch(x, ids, 5)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memkernels._library import has_kernel
 from memkernels.ops.autocast import product_dtype
+from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import gradient_sums, results
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.dispatch import check_grouped
@@ -83,4 +84,4 @@ def grouped_matmul(x_grouped: Tensor, weights: ExpertsWeight, plan: DispatchPlan
         with torch.autocast(x_grouped.device.type, enabled=False):
             return reference.grouped_matmul(x_grouped, dense_of(weights), plan.offsets)
     projection = projection_of(weights, backend)
-    return _GroupedMatmul.apply(projection.description, x_grouped, plan.offsets, *projection.tensors)
+    return _GroupedMatmul.apply(projection.description, *distinct(x_grouped, plan.offsets, *projection.tensors))

@@ -11,6 +11,7 @@ from torch import Tensor
 from memkernels._library import has_kernel
 from memkernels.ops.autocast import product_dtype
 from memkernels.ops.checks import check_dropout_p, check_shape
+from memkernels.ops.distinct import distinct
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.gradient_sum import gradient_sums, results
 from memkernels.ops.moe import activation as _activation  # noqa: F401  defines the operators
@@ -207,4 +208,4 @@ def moe_mlp(
     if mask_seed is not None:
         down = DroppedExpertsProjection(down, mask_seed, dropout_p)
     layer = Layer(gate_up.description, down.description, width != size, activation, recompute)
-    return _MoEMLP.apply(layer, x, expert_weights.float(), *plan, *gate_up.tensors, *down.tensors)
+    return _MoEMLP.apply(layer, *distinct(x, expert_weights.float(), *plan, *gate_up.tensors, *down.tensors))
