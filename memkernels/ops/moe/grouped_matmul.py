@@ -60,7 +60,8 @@ def grouped_matmul(x_grouped: Tensor, weights: ExpertsWeight, plan: DispatchPlan
             of one expert's is dequantised in front of each product, on GPUs within it; either in an
             `ExpertsLoRAWeight` with an adapter; or a sequence of E dense tensors (out, in).
         plan: that of the dispatch.
-        backend: "triton": the kernels for GPUs, which find the groups there. "grouped_mm":
+        backend: "triton": the kernels for GPUs, which find the groups there; NF4 by blocks of fewer than 64, or of
+            matrices whose sides are no multiples of 64, goes as by "loop". "grouped_mm":
             `torch.nn.functional.grouped_mm`, for rows of multiples of 16 bytes. "loop": a product an expert, which asks
             the device for the groups. "auto": the first of these that there is, `grouped_mm` on CUDA in bfloat16 and
             for dense weights alone.

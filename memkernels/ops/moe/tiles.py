@@ -46,8 +46,16 @@ SMALL_TILES = {
     "nvidia": GemmTile(64, 64, 16, num_warps=8, num_stages=2, maxnreg=255),
     "amd": GemmTile(64, 64, 16, num_warps=8, num_stages=2),
 }
-# For exact float32 products with quantised weights on NVIDIA, as `product_tiles` says.
-EXACT_QUANTIZED = replace(SMALL_TILES["nvidia"], BLOCK_M=EXACT_QUANTIZED_TILE.BLOCK_M)
+# The same over quantised weights: steps of 32 read half as often the scale of what they take a part of.
+SMALL_QUANTIZED = {
+    "nvidia": replace(SMALL_TILES["nvidia"], BLOCK_K=32),
+    "amd": replace(SMALL_TILES["amd"], BLOCK_K=32, num_stages=1),
+}
+# For exact float32 products with quantised weights; BLOCK_M on NVIDIA as `product_tiles` says.
+EXACT_QUANTIZED = {
+    "nvidia": replace(SMALL_QUANTIZED["nvidia"], BLOCK_M=EXACT_QUANTIZED_TILE.BLOCK_M),
+    "amd": SMALL_QUANTIZED["amd"],
+}
 # For products by the few columns of an adapter, whatever their rows; by the bytes of its elements.
 NARROW = {
     "nvidia": {
@@ -77,9 +85,10 @@ def select_tile(
     vendor = "amd" if torch.version.hip else "nvidia"
     if narrowest <= 64 and tiles is not QUANTIZED:
         return replace(NARROW[vendor][dtype.itemsize], PRECISION=low_rank_precision(dtype, device))
+    small = (SMALL_QUANTIZED if tiles is QUANTIZED else SMALL_TILES)[vendor]
     if dtype == torch.float32:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and vendor == "nvidia"
-        if tiles is QUANTIZED and not tf32 and vendor == "nvidia":
-            return EXACT_QUANTIZED
-        return TF32_TILE if tf32 and aligned else replace(SMALL_TILES[vendor], PRECISION="tf32" if tf32 else "ieee")
-    return tiles[architecture(device)] if aligned else SMALL_TILES[vendor]
+        if tiles is QUANTIZED and not tf32:
+            return EXACT_QUANTIZED[vendor]
+        return TF32_TILE if tf32 and aligned else replace(small, PRECISION="tf32" if tf32 else "ieee")
+    return tiles[architecture(device)] if aligned else small

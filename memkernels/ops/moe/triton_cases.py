@@ -5,9 +5,8 @@ aligned and in exact float32. Their least bytes are those of their tiles: a tile
 factor and its columns of the other once, and no tile has rows of two groups. A row is gathered once for each choice.
 
 A code of NF4 takes the 4 bytes of its value from a table of 64, which stays in the nearest cache: eight times the bytes
-of the code, and in the least too. Two kinds of case, both rare, have no limit. In exact float32 the steps of 16 columns
-read the scale of a block of 64 four times, 1.07 of the least, where multiply-adds are the bound. Rows that the steps do
-not cut into parts of one block are read code by code, each with its scale: 2.5 times the least.
+of the code, and in the least too. Matrices that tiles of 64 by 64 do not cut into parts of one block each have no
+kernel: one that looked up the scale of each code moved 2.5 times the least.
 """
 
 from __future__ import annotations
@@ -21,7 +20,16 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.gated_mlp.tiles import GemmTile
-from memkernels.ops.moe.tiles import EXACT_QUANTIZED, NARROW, PRODUCT, QUANTIZED, SMALL_TILES, TF32_TILE, WEIGHT_GRAD
+from memkernels.ops.moe.tiles import (
+    EXACT_QUANTIZED,
+    NARROW,
+    PRODUCT,
+    QUANTIZED,
+    SMALL_QUANTIZED,
+    SMALL_TILES,
+    TF32_TILE,
+    WEIGHT_GRAD,
+)
 from memkernels.ops.moe.triton import expert_activation_bwd, expert_activation_bwd_, expert_activation_fwd
 from memkernels.ops.moe.triton_grouped import (
     grouped_product,
@@ -145,14 +153,12 @@ def _quantized_cases(
     targets: tuple[Target, ...],
     dtype: torch.dtype = torch.bfloat16,
     shape: tuple[int, int] = ALIGNED,
-    traffic_limit: float | None = 1.05,
 ) -> list[KernelCase]:
     return [
         KernelCase(
             f"{direction} {str(dtype)[6:]} {kind} {name}",
             functools.partial(_quantized_product, direction == "product", kind, tile, shape, dtype),
-            traffic_limit,
-            targets,
+            targets=targets,
         )
         for direction in ("product", "input grad")
         for kind in kinds
@@ -203,13 +209,14 @@ KERNEL_CASES += [
         case
         for vendor, targets in (("nvidia", NVIDIA), ("amd", AMD))
         for tile in (SMALL_TILES[vendor],)
-        for name, quantized, options in (
-            ("unaligned", tile, {"shape": UNALIGNED}),
-            ("exact", EXACT_QUANTIZED if vendor == "nvidia" else tile, {"dtype": torch.float32}),
-        )
         for case in (
-            *_grouped_cases(f"{name} {vendor}", (tile, tile), targets, **options),
-            *_quantized_cases(f"{name} {vendor}", ("nested nf4",), quantized, targets, **options, traffic_limit=None),
+            *_grouped_cases(f"unaligned {vendor}", (tile, tile), targets, shape=UNALIGNED),
+            *_quantized_cases(f"unaligned {vendor}", ("int8",), SMALL_QUANTIZED[vendor], targets, shape=UNALIGNED),
+            *_quantized_cases(f"small {vendor}", ("nested nf4",), SMALL_QUANTIZED[vendor], targets),
+            *_grouped_cases(f"exact {vendor}", (tile, tile), targets, torch.float32),
+            *_quantized_cases(
+                f"exact {vendor}", ("nested nf4", "int8"), EXACT_QUANTIZED[vendor], targets, torch.float32
+            ),
         )
     ),
     *_grouped_cases("tf32", (TF32_TILE, TF32_TILE), NVIDIA, torch.float32),

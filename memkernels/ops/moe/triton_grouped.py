@@ -289,14 +289,16 @@ def grouped_quantized_product(
     backend: str,
     tile: GemmTile | None = None,
 ) -> Tensor:
-    if backend != "triton" or kind not in KINDS:
+    experts = offsets.shape[0] - 1
+    whole = kind != "nf4" or (in_parts(kind, sizes) and sizes[0] // experts % 64 == 0)
+    if backend != "triton" or kind not in KINDS or not whole:
         return products.grouped_quantized_product(x, rows, parts, kind, sizes, offsets, num_rows, by_rows, backend)
-    x, experts = row_major(x), offsets.shape[0] - 1
+    x = row_major(x)
     y = x.new_empty(num_rows, sizes[0] // experts if by_rows else sizes[1])
     if not y.numel():
         return y
     if tile is None:
-        aligned = in_parts(kind, sizes) and is_aligned(x) and y.shape[1] % 16 == 0
+        aligned = is_aligned(x) and y.shape[1] % 16 == 0
         tile = select_tile(QUANTIZED, x.dtype, x.device, min(y.shape[1], x.shape[1]), aligned=aligned, tma=False)
     stored, segments = stored_matrix(parts, kind, sizes, tile.BLOCK_K if by_rows else tile.BLOCK_N)
     return _launch_product(
