@@ -11,6 +11,7 @@ from memkernels.ops.attention import reference
 from memkernels.ops.attention.backends import BACKENDS
 from memkernels.ops.attention.checks import starts_fit
 from memkernels.ops.attention.configs import FLOAT32
+from memkernels.ops.attention.op import seen_window
 from memkernels.testing import (
     assert_within_factor_two,
     check_op,
@@ -524,6 +525,15 @@ def test_a_longest_sequence_that_is_too_short_is_named_on_every_backend(backend)
     for wrong in ("5", 5.0, torch.tensor(5)):
         with pytest.raises(TypeError, match="max_seqlen_q: expected an integer from 0 up or None"):
             ops.attention(q, k, v, **options, max_seqlen_q=wrong)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_window_of_any_size_is_taken(backend):
+    q, k, v = (random_tensor(1, 5, 2, 16, dtype=torch.float32) for _ in range(3))
+    assert seen_window((2**31, 2**70), False) == (2**31 - 1, 2**31 - 1)
+    assert torch.equal(
+        ops.attention(q, k, v, window=(2**70, 2**31), backend=backend), ops.attention(q, k, v, backend=backend)
+    )
 
 
 def test_no_softcap_is_zero_or_none():

@@ -72,8 +72,9 @@ def _with_starts_of_keys(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | Non
 
 
 def seen_window(window: tuple[int, int], causal: bool) -> tuple[int, int]:
-    """The window that both together leave."""
-    return window[0], 0 if causal else window[1]
+    """The window that both together leave, of numbers that every backend takes: no sequence is longer."""
+    left, right = (min(int(bound), 2**31 - 1) for bound in window)
+    return left, 0 if causal else right
 
 
 def attention(
