@@ -10,7 +10,7 @@ from memkernels import ops
 from memkernels.ops.attention import reference
 from memkernels.ops.attention.backends import BACKENDS
 from memkernels.ops.attention.checks import starts_fit
-from memkernels.ops.attention.configs import FLOAT32
+from memkernels.ops.attention.configs import FLOAT32, PLAIN, fitting
 from memkernels.ops.attention.op import seen_window
 from memkernels.testing import (
     assert_within_factor_two,
@@ -115,6 +115,14 @@ def test_parts_of_heads_are_such_as_products_take():
     for config in (config for table in FLOAT32.values() for config in table.values()):
         for tile in (config.forward, config.dkdv, config.dq):
             assert tile.PART in (16, 32, 64, 128, 256)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads"),
+    [((64, 64), 64), ((64, 128), (128, 64)), ((128, 16), (128, 64)), ((96, 128), 128), ((64, 256), 256)],
+)
+def test_tiles_are_for_both_head_sizes(sizes, heads):
+    assert fitting(PLAIN["sm_80"], sizes) is PLAIN["sm_80"][heads]
 
 
 @on_every_implementation

@@ -46,15 +46,18 @@ def _config(forward: tuple, dkdv: tuple, dq: tuple, **options) -> Config:
     return Config(Tile(*forward), Tile(*dkdv), Tile(*dq), **options)
 
 
-# {architecture: {largest head size: the fields of `Tile` for forward, dkdv and dq}}
-PLAIN = {
+Heads = int | tuple[int, int]  # the largest head size, or that of the larger of two and that of the smaller
+# {architecture: {heads: the fields of `Tile` for forward, dkdv and dq}}
+PLAIN: dict[str, dict[Heads, Config]] = {
     "sm_80": {
         64: _config((128, 64, 4, 3), (32, 128, 8, 3), (128, 64, 8, 3)),
+        (128, 64): _config((128, 64, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)),
         128: _config((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
         256: _config((64, 64, 8, 2), (32, 32, 4, 2), (64, 64, 8, 2)),
     },
     "sm_86": {
         64: _config((128, 64, 4, 3), (32, 128, 8, 3), (128, 64, 8, 3)),
+        (128, 64): _config((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
         128: _config((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
         256: _config((64, 32, 8, 2), (32, 32, 8, 2, 255), (32, 32, 8, 2)),
     },
@@ -82,14 +85,16 @@ PLAIN = {
     },
 }
 # With softcap, ALiBi or dropout, which need registers of their own.
-RICH = {
+RICH: dict[str, dict[Heads, Config]] = {
     "sm_80": {
         64: _config((128, 64, 8, 3), (16, 64, 4, 3), (128, 32, 8, 3)),
+        (128, 64): _config((128, 32, 8, 3), (16, 64, 4, 3), (64, 32, 8, 2)),
         128: _config((128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
         256: _config((64, 64, 8, 2), (32, 32, 8, 2, 255), (64, 32, 8, 2)),
     },
     "sm_86": {
         64: _config((128, 64, 8, 3), (16, 64, 4, 3), (128, 32, 8, 3)),
+        (128, 64): _config((128, 32, 8, 3), (16, 64, 4, 3), (64, 32, 8, 2)),
         128: _config((128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
         256: _config((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2)),
     },
@@ -115,7 +120,7 @@ RICH = {
     },
 }
 # float32 with every option. NVIDIA's tensor cores have no exact float32, but tf32, where torch allows it.
-FLOAT32 = {
+FLOAT32: dict[str, dict[Heads, Config]] = {
     "exact": {
         64: _config((32, 32, 4, 2, 255), (32, 32, 4, 2, 255), (32, 32, 4, 2, 255)),
         128: _config((32, 32, 8, 1, 255, 16), (16, 32, 8, 1, 255, 16), (32, 16, 8, 1, 255, 16)),
@@ -137,13 +142,15 @@ FLOAT32 = {
 INTERPRETER = _config((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1), TMA=True)
 
 
-def fitting(configs: dict[int, Config], size: int) -> Config:
-    """That of the least head size which is not below `size`."""
-    return configs[min(largest for largest in configs if largest >= size)]
+def fitting(configs: dict[Heads, Config], sizes: tuple[int, int]) -> Config:
+    """The first whose head sizes are not below `sizes`, of q and k, and of v."""
+    larger, smaller = max(sizes), min(sizes)
+    limits = ((heads if isinstance(heads, tuple) else (heads, heads), config) for heads, config in configs.items())
+    return next(config for (largest, second), config in limits if larger <= largest and smaller <= second)
 
 
-def select_config(block_size: int, rich: bool, dtype: torch.dtype, device: torch.device) -> Config:
-    """The configuration for a launch whose head sizes are held in blocks of up to `block_size`.
+def select_config(blocks: tuple[int, int], rich: bool, dtype: torch.dtype, device: torch.device) -> Config:
+    """The configuration for a launch whose heads, of q and k, and of v, are held in so many columns.
 
     rich: with softcap, ALiBi or dropout.
     """
@@ -152,5 +159,5 @@ def select_config(block_size: int, rich: bool, dtype: torch.dtype, device: torch
     if dtype == torch.float32:
         # torch's own setting decides whether float32 products may round their operands.
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return fitting(FLOAT32["amd" if torch.version.hip else "tf32" if tf32 else "exact"], block_size)
-    return fitting((RICH if rich else PLAIN)[architecture(device)], block_size)
+        return fitting(FLOAT32["amd" if torch.version.hip else "tf32" if tf32 else "exact"], blocks)
+    return fitting((RICH if rich else PLAIN)[architecture(device)], blocks)

@@ -30,9 +30,9 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _blocks(*sizes: int) -> list[int]:
-    """The columns in which tiles hold heads of these sizes: a quarter of the largest at least, or registers spill."""
+    """The columns in which tiles hold heads of these sizes: half of the largest at least, or registers spill."""
     blocks = [max(16, triton.next_power_of_2(size)) for size in sizes]
-    return [max(block, max(blocks) // 4) for block in blocks]
+    return [max(block, max(blocks) // 2) for block in blocks]
 
 
 def _rows(tensor: Tensor, streamed: int = 0, columns: int = 0) -> Rows:
@@ -80,7 +80,7 @@ class _Call:
         self.size, self.value_size = self.q.shape[-1], self.v.shape[-1]
         self.block_d, self.block_dv = _blocks(self.size, self.value_size)
         rich = alibi_slopes is not None or self.masks.softcap is not None or self.masks.seed is not None
-        self.config = config or select_config(max(self.block_d, self.block_dv), rich, q.dtype, q.device)
+        self.config = config or select_config((self.block_d, self.block_dv), rich, q.dtype, q.device)
         if not all(tensor.numel() for tensor in (q, k, v)):  # nothing for a descriptor to describe
             self.config = self.config._replace(TMA=False)
 

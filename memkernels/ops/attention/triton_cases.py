@@ -97,15 +97,17 @@ KERNEL_CASES = [
     for options, configs in (
         (NONE, PLAIN), (PACKED_ALONE, PLAIN), (SINKS, PLAIN), (PACKED_SINKS, PLAIN), (PACKED, RICH), (BATCH, RICH)
     )
-    if options != BATCH or fitting(configs[architecture], size).TMA
+    if options != BATCH or fitting(configs[architecture], (size, size)).TMA
     for case in _cases(
-        architecture, fitting(configs[architecture], size), (size, size), options, targets_of(architecture)
+        architecture, fitting(configs[architecture], (size, size)), (size, size), options, targets_of(architecture)
     )
 ]  # fmt: skip
 KERNEL_CASES += [
     case
     for architecture, size in product(PLAIN, (16, 32))
-    for case in _cases(architecture, fitting(PLAIN[architecture], size), (size, size), NONE, targets_of(architecture))
+    for case in _cases(
+        architecture, fitting(PLAIN[architecture], (size, size)), (size, size), NONE, targets_of(architecture)
+    )
 ]
 KERNEL_CASES += [
     case
@@ -115,9 +117,16 @@ KERNEL_CASES += [
 ]
 KERNEL_CASES += [
     case
+    for options, configs in ((NONE, PLAIN), (PACKED, RICH))
+    for architecture, sizes in product(configs, ((64, 128), (128, 64)))
+    if (128, 64) in configs[architecture]
+    for case in _cases(architecture, configs[architecture][128, 64], sizes, options, targets_of(architecture))
+]
+KERNEL_CASES += [
+    case
     for name, targets in (("exact", NVIDIA), ("tf32", NVIDIA), ("amd", AMD))
     for size in (32, 64, 96, 128, 256)
-    for case in _cases(name, fitting(FLOAT32[name], size), (size, size), PACKED, targets, torch.float32)
+    for case in _cases(name, fitting(FLOAT32[name], (size, size)), (size, size), PACKED, targets, torch.float32)
 ]
 KERNEL_CASES += [
     case
