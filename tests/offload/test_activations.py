@@ -1,6 +1,7 @@
 """offload_activations: the same bits of loss and gradients, in less memory, through whatever a training step does."""
 
 import contextlib
+import ctypes
 import functools
 import gc
 import os
@@ -27,6 +28,7 @@ from memkernels.testing import peak_bytes, run_in_child
 pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
 
 KB, MB = 1 << 10, 1 << 20
+PR_SET_THP_DISABLE = 41  # of Linux's prctl
 
 
 def in_use(offload):
@@ -535,10 +537,18 @@ def run_function(name, path, status=0, **environment):
 
 
 def grow_over_steps(path, steps):
-    """How resident memory, but for that of files, grows relatively after the first tenth of the steps."""
+    """How resident memory, but for that of files, grows relatively after the first tenth of the steps.
+
+    Without what was freed but kept by malloc, which a busy machine's slower writes raise once, and without huge pages,
+    which the kernel may put where a few small ones were.
+    """
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     model, x, offload = build(layers=2), batch(tokens=32), disk(path)
 
     def resident():
+        gc.collect()
+        libc.malloc_trim(0)
         status = Path("/proc/self/status").read_text()
         return int(status.partition("RssAnon:")[2].split()[0])
 
