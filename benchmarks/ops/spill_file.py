@@ -13,6 +13,7 @@ import torch
 
 from memkernels.bench import Benchmark, Case, Step, Work
 from memkernels.offload.runtime import load_runtime
+from memkernels.offload.store import THREADS
 
 BLOCK = 16 << 20
 
@@ -20,7 +21,7 @@ BLOCK = 16 << 20
 def setup(case: Case, provider: str) -> Step:
     runtime, size = load_runtime(), case.sizes["bytes"]
     slab = runtime.PinnedSlab(limit=size, step=size)
-    file = runtime.SpillFile(tempfile.gettempdir(), threads=4)
+    file = runtime.SpillFile(tempfile.gettempdir(), threads=THREADS)
     blocks = [slab.allocate(BLOCK) for _ in range(size // BLOCK)]
     for block in blocks:
         torch.frombuffer(block, dtype=torch.uint8).random_()

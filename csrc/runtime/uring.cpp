@@ -17,7 +17,7 @@ namespace memkernels::runtime {
 #if defined(MEMKERNELS_LIBURING)
 namespace {
 
-constexpr int kDepth = 4;  // parts of one thread under way at once
+constexpr int kDepth = 2;  // parts of one thread under way at once; few, since they wait while it computes a checksum
 
 class Ring {
  public:

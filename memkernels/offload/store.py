@@ -25,7 +25,8 @@ TIERS = ("host", "disk", "auto")
 
 STAGING_BYTES = 128 << 20  # bytes of host memory through which the disk is written and read, by default
 _SLAB_STEP = 16 << 20
-_THREADS = 4  # that hand parts to the disk and compute checksums
+# They hand parts to the disk and compute checksums: more than cores, which are busy with what trains.
+THREADS = 8
 
 
 @dataclass(eq=False)
@@ -112,7 +113,7 @@ class TieredStore:
         self._staging_may_grow = max_host_bytes is None
         self._host = Budget(limit - self._staging)
         runtime = load_runtime()
-        self._file: Any = None if self.path is None else runtime.SpillFile(self.path, threads=_THREADS)
+        self._file: Any = None if self.path is None else runtime.SpillFile(self.path, threads=THREADS)
         if self._file is not None and self._file.in_memory:
             raise ValueError(
                 f"path: {self.path} is on a file system in memory (tmpfs), where a file frees nothing; name a folder on"
