@@ -21,6 +21,14 @@ def random_ids(tokens: int, choices: int, experts: int, *, nowhere: bool = False
     return ids
 
 
+def chosen_by_experts(experts, tokens, capacity, device="cpu", seed=0):
+    """The plan of random choices, of which the first of each expert is nobody."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(experts, tokens, generator=generator).argsort(1)[:, :capacity]
+    chosen[:, 0] = tokens
+    return ops.expert_choice_plan(chosen.to(device), tokens)[0]
+
+
 def loop_over_tokens(
     x, expert_ids, expert_weights, w_gate_up, w_down, *, activation="silu", capacity=None, kept=None, **adapters
 ):
