@@ -1,17 +1,14 @@
-"""ops.attention: every feature on every implementation against the float64 reference, and what it saves and rejects."""
+"""ops.attention: every feature on every implementation against the float64 reference, and what it saves."""
 
 import pytest
 import torch
-from compilers import check_compiled
+from attention_inputs import make_inputs, make_slopes, starts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memkernels import ops
 from memkernels.ops.attention import reference
-from memkernels.ops.attention.backends import BACKENDS
-from memkernels.ops.attention.checks import starts_fit
 from memkernels.ops.attention.configs import FLOAT32, PLAIN, fitting
-from memkernels.ops.attention.op import seen_window
 from memkernels.testing import (
     assert_within_factor_two,
     check_op,
@@ -25,27 +22,6 @@ from memkernels.testing import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = implementations("attention_fwd")
 on_every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
-
-
-def make_inputs(
-    dtype, device, *, batch=2, queries=63, keys=63, heads=4, kv_heads=2, size=60, value_size=None, packed=False
-):
-    lead = () if packed else (batch,)
-    shapes = {
-        "q": (*lead, queries, heads, size),
-        "k": (*lead, keys, kv_heads, size),
-        "v": (*lead, keys, kv_heads, value_size or size),
-    }
-    return {n: random_tensor(*s, dtype=dtype, device=device, seed=i) for i, (n, s) in enumerate(shapes.items())}
-
-
-def make_slopes(*shape, device):
-    """Positive, as ALiBi's are: negative ones make large scores, and lse rounds more than what a softmax subtracts."""
-    return random_tensor(*shape, dtype=torch.float32, device=device).detach().abs()
-
-
-def starts(*values, dtype=torch.int32):
-    return torch.tensor(values, dtype=dtype)
 
 
 def finite(result):
@@ -366,23 +342,6 @@ def test_gradcheck_of_the_reference_path():
     assert torch.autograd.gradcheck(function, (*inputs.values(), sinks))
 
 
-@on_every_implementation
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed, ALiBi"])
-def test_opcheck(implementation, packed):
-    with implementation.active() as device:
-        inputs = make_inputs(torch.bfloat16, device, queries=9, keys=11, size=16, packed=packed)
-        q, k, v = (tensor.detach() for tensor in inputs.values())
-        sinks, seed = torch.zeros(4, device=device), torch.tensor(5, device=device)
-        of_sequences = (None, None, None)
-        if packed:
-            of_sequences = (starts(0, 4, 9).to(device), starts(0, 6, 11).to(device), make_slopes(2, 4, device=device))
-        masks = (*of_sequences, sinks, seed, 9, 11, 0.25, -1, 0, 0.0, 0.1)
-        torch.library.opcheck(torch.ops.memkernels.attention_fwd.default, (q, k, v, *masks))
-        out, lse = torch.ops.memkernels.attention_fwd(q, k, v, *masks)
-        arguments = (out, lse, q, k, v, out, lse, *masks, True)
-        torch.library.opcheck(torch.ops.memkernels.attention_bwd.default, arguments)
-
-
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_autocast_follows_torchs_attention(backend):
     inputs = make_inputs(torch.float32, "cpu", heads=2, kv_heads=2)
@@ -404,161 +363,3 @@ def test_autocast_follows_torchs_attention(backend):
         assert a.dtype == p.dtype, name
         eps = torch.finfo(torch.bfloat16).eps / torch.finfo(a.dtype).eps
         assert_within_factor_two(name, a, e, p, roundings=eps)
-
-
-def test_compiles_whole_and_equals_eager():
-    def step(q, k, v):
-        out, lse = ops.attention(q, k, v, causal=True, return_lse=True)
-        return (out * 2).sum() + lse.sum()
-
-    check_compiled(step, make_inputs(torch.float32, "cpu"))
-
-
-def test_packed_sequences_compile_whole_and_bad_starts_are_named():
-    """A graph does not read starts, so it asserts what eager calls check."""
-
-    def step(q, k, v, cu_seqlens):
-        options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": 5, "max_seqlen_k": 5}
-        out, lse = ops.attention(q, k, v, causal=True, return_lse=True, **options)
-        return (out * 2).sum() + lse.sum()
-
-    compiled, results = torch.compile(step, fullgraph=True, backend="aot_eager"), []
-    for function in (step, compiled):
-        inputs = make_inputs(torch.float32, "cpu", queries=8, keys=8, size=16, packed=True)
-        loss = function(**inputs, cu_seqlens=starts(0, 3, 3, 8))
-        loss.backward()
-        results.append([loss, *(tensor.grad for tensor in inputs.values())])
-    for eager, graph in zip(*results, strict=True):
-        torch.testing.assert_close(graph, eager)
-    for bad in ((1, 3, 5, 8), (0, 3, 5, 7), (0, 5, 3, 8), (0, 4, 5, 9), (0, 1, 2, 8)):
-        with pytest.raises(
-            RuntimeError, match="cu_seqlens_q: expected starts that rise from 0 to the number of rows by"
-        ):
-            compiled(**inputs, cu_seqlens=starts(*bad))
-
-
-def test_packed_sequences_in_a_graph_need_their_longest_or_break_it():
-    def step(q, k, v):
-        return ops.attention(q, k, v, cu_seqlens_q=starts(0, 3, 8), cu_seqlens_k=starts(0, 3, 8))
-
-    inputs = make_inputs(torch.float32, "cpu", queries=8, keys=8, size=16, packed=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="max_seqlen_q: expected a number under torch"):
-        torch.compile(step, fullgraph=True, backend="aot_eager")(**inputs)
-    torch.testing.assert_close(torch.compile(step, backend="aot_eager")(**inputs), step(**inputs))
-
-
-@pytest.mark.parametrize("bad", [(1, 8), (0, 7), (0, 9), (0, 5, 3, 8)], ids=str)
-def test_the_cpu_kernels_refuse_starts_that_leave_rows_out(bad):
-    q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
-    good, rest = starts(*[0] * (len(bad) - 1), 8), (None, None, None, 8, 8, 0.25, -1, -1, 0.0, 0.0)
-    with pytest.raises(RuntimeError, match="cu_seqlens_q: expected starts that rise from 0 to 8"):
-        torch.ops.memkernels.attention_fwd(q, k, v, starts(*bad), good, *rest)
-    out, lse = torch.ops.memkernels.attention_fwd(q, k, v, good, good, *rest)
-    with pytest.raises(RuntimeError, match="cu_seqlens_k: expected starts that rise from 0 to 8"):
-        torch.ops.memkernels.attention_bwd(out, lse, q, k, v, out, lse, good, starts(*bad), *rest, False)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"q": None}, TypeError, "q: expected a tensor, got NoneType"),
-        ({"q": torch.zeros(2, 8, 4, 16, dtype=torch.int64)}, TypeError, "q: expected float32"),
-        ({"k": torch.zeros(2, 8, 2, 16, dtype=torch.bfloat16)}, TypeError, "k: expected torch.float32, as q"),
-        ({"q": torch.zeros(8, 4, 16)}, ValueError, r"q: expected \(B, S, H, D\)"),
-        ({"q": torch.zeros(2, 8, 0, 16)}, ValueError, "q: expected at least one head"),
-        ({"k": torch.zeros(2, 8, 2, 8), "v": torch.zeros(2, 8, 2, 8)}, ValueError, "k: expected head size 16"),
-        ({"k": torch.zeros(2, 8, 3, 16), "v": torch.zeros(2, 8, 3, 16)}, ValueError, "k: expected a number of heads"),
-        ({"k": torch.zeros(1, 8, 2, 16), "v": torch.zeros(1, 8, 2, 16)}, ValueError, "k: expected batch size 2"),
-        ({"v": torch.zeros(2, 7, 2, 16)}, ValueError, "v: expected shape"),
-        ({"v": torch.zeros(2, 8, 2, 16, device="meta")}, ValueError, "v: expected device cpu"),
-        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
-        ({"scale": "0.5"}, TypeError, "scale: expected a finite number, got '0.5'"),
-        ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a finite number"),
-        ({"softcap": "5"}, TypeError, "softcap: expected"),
-        ({"dropout_p": "0.1"}, TypeError, r"dropout_p: expected a number in \[0, 1\), got '0.1'"),
-        ({"dropout_p": None}, TypeError, r"dropout_p: expected a number in \[0, 1\), got None"),
-        ({"window": (-2, 0)}, ValueError, "window: expected two numbers of keys"),
-        ({"window": (0, -3)}, ValueError, "window: expected two numbers of keys"),
-        ({"window": (1.5, 0)}, ValueError, "window: expected two numbers of keys"),
-        ({"window": (1, 2, 3)}, ValueError, "window: expected two numbers of keys"),
-        ({"window": 5}, ValueError, "window: expected two numbers of keys"),
-        ({"softcap": -1.0}, ValueError, "softcap: expected"),
-        ({"softcap": float("nan")}, ValueError, "softcap: expected"),
-        ({"dropout_p": 1.0}, ValueError, "dropout_p: expected"),
-        ({"dropout_p": -0.1}, ValueError, "dropout_p: expected"),
-        ({"dropout_p": 0.1, "seed": 0.5}, ValueError, "seed: expected an integer of 64 bits"),
-        ({"dropout_p": 0.1, "seed": 2**64}, ValueError, "seed: expected an integer of 64 bits"),
-        ({"dropout_p": 0.1, "seed": torch.zeros(2)}, ValueError, "seed: expected an integer of 64 bits"),
-        ({"max_seqlen_q": 8}, ValueError, "max_seqlen_q: expected None without cu_seqlens_q and cu_seqlens_k"),
-        ({"max_seqlen_k": 8}, ValueError, "max_seqlen_k: expected None without cu_seqlens_q and cu_seqlens_k"),
-        ({"sinks": [0.0] * 4}, TypeError, "sinks: expected a tensor, got list"),
-        ({"sinks": torch.zeros(3)}, ValueError, "sinks: expected shape"),
-        ({"sinks": torch.zeros(4, dtype=torch.float64)}, TypeError, "sinks: expected float32"),
-        ({"alibi_slopes": torch.zeros(4, dtype=torch.float64)}, TypeError, "alibi_slopes: expected float32"),
-        ({"alibi_slopes": torch.zeros(3, 4)}, ValueError, "alibi_slopes: expected shape"),
-        ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "alibi_slopes: .*no gradient"),
-    ],
-)  # fmt: skip
-def test_bad_input_names_the_argument_on_every_backend(backend, change, error, message):
-    arguments = {"q": torch.zeros(2, 8, 4, 16), "k": torch.zeros(2, 8, 2, 16), "v": torch.zeros(2, 8, 2, 16)} | change
-    with pytest.raises(error, match=message):
-        ops.attention(**arguments, backend=backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("cu_seqlens_q", "cu_seqlens_k", "error", "message"),
-    [
-        (starts(0, 8), None, ValueError, "cu_seqlens_k: expected with its counterpart"),
-        (starts(0, 8), starts(0, 4, 8), ValueError, "cu_seqlens_k: expected shape"),
-        (starts(0, 5, 3, 8), starts(0, 3, 5, 8), ValueError, "cu_seqlens_q: expected starts that rise from 0 to 8"),
-        (starts(0, 9), starts(0, 8), ValueError, "cu_seqlens_q: expected starts that rise from 0 to 8"),
-        (starts(0, 8), starts(1, 8), ValueError, "cu_seqlens_k: expected starts that rise from 0 to 8"),
-        (starts(0, 8, dtype=torch.int64), starts(0, 8, dtype=torch.int64), TypeError, "cu_seqlens_q: expected int32"),
-    ],
-)
-def test_bad_sequence_starts_are_named_on_every_backend(backend, cu_seqlens_q, cu_seqlens_k, error, message):
-    q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
-    with pytest.raises(error, match=message):
-        ops.attention(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, backend=backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_longest_sequence_that_is_too_short_is_named_on_every_backend(backend):
-    q, k, v = (torch.zeros(8, 2, 16) for _ in range(3))
-    options = {"cu_seqlens_q": starts(0, 3, 8), "cu_seqlens_k": starts(0, 3, 8), "backend": backend}
-    with pytest.raises(ValueError, match="max_seqlen_q: expected at least 5"):
-        ops.attention(q, k, v, **options, max_seqlen_q=4)
-    for wrong in ("5", 5.0, torch.tensor(5)):
-        with pytest.raises(TypeError, match="max_seqlen_q: expected an integer from 0 up or None"):
-            ops.attention(q, k, v, **options, max_seqlen_q=wrong)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_window_of_any_size_is_taken(backend):
-    q, k, v = (random_tensor(1, 5, 2, 16, dtype=torch.float32) for _ in range(3))
-    assert seen_window((2**31, 2**70), False) == (2**31 - 1, 2**31 - 1)
-    assert torch.equal(
-        ops.attention(q, k, v, window=(2**70, 2**31), backend=backend), ops.attention(q, k, v, backend=backend)
-    )
-
-
-def test_no_softcap_is_zero_or_none():
-    q, k, v = (random_tensor(1, 5, 2, 16, dtype=torch.float32) for _ in range(3))
-    assert torch.equal(ops.attention(q, k, v, softcap=None), ops.attention(q, k, v))
-
-
-@pytest.mark.parametrize(
-    ("values", "fits"),
-    [
-        ((0, 3, 8), True),
-        ((0, 0, 5, 8), True),
-        ((0, 5, 3, 8), False),
-        ((1, 8), False),
-        ((0, 9), False),
-        ((0, 1, 8), False),
-    ],
-)
-def test_what_a_gpu_asserts_of_sequence_starts(values, fits):
-    assert starts_fit(starts(*values), 8, 5).item() is fits
