@@ -1,5 +1,8 @@
 """A small model, and steps of it with and without offload."""
 
+import gc
+import time
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,3 +76,16 @@ def assert_same_bits(actual, expected):
     assert len(actual) == len(expected)
     for ours, plain in zip(actual, expected, strict=True):
         assert torch.equal(ours, plain)
+
+
+def in_use(offload):
+    gc.collect()
+    return offload._store._file.statistics()["in_use"]
+
+
+def assert_free(offload, left=0):
+    """No more than `left` bytes on disk are in use once the last writes have ended."""
+    deadline = time.monotonic() + 10
+    while in_use(offload) > left and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert in_use(offload) == left
