@@ -50,7 +50,7 @@ test: headers build
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 test-slow: headers build
-	$(BIN)/python -m pytest -q -m "slow or hypothesis" --hypothesis-profile=search
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow or hypothesis" --hypothesis-profile=search
 
 lint: env
 	$(BIN)/ruff check

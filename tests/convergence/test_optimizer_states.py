@@ -7,6 +7,8 @@ from memkernels import optim
 from memkernels.demo.data import standard_library, windows
 from memkernels.demo.llama import Settings, make_model, mean_loss
 
+pytestmark = pytest.mark.xdist_group("optimizer_states")  # one run of torch's optimizer for all
+
 SETTINGS = Settings(recompute=None, steps=500, tokens=256, width=256, feed_forward=704, layers=4)
 
 

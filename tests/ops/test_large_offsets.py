@@ -25,6 +25,7 @@ from memkernels.testing import implementations
 OPERATORS = torch.ops.memkernels
 FAR = 3  # rows, or elements, past 2^31
 NARROW, WIDE = 64, 8208
+one_at_a_time = pytest.mark.xdist_group("large_offsets")  # two would take 18 GB
 
 
 def native(operator):
@@ -99,6 +100,7 @@ def test_offsets_of_triton_kernels(monkeypatch, op, rows, size):
 
 
 @pytest.mark.slow
+@one_at_a_time
 @pytest.mark.parametrize("op", [rms_norm, layer_norm, gated_activation])
 @pytest.mark.parametrize("implementation", native("rms_norm_fwd"), ids=str)
 def test_offsets_of_native_kernels(implementation, op):
@@ -127,6 +129,7 @@ def combine_bwd(x, grouped, weights, rows, offsets):
     yield from (("dy_grouped", dy_grouped[-FAR:]), ("dweights", dweights[-FAR:]))
 
 
+@one_at_a_time
 @pytest.mark.parametrize("op", [dispatch, pytest.param(combine, marks=pytest.mark.slow), combine_bwd])
 @pytest.mark.parametrize("implementation", native("moe_dispatch"), ids=str)
 def test_offsets_of_dispatch_and_combine(implementation, op):
