@@ -5,10 +5,12 @@
 #include <array>
 #include <cmath>
 #include <tuple>
+#include <type_traits>
 
 #include "common/kernel_table.h"
 #include "common/nf4_tensors.h"
 #include "cpu/absmax.h"
+#include "cpu/bytes.h"
 #include "cpu/lookup.h"
 #include "cpu/nibbles.h"
 #include "cpu/outputs.h"
@@ -18,28 +20,33 @@ namespace memkernels::cpu {
 namespace {
 
 constexpr int64_t kElementsPerTask = 32768;
+constexpr int64_t kElementsInCache = 2048;  // read twice
 
 constexpr Nf4Table kValues = nf4_values(), kMidpoints = nf4_midpoints();
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-// [-1, 1] in 32 cells, narrower than codes: a cell holds one midpoint at most, so that its first code and one
-// comparison give the code.
-constexpr float kCellsPerUnit = 15.99f;
+// [-1, 1] in 31 cells, narrower than codes: a cell holds one midpoint at most, so that its first code and one
+// comparison give the code. The offset rounds to the cell's number, and leaves it in the sum's low bits.
+constexpr float kCellsPerUnit = 15.4f, kMiddleCell = 16.0f, kCellOffset = 0x1.8p23f + kMiddleCell;
 constexpr auto kFirstCodes = [] {
   std::array<int32_t, 32> codes{};
   for (int cell = 0; cell < 32; ++cell) {
-    while (kMidpoints.value[codes[cell]] < static_cast<float>(cell) / kCellsPerUnit - 1.0f) ++codes[cell];
+    // A little wider than the cell, for the product's rounding.
+    const float least = (static_cast<float>(cell) - 0.51f - kMiddleCell) / kCellsPerUnit;
+    while (kMidpoints.value[codes[cell]] < least) ++codes[cell];
   }
   return codes;
 }();
 
 inline IntVec codes_of(Vec v) {
-  const __m512i cell = _mm512_cvttps_epi32(v * kCellsPerUnit + kCellsPerUnit);
+  const __m512i cell = bits_as<__m512i>(v * kCellsPerUnit + kCellOffset);
   const __m512i first = _mm512_permutex2var_epi32(_mm512_loadu_si512(kFirstCodes.data()), cell,
                                                   _mm512_loadu_si512(kFirstCodes.data() + 16));
   const __m512 midpoint = _mm512_permutexvar_ps(first, _mm512_loadu_ps(kMidpoints.value));
-  return bits_as<IntVec>(first) - (v > bits_as<Vec>(midpoint));
+  // The compiler makes two instructions of a difference with the comparison.
+  const __mmask16 above = _mm512_cmp_ps_mask(v, midpoint, _CMP_GT_OQ);
+  return bits_as<IntVec>(_mm512_mask_add_epi32(first, above, first, _mm512_set1_epi32(1)));
 }
 
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -66,14 +73,35 @@ inline IntVec codes_of(Vec v) {
 
 #endif
 
+// Twice kLanes values.
 template <typename T>
-float quantize_block(const T* values, int64_t n, uint8_t* packed) {
-  const float absmax = absolute_maximum(values, n);
-  const float inverse = 1.0f / std::max(absmax, kLeastAbsmax);
-  for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    store_nibbles(packed + i / 2, codes_of(load(values + i) * inverse), codes_of(load(values + i + kLanes) * inverse));
+inline void quantize_vectors(const T* values, float inverse, uint8_t* packed) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    // The two of a 32-bit lane share a byte.
+    IntVec pairs;
+    std::memcpy(&pairs, values, sizeof(pairs));
+    const Vec first = bits_as<Vec>(pairs << 16), second = bits_as<Vec>(pairs & ~0xffff);
+    store_bytes(packed, (codes_of(first * inverse) << 4) + codes_of(second * inverse));
+  } else {
+    store_nibbles(packed, codes_of(load(values) * inverse), codes_of(load(values + kLanes) * inverse));
   }
-  return absmax;
+}
+
+template <typename T>
+void quantize_block(const T* values, int64_t n, float absmax, uint8_t* packed) {
+  const float inverse = 1.0f / std::max(absmax, kLeastAbsmax);
+  for (int64_t i = 0; i < n; i += 2 * kLanes) quantize_vectors(values + i, inverse, packed + i / 2);
+}
+
+// Some blocks: all their maxima first, since the codes of each wait for its own.
+template <typename T>
+void quantize_blocks(const T* values, int64_t blocks, int64_t block_size, float* maxima, uint8_t* packed) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    maxima[block] = absolute_maximum(values + block * block_size, block_size);
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    quantize_block(values + block * block_size, block_size, maxima[block], packed + block * block_size / 2);
+  }
 }
 
 // The last block of a tensor, of n values. bitsandbytes divides there, and stores no absmax below kLeastAbsmax.
@@ -102,9 +130,10 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& values_in, int64_t block_s
   dispatch_floating("values", values, [&]<typename T>() {
     const T* data = values.const_data_ptr<T>();
     torch::stable::parallel_for(0, whole_blocks, kElementsPerTask / block_size, [=](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * block_size;
-        maxima[block] = quantize_block(data + first, block_size, bytes + first / 2);
+      const int64_t step = std::max<int64_t>(1, kElementsInCache / block_size);
+      for (int64_t block = begin; block < end; block += step) {
+        const int64_t first = block * block_size, blocks = std::min(step, end - block);
+        quantize_blocks(data + first, blocks, block_size, maxima + block, bytes + first / 2);
       }
     });
     if (rest != 0) {
@@ -118,18 +147,29 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& values_in, int64_t block_s
 // The midpoints between neighbours of the ascending 8-bit code, with a last one that no value is above.
 struct NestedMidpoints {
   float value[256];
+  float last_of_eight[32], fourth_of_eight[32];
 
   explicit NestedMidpoints(const float* code) {
     for (int i = 0; i < 255; ++i) value[i] = (code[i] + code[i + 1]) / 2;
     value[255] = std::numeric_limits<float>::infinity();
+    for (int i = 0; i < 32; ++i) {
+      last_of_eight[i] = value[8 * i + 7];
+      fourth_of_eight[i] = value[8 * i + 3];
+    }
   }
 
   // How many are below each lane.
   IntVec below(Vec v) const {
     IntVec count{};
     int half = 128;
-#if defined(CPU_CAPABILITY_AVX2) && !defined(CPU_CAPABILITY_AVX512)
     // A gather takes several times as long as a permutation, which is enough for the first bits.
+#if defined(CPU_CAPABILITY_AVX512)
+    for (int eights = 16; eights > 0; eights /= 2) {
+      count += (v > lookup(last_of_eight, count + (eights - 1))) & eights;
+    }
+    count = (count + count - (v > lookup(fourth_of_eight, count))) << 2;
+    half = 2;
+#elif defined(CPU_CAPABILITY_AVX2)
     const Vec first = {value[63], value[191]}, second = {value[31], value[95], value[159], value[223]};
     const Vec third = {value[15], value[47], value[79], value[111], value[143], value[175], value[207], value[239]};
     count = with_next_bit(with_next_bit(with_next_bit(-(v > value[127]), v, first), v, second), v, third) << 4;
@@ -148,13 +188,12 @@ float quantize_nested_block(const float* absmax, int64_t n, float offset, const 
   const float largest = absolute_maximum(values, kNestedBlock);
   const float divisor = std::max(largest, kLeastAbsmax), inverse = 1.0f / divisor;
   const bool whole = n == kNestedBlock;
-  int32_t counts[kNestedBlock];
+  uint8_t bytes[kNestedBlock];
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec v = load(values + i);
-    const IntVec count = midpoints.below(whole ? v * inverse : v / divisor);
-    std::memcpy(counts + i, &count, sizeof(count));
+    store_bytes(bytes + i, midpoints.below(whole ? v * inverse : v / divisor));
   }
-  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(counts[i]);
+  std::copy_n(bytes, n, codes);
   return whole ? largest : divisor;
 }
 

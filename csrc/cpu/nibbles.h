@@ -15,10 +15,12 @@ typedef uint8_t PairBytes __attribute__((vector_size(kLanes / 2)));
 // kLanes bytes of twice as many codes.
 inline void store_nibbles(uint8_t* packed, IntVec first, IntVec second) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m256i codes =
-      _mm256_set_m128i(_mm512_cvtepi32_epi8(bits_as<__m512i>(second)), _mm512_cvtepi32_epi8(bits_as<__m512i>(first)));
-  const __m256i bytes = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_cvtepi16_epi8(bytes));
+  // Neighbours become one 32-bit lane each: in each quarter of the vector two of `first` and then two of `second`.
+  const __m512i codes = _mm512_packs_epi32(bits_as<__m512i>(first), bits_as<__m512i>(second));
+  const __m512i pairs = _mm512_madd_epi16(codes, _mm512_set1_epi32(0x00010010));
+  const __m128i order = _mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
+  const __m128i bytes = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(pairs), order);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), bytes);
 #elif defined(CPU_CAPABILITY_AVX2)
   // Neighbours become one 32-bit lane each: in either half of the vector two of `first` and then two of `second`.
   const __m256i codes = _mm256_packs_epi32(bits_as<__m256i>(first), bits_as<__m256i>(second));
