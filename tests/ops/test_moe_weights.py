@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from experts import SCALING, adapter_inputs, layer_inputs, loop_over_tokens, over_flat, random_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memkernels import nn, ops, quant
 from memkernels.ops.moe import reference
@@ -301,6 +302,29 @@ def test_gradients_of_adapters_only_where_they_are_wanted():
         inputs[name].requires_grad_()
         over_flat(ops.moe_mlp)(**inputs).sum().backward()
         assert torch.equal(inputs[name].grad, expected), name
+
+
+class MultipliedBy(TorchDispatchMode):
+    """Counts the grouped products by each of some weights."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.counts = {weight.data_ptr(): 0 for weight in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.memkernels.grouped_product.default and args[2].data_ptr() in self.counts:
+            self.counts[args[2].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_backward_multiplies_by_each_factor_b_once(dropout_p):
+    """For both halves: the input's gradient and the other factor's."""
+    inputs = adapter_inputs(layer_inputs(23, 2, 5, 8, 12, torch.float32), 3, torch.float32)
+    y = over_flat(ops.moe_mlp, dropout_p=dropout_p, seed=1)(**inputs)
+    with MultipliedBy([inputs["w_gate_up.b"], inputs["w_down.b"]]) as products:
+        y.sum().backward()
+    assert list(products.counts.values()) == [1, 1]
 
 
 def test_a_layer_with_adapters_starts_as_it_was_and_learns_by_them_alone():

@@ -48,8 +48,11 @@ class DroppedExpertsProjection:
         assert rows is None
         return self.inner.forward(self._dropped(x), None, groups)
 
-    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
-        return self._dropped(self.inner.input_grad(dy, rows, groups))
+    def low_rank_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor | None:
+        return self.inner.low_rank_grad(dy, rows, groups)
+
+    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups, p: Tensor | None) -> Tensor:
+        return self._dropped(self.inner.input_grad(dy, rows, groups, p))
 
     def add_gradients(
         self,
@@ -59,10 +62,11 @@ class DroppedExpertsProjection:
         x_rows: Tensor | None,
         groups: Groups,
         sums: Sequence[GradientSum | None],
+        p: Tensor | None,
     ) -> None:
         assert x_rows is None
         if any(total is not None for total in sums):
-            self.inner.add_gradients(dy, dy_rows, self._dropped(x), None, groups, sums[1:])
+            self.inner.add_gradients(dy, dy_rows, self._dropped(x), None, groups, sums[1:], p)
 
     def _dropped(self, rows: Tensor) -> Tensor:
         return row_dropout(rows, self.seed, self.dropout_p, 0, rows.dtype)

@@ -42,9 +42,10 @@ class _GroupedMatmul(torch.autograd.Function):
         projection, groups = ctx.description.bind(tensors), Groups(offsets, dy.shape[0])
         sums = gradient_sums(tensors, ctx.needs_input_grad[3:])
         with torch.autocast(dy.device.type, enabled=False):
+            p = projection.low_rank_grad(dy, None, groups)
             if x_grouped is not None:
-                projection.add_gradients(dy, None, x_grouped, None, groups, sums)
-            dx = projection.input_grad(dy, None, groups) if ctx.needs_input_grad[1] else None
+                projection.add_gradients(dy, None, x_grouped, None, groups, sums, p)
+            dx = projection.input_grad(dy, None, groups, p) if ctx.needs_input_grad[1] else None
         return None, dx, None, *results(sums)
 
 

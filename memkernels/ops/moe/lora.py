@@ -86,7 +86,7 @@ class LoRAExpertsProjection:
     """y[r] = x[rows[r]] W_e^T + s[r] B_e^T with s[r] = scaling x[rows[r]] A_e^T.
 
     Backward with p[r] = scaling dy[rows[r]] B_e: dA_e is the sum of p[r]^T x[r], dB_e that of dy[r]^T s[r], and
-    dx[r] = dy[r] W_e + p[r] A_e. s and p have r elements a row, and each half of backward makes its own.
+    dx[r] = dy[r] W_e + p[r] A_e. s and p have r elements a row.
     """
 
     def __init__(self, base: GroupedProjection, lora_a: Tensor, lora_b: Tensor, scaling: float, backend: str):
@@ -107,9 +107,13 @@ class LoRAExpertsProjection:
         y = self.base.forward(x, rows, groups)
         return self._add(y, self._down(x, rows, groups), self.lora_b.mT, groups)
 
-    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
-        dx = self.base.input_grad(dy, rows, groups)
-        return self._add(dx, self._up_grad(dy, rows, groups), self.lora_a, groups)
+    def low_rank_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
+        p = torch.ops.memkernels.grouped_product(dy, rows, self.lora_b, *groups, self.backend)
+        return p.mul_(self.scaling)
+
+    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups, p: Tensor | None) -> Tensor:
+        assert p is not None
+        return self._add(self.base.input_grad(dy, rows, groups, None), p, self.lora_a, groups)
 
     def add_gradients(
         self,
@@ -119,12 +123,13 @@ class LoRAExpertsProjection:
         x_rows: Tensor | None,
         groups: Groups,
         sums: Sequence[GradientSum | None],
+        p: Tensor | None,
     ) -> None:
         *base_sums, a_sum, b_sum = sums
-        self.base.add_gradients(dy, dy_rows, x, x_rows, groups, base_sums)
+        self.base.add_gradients(dy, dy_rows, x, x_rows, groups, base_sums, None)
         weight_grad = torch.ops.memkernels.grouped_weight_grad
         if a_sum is not None:
-            p = self._up_grad(dy, dy_rows, groups)
+            assert p is not None
             a_sum.add(weight_grad(p, None, x, x_rows, groups.offsets, self.backend))
         if b_sum is not None:
             s = self._down(x, x_rows, groups)
@@ -134,11 +139,6 @@ class LoRAExpertsProjection:
         """s."""
         s = torch.ops.memkernels.grouped_product(x, rows, self.lora_a.mT, *groups, self.backend)
         return s.mul_(self.scaling)
-
-    def _up_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
-        """p."""
-        p = torch.ops.memkernels.grouped_product(dy, rows, self.lora_b, *groups, self.backend)
-        return p.mul_(self.scaling)
 
     def _add(self, y: Tensor, u: Tensor, v: Tensor, groups: Groups) -> Tensor:
         torch.ops.memkernels.grouped_product_add_(y, u, v, groups.offsets, self.backend)

@@ -93,7 +93,8 @@ class _MoEMLP(torch.autograd.Function):
             gate_up_projection, down = layer.bind(tensors)
             dy = dy.contiguous()
             activated = _row_weight(expert_weights, plan), layer.gated, layer.activation
-            dh = down.input_grad(dy, tokens, groups)
+            p = down.low_rank_grad(dy, tokens, groups)
+            dh = down.input_grad(dy, tokens, groups, p)
             if gate_up is None:
                 dgate_up = gate_up_projection.forward(x, tokens, groups)
                 drow_weight = torch.ops.memkernels.expert_activation_bwd_(dh, dgate_up, *activated)
@@ -101,12 +102,13 @@ class _MoEMLP(torch.autograd.Function):
                 dgate_up, drow_weight = torch.ops.memkernels.expert_activation_bwd(dh, gate_up, *activated)
             h = dh
             del dh, gate_up
-            down.add_gradients(dy, tokens, h, None, groups, down_sums)
+            down.add_gradients(dy, tokens, h, None, groups, down_sums, p)
             del h
-            gate_up_projection.add_gradients(dgate_up, None, x, tokens, groups, gate_up_sums)
+            p = gate_up_projection.low_rank_grad(dgate_up, None, groups)
+            gate_up_projection.add_gradients(dgate_up, None, x, tokens, groups, gate_up_sums, p)
             dx = dexpert_weights = None
             if x_needed:
-                dx_grouped = gate_up_projection.input_grad(dgate_up, None, groups)
+                dx_grouped = gate_up_projection.input_grad(dgate_up, None, groups, p)
                 dx = torch.ops.memkernels.moe_combine(dx_grouped, None, row_of_pair, token_offsets)
             if weights_needed and drow_weight.shape[0] == 0:
                 dexpert_weights = torch.zeros_like(expert_weights)

@@ -43,7 +43,11 @@ class GroupedProjection(Protocol):
 
     def forward(self, x: Tensor, rows: Tensor | None, groups: Groups) -> Tensor: ...
 
-    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
+    def low_rank_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor | None:
+        """p of an adapter, a row for each r, which both halves of backward are given; None without an adapter."""
+        ...
+
+    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups, p: Tensor | None) -> Tensor:
         """dx[r] from dy[rows[r]], a row for each r."""
         ...
 
@@ -55,6 +59,7 @@ class GroupedProjection(Protocol):
         x_rows: Tensor | None,
         groups: Groups,
         sums: Sequence[GradientSum | None],
+        p: Tensor | None,
     ) -> None:
         """Adds the gradients to the sums of `tensors`, in their order; None where no gradient is wanted."""
         ...
@@ -93,7 +98,10 @@ class DenseExpertsProjection:
     def forward(self, x: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
         return torch.ops.memkernels.grouped_product(x, rows, self.weights.transpose(1, 2), *groups, self.backend)
 
-    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
+    def low_rank_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> None:
+        return None
+
+    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups, p: Tensor | None) -> Tensor:
         return torch.ops.memkernels.grouped_product(dy, rows, self.weights, *groups, self.backend)
 
     def add_gradients(
@@ -104,6 +112,7 @@ class DenseExpertsProjection:
         x_rows: Tensor | None,
         groups: Groups,
         sums: Sequence[GradientSum | None],
+        p: Tensor | None,
     ) -> None:
         if sums[0] is not None:
             grad = torch.ops.memkernels.grouped_weight_grad(dy, dy_rows, x, x_rows, groups.offsets, self.backend)

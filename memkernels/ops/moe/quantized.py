@@ -39,7 +39,10 @@ class QuantizedExpertsProjection:
     def forward(self, x: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
         return self._product(x, rows, groups, by_rows=True)
 
-    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
+    def low_rank_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> None:
+        return None
+
+    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups, p: Tensor | None) -> Tensor:
         return self._product(dy, rows, groups, by_rows=False)
 
     def add_gradients(
@@ -50,6 +53,7 @@ class QuantizedExpertsProjection:
         x_rows: Tensor | None,
         groups: Groups,
         sums: Sequence[GradientSum | None],
+        p: Tensor | None,
     ) -> None:
         """The weights are frozen."""
 

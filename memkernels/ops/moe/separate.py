@@ -92,7 +92,10 @@ class SeparateExpertsProjection:
     def forward(self, x: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
         return torch.ops.memkernels.separate_product(x, rows, [weight.t() for weight in self.weights], *groups)
 
-    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> Tensor:
+    def low_rank_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups) -> None:
+        return None
+
+    def input_grad(self, dy: Tensor, rows: Tensor | None, groups: Groups, p: Tensor | None) -> Tensor:
         return torch.ops.memkernels.separate_product(dy, rows, list(self.weights), *groups)
 
     def add_gradients(
@@ -103,6 +106,7 @@ class SeparateExpertsProjection:
         x_rows: Tensor | None,
         groups: Groups,
         sums: Sequence[GradientSum | None],
+        p: Tensor | None,
     ) -> None:
         needed = [total is not None for total in sums]
         if not any(needed):
