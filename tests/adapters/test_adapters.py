@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from adapted_models import randomise
 from peft.tuners.tuners_utils import check_target_module_exists
 
 import memkernels
@@ -33,16 +34,7 @@ def make_model(kind="Llama", **sizes):
 def make_adapted(kind="Llama", **options):
     model = make_model(kind)
     memkernels.lora(model, 3, 5.0, **{"dropout": 0.0} | options)
-    randomise(model)
-    return model.eval()
-
-
-def randomise(model):
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn(parameter.shape), alpha=0.3)
+    return randomise(model, 0.3).eval()
 
 
 def logits(model):
@@ -108,7 +100,7 @@ def test_ranks_and_alphas_of_names_that_end_others(tmp_path):
     model = make()
     model[0][1] = memkernels.nn.LoRALinear(model[0][1], 2, alpha=3.0)
     model[1] = memkernels.nn.LoRALinear(model[1], 3, alpha=5.0)
-    randomise(model)
+    randomise(model, 0.3)
     x = torch.randn(5, 4)
     memkernels.save_adapter(model, tmp_path)
     theirs, again = peft.PeftModel.from_pretrained(make(), tmp_path), make()
@@ -168,7 +160,7 @@ def test_patched_models_take_the_adapters_into_their_ops(kind, recompute, first,
         model = make_model(kind)
         memkernels.patch(model, recompute=recompute)
         memkernels.lora(model, 3, 5.0, dropout=0.0, use_dora=True)
-        randomise(model)
+        randomise(model, 0.3)
     if recompute != "none":  # a block op takes the layer's tensors and never calls it
         monkeypatch.delattr(memkernels.nn.LoRALinear, "forward")
     for ours, of in zip(step(model), expected, strict=True):
@@ -199,7 +191,7 @@ def test_merge_and_unmerge():
 def test_a_shared_weight_is_not_merged_into():
     head = make_model(tie_word_embeddings=True).eval()
     memkernels.lora(head, 3, targets=["lm_head"])
-    randomise(head)
+    randomise(head, 0.3)
     twins = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     twins[1].weight = torch.nn.Parameter(twins[0].weight.data)  # one memory in two parameters
     memkernels.lora(twins, 2)

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from adapted_models import adapted_layers, randomise
 from training_step import exact_step, train_step
 
 import memkernels
@@ -35,16 +36,7 @@ def make_model(kind="Llama", width=64):
 def make_adapted(kind="Llama", width=64, dtype=torch.float32, dropout=0.0, **options):
     model = make_model(kind, width).to(dtype)
     memkernels.lora(model, 3, 5.0, dropout=dropout, base="nf4", **options)
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn(parameter.shape), alpha=0.1)
-    return model
-
-
-def adapted_layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return randomise(model)
 
 
 def dense(model):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adapted_models import adapted_layers, randomise
 from bitsandbytes_models import WIDTH, bitsandbytes, dequantized, in_4bit, in_8bit
 from training_step import assert_same_step, exact_step, train_step
 
@@ -26,16 +27,7 @@ def make_quantized(make_model):
 
 def adapted(model, **options):
     memkernels.lora(model, 4, 6.0, **{"dropout": 0.0} | options)
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn(parameter.shape), alpha=0.1)
-    return model
-
-
-def layers_of(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return randomise(model)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +63,7 @@ def test_weights_stay_where_they_are(make_quantized, bits):
     memory = {name: module.weight.data_ptr() for name, module in stored.items()}
     report = memkernels.lora(model, 3, base="nf4")
     assert report.adapted == report.quantized == list(memory) and not report.left
-    for name, layer in layers_of(model).items():
+    for name, layer in adapted_layers(model).items():
         assert type(layer.base_layer) is torch.nn.Linear and layer.weight.parts[0].data_ptr() == memory[name]
 
 
@@ -80,7 +72,7 @@ def test_dense_layers_beside_them_are_quantised(make_quantized):
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 104)
     report = memkernels.lora(model, 3, base="nf4")
     assert len(report.quantized) == 14
-    assert all(type(layer.weight) is quant.NF4Tensor for layer in layers_of(model).values())
+    assert all(type(layer.weight) is quant.NF4Tensor for layer in adapted_layers(model).values())
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
@@ -90,7 +82,7 @@ def test_values_come_in_the_dtype_of_the_model(make_model, make_batch, dtype, co
     model = make_model("Llama", attention_bias=False, mlp_bias=False, **WIDTH)
     model = in_4bit(model, compute_dtype=compute_dtype).to(dtype)
     memkernels.lora(model, 3)
-    assert {layer.weight.dtype for layer in layers_of(model).values()} == {dtype}
+    assert {layer.weight.dtype for layer in adapted_layers(model).values()} == {dtype}
     model(**make_batch()).loss.backward()
 
 
@@ -111,7 +103,7 @@ def test_files_of_peft_are_loaded(make_quantized, make_batch, tmp_path):
     model = adapted(make_quantized())
     memkernels.save_adapter(model, tmp_path)
     again = make_quantized()
-    assert set(memkernels.load_adapter(again, tmp_path)) == layers_of(model).keys()
+    assert set(memkernels.load_adapter(again, tmp_path)) == adapted_layers(model).keys()
     with torch.no_grad():
         expected, found = (of.eval()(input_ids=make_batch()["input_ids"]).logits for of in (model, again))
     assert torch.equal(found, expected)
@@ -119,13 +111,13 @@ def test_files_of_peft_are_loaded(make_quantized, make_batch, tmp_path):
 
 def test_merge_and_unmerge(make_quantized, make_batch):
     model, ids = adapted(make_quantized()).eval(), make_batch()["input_ids"]
-    before = {name: [part.clone() for part in layer.weight.parts] for name, layer in layers_of(model).items()}
+    before = {name: [part.clone() for part in layer.weight.parts] for name, layer in adapted_layers(model).items()}
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         memkernels.merge_adapter(model)
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     memkernels.unmerge_adapter(model)
-    for name, layer in layers_of(model).items():
+    for name, layer in adapted_layers(model).items():
         assert all(map(torch.equal, layer.weight.parts, before[name]))
 
 
