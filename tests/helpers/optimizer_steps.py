@@ -2,6 +2,8 @@
 
 import torch
 
+from memkernels.optim import rounding
+
 SHAPES = ((300, 7), (), (1,), (0,), (255,), (256,), (3, 5, 67), (6000,))
 OPTIONS = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
@@ -25,3 +27,9 @@ def train(optimizer, params, steps=20, first=0):
     for step in range(first, first + steps):
         set_gradients(params, step)
         optimizer.step()
+
+
+def master(optimizer, param):
+    """A copy of a parameter with all the bits there are of it."""
+    state = optimizer.state[param]
+    return rounding.join(param.detach(), state["remainder"]) if "remainder" in state else param.detach().clone()

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from optimizer_steps import OPTIONS, normal, parameters, train
+from optimizer_steps import OPTIONS, master, normal, parameters, train
 
 from memkernels import optim
 from memkernels.optim import codes, operators, reference, rounding
@@ -16,14 +16,6 @@ IMPLEMENTATIONS = implementations("adamw_")
 on_every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 every_width = pytest.mark.parametrize("bits", [32, 16, 8, 4])
 NUMBERS = {"lr": 3e-2, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
-
-
-def masters(optimizer, params):
-    """Parameters with all the bits there are of them."""
-    return [
-        rounding.join(p.detach(), optimizer.state[p]["remainder"]) if "remainder" in optimizer.state[p] else p.detach()
-        for p in params
-    ]
 
 
 @on_every_implementation
@@ -77,12 +69,10 @@ def test_one_step_against_float64(implementation, bits, kept):
     optimizer = optim.AdamW(params, **OPTIONS, state_bits=bits, rounding=rounds, seed=7)
     with implementation.active():
         train(optimizer, params, 3)
-        before = [
-            (value.clone(), copy.deepcopy(optimizer.state[p]))
-            for p, value in zip(params, masters(optimizer, params), strict=True)
-        ]
+        before = [(master(optimizer, p), copy.deepcopy(optimizer.state[p])) for p in params]
         train(optimizer, params, 1, first=3)
-    for i, (param, value, (old, state)) in enumerate(zip(params, masters(optimizer, params), before, strict=True)):
+    for i, (param, (old, state)) in enumerate(zip(params, before, strict=True)):
+        value = master(optimizer, param)
         old_moments = [
             codes.decode(state[key], state.get(f"{key}_absmax"), bits, signed, param.shape)
             for key, signed in optimizer.moments({})
@@ -131,8 +121,8 @@ def test_a_master_weight_in_two_halves_is_the_float32_weight(implementation, bit
     with implementation.active():
         train(split, halves)
         train(single, whole)
-    for half, master, weight in zip(halves, masters(split, halves), whole, strict=True):
-        assert torch.equal(master, weight)
+    for half, weight in zip(halves, whole, strict=True):
+        assert torch.equal(master(split, half), weight)
         nearest = weight.detach().bfloat16()
         assert ((half - nearest).float().abs() <= nearest.float().abs() * 2**-7).all()
         assert ((half != nearest).sum() <= 1 + half.numel() / 1000).item()  # ties alone

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from optimizer_steps import master, normal
 
 from memkernels import optim
 from memkernels.optim import codes, reference, rounding
@@ -24,10 +25,6 @@ RULES = [
         )
     ),
 ]
-
-
-def normal(shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def parameters(dtype=torch.float32):
@@ -87,11 +84,6 @@ def test_one_step_against_float64(implementation, rule, bits, kept):
                     nearest = codes.decode(*codes.encode(plain[1 + k], bits, True), bits, True, param.shape)
                     error, least = ((x - exact[1 + k]).abs() for x in (actual, nearest))
                     assert (error <= least + 1e-5 * exact[1 + k].abs()).all()
-
-
-def master(optimizer, param):
-    state = optimizer.state[param]
-    return rounding.join(param.detach(), state["remainder"]) if "remainder" in state else param.detach()
 
 
 def assert_same_choice(actual, plain, before, tensor, index, step):
