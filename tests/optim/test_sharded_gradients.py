@@ -179,7 +179,7 @@ def dtypes_on_their_way():
                     kept = (kept.float() + (own.to(wire or dtype).float() + others)).to(dtype)
             optimizer.clip_grad_norm_(1e9)
             sums = optimizer._all_sums()[0]
-            first = optimizer.local.origins[optimizer._parts[0].part]
+            first = optimizer.local.origins[optimizer._own.part(0)]
             assert torch.equal(sums, kept[first : first + len(sums)]), (stage, dtype, wire)
     # At stage 3, where FSDP2 adds, no worse than its sum in the dtype that it is told.
     model, optimizer = sharded(3, Vector, reduce_dtype=torch.bfloat16)

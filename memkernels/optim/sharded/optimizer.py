@@ -7,13 +7,12 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import Parameter
 
 from memkernels.offload.store import Tier, TieredStore
 from memkernels.optim.agreement import device_of, on_all, start, wait_for
@@ -25,19 +24,13 @@ from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, other
 from memkernels.optim.sharded.gather import Gatherer
 from memkernels.optim.sharded.gradients import Buffers, Gradients, PassingGradients, WholeGradients
 from memkernels.optim.sharded.layout import Bucket, make_buckets
+from memkernels.optim.sharded.own_parts import OwnParts
+from memkernels.optim.sharded.param_groups import copy_options, named_parameters, with_parameters
 from memkernels.optim.sharded.reduction import GradientHook, Reducer
 from memkernels.optim.sharded.states import Part
 from memkernels.optim.sharded.sums_on_tier import SumsOnTier
 from memkernels.optim.sharded.whole import Owners
 from memkernels.optim.tiers import offload_states
-
-
-class _Own(NamedTuple):
-    """What this rank steps of a parameter, and where its bucket's sum has this rank's range of it."""
-
-    part: Parameter
-    bucket: int
-    elements: slice
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -155,10 +148,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             reduce_dtype,
             offload,
         )
-        super().__init__([_with(of_group, of_group["params"]) for of_group in whole.param_groups], whole.defaults)
+        super().__init__([with_parameters(of, of["params"]) for of in whole.param_groups], whole.defaults)
         self.stage, self.grad_norm, self.skipped = stage, torch.zeros(()), False
         rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
-        trained = [named for named in self._named() if named[1].requires_grad]
+        trained = [named for named in named_parameters(self.param_groups) if named[1].requires_grad]
         device = trained[0][1].device if trained else device_of(group)
         buckets = make_buckets(trained, self._ranks, bucket_bytes)
         send_from_first((tensor for _, tensor in others(model, whole)), group)
@@ -173,21 +166,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._owners = None if optimizer_class.elementwise else Owners(buckets, group)
         self._gatherer = Gatherer(model, buckets, values, group, self._owners)
         self._reducer = Reducer(buckets, gradients, buffers, self._gatherer, group)
-        self._parts: dict[int, _Own] = {}  # of trained parameters, by place in the optimizer
-        origins: dict[Tensor, int] = {}
-        for i, (bucket, flat) in enumerate(zip(buckets, values, strict=True)):
-            own = bucket.shard(flat, rank)
-            for piece in bucket.pieces:
-                first, last = bucket.elements_of(piece, rank)
-                at = piece.start + first - rank * bucket.shard_size if last > first else 0
-                if self._owners is None:
-                    part = Parameter(own[at : at + last - first])
-                else:
-                    part = Parameter(self._owners.part(piece, bucket.view(flat, piece)))
-                self._parts[piece.place] = _Own(part, i, slice(at, at + last - first))
-                origins[part] = first if last > first and self._owners is None else 0
-        self.local = optimizer_class(self._local_groups(), **defaults)
-        self.local.origins |= origins
+        self._own = OwnParts(buckets, values, rank, self._owners)
+        self.local = self._own.make_optimizer(optimizer_class, self.param_groups, defaults)
         self._offload(offload)
         self._totals_of_step: tuple[Tensor, set[int]] | None = None
         _drop_with(model, self)
@@ -368,7 +348,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part, for the same rank of as many; `save_checkpoint` writes what any number of them load."""
-        self._share_options()
+        copy_options(self.param_groups, self.local.param_groups)
         return self.local.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -378,12 +358,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ValueError: it is of another model, or of another number of ranks; nothing is changed then.
         """
         self.local.load_state_dict(state_dict)
-        for mine, theirs in zip(self.param_groups, self.local.param_groups, strict=True):
-            mine.update(_options(theirs))
+        copy_options(self.local.param_groups, self.param_groups)
 
     def parts(self) -> list[list[Part]]:
         """What this rank holds of each group's parameters, as parameters of `local`, its own optimizer."""
-        names, groups = iter(self._named()), []
+        names, groups = iter(named_parameters(self.param_groups)), []
         for group in self.local.param_groups:
             of_group = [
                 Part(name, part, self.local.origins.get(part, 0), whole.shape)
@@ -402,8 +381,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return finite
 
     def _check_parameters(self) -> None:
-        for name, parameter, place in self._named():
-            if parameter.requires_grad and place not in self._parts:
+        for name, parameter, place in named_parameters(self.param_groups):
+            if parameter.requires_grad and place not in self._own:
                 raise RuntimeError(f"{name}: it was frozen when the optimizer was made, which has no part of it.")
         self._gatherer.check_places()
 
@@ -435,13 +414,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The step of this rank's parts by the sums times `scale`."""
         _, present = self._totals()
         self._gatherer.wait()
-        self._share_options()
+        copy_options(self.param_groups, self.local.param_groups)
         if self._owners is None:
             self._where_disks_fail(lambda: self._step_by_sums(present, scale))
         else:
             grads = self._owners.gather(self._where_disks_fail(self._all_sums), present)
             self._where_disks_fail(lambda: self._step_by(grads, present, scale))
-        torch.autograd.graph.increment_version([parameter for _, parameter, i in self._named() if i in present])
+        stepped = [parameter for _, parameter, i in named_parameters(self.param_groups) if i in present]
+        torch.autograd.graph.increment_version(stepped)
         self._gatherer.start()
 
     def _where_disks_fail(self, function: Callable[[], Any]) -> Any:
@@ -453,17 +433,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _all_sums(self) -> dict[int, Tensor]:
         """This rank's range of each parameter's sum, by place in the optimizer."""
         shards = {i: shard for sums in self._reducer.gradients.sums() for i, shard in sums.items()}
-        return {place: shards[own.bucket][own.elements] for place, own in self._parts.items() if own.bucket in shards}
+        return self._own.ranges(shards)
 
     def _step_by_sums(self, present: set[int], scale: float) -> None:
         for sums in self._reducer.gradients.sums():
-            of_parts = {i: own for i, own in self._parts.items() if own.bucket in sums}
-            self._step_by({i: sums[own.bucket][own.elements] for i, own in of_parts.items()}, present, scale)
+            self._step_by(self._own.ranges(sums), present, scale)
 
     def _step_by(self, grads: Mapping[int, Tensor], present: set[int], scale: float) -> None:
         """The step of those parts that are `present` and have gradients, by place in the optimizer."""
         for index in present & grads.keys():
-            self._parts[index].part.grad = grads[index]
+            self._own.part(index).grad = grads[index]
         try:
             self.local.step_scaled(scale)
         finally:
@@ -479,7 +458,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._totals_of_step = None
         if self._totals_of_step is None:
             device = device_of(self.process_group)
-            flags = torch.zeros(len(self._named()), dtype=torch.float64)
+            flags = torch.zeros(len(named_parameters(self.param_groups)), dtype=torch.float64)
             flags[list(self._reducer.present)] = 1.0
             square = self._where_disks_fail(self._reducer.gradients.square)
             totals = torch.cat((square.reshape(1).to(device), flags.to(device)))
@@ -487,27 +466,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             square, flags = totals.cpu().tensor_split([1])  # the only place in a step where the host waits for a GPU
             self._totals_of_step = square[0], set(flags.nonzero().view(-1).tolist())
         return self._totals_of_step
-
-    def _named(self) -> list[tuple[str, Tensor, int]]:
-        """All parameters by name and place in the optimizer."""
-        groups = self.param_groups
-        names = [name for group in groups for name in group["param_names"]]
-        params = [param for group in groups for param in group["params"]]
-        return list(zip(names, params, range(len(params)), strict=True))
-
-    def _local_groups(self) -> list[dict[str, Any]]:
-        """The groups with this rank's part of each parameter; those that are not trained have none."""
-        parts = iter(
-            self._parts[i].part
-            if i in self._parts
-            else Parameter(torch.empty((0,) * max(1, whole.dim())), requires_grad=False)
-            for _, whole, i in self._named()
-        )
-        return [_with(group, [next(parts) for _ in group["params"]]) for group in self.param_groups]
-
-    def _share_options(self) -> None:
-        for mine, theirs in zip(self.param_groups, self.local.param_groups, strict=True):
-            theirs.update(_options(mine))
 
 
 def _drop_with(model: torch.nn.Module, optimizer: ShardedOptimizer) -> None:
@@ -521,15 +479,6 @@ def _drop_with(model: torch.nn.Module, optimizer: ShardedOptimizer) -> None:
             of_model.zero_grad()
 
     model.zero_grad = zero_grad  # type: ignore[method-assign]
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def _with(group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
-    """A group's options and names with other parameters."""
-    return _options(group) | {"params": list(zip(group["param_names"], params, strict=True))}
 
 
 def _into_bucket(bucket: Bucket, device: torch.device, group: dist.ProcessGroup) -> Tensor:
