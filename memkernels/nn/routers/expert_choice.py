@@ -42,7 +42,7 @@ class ExpertChoiceRouter(Router):
 
     def capacity(self, tokens: int) -> int:
         """The tokens an expert takes of this many."""
-        return max(1, min(tokens, math.floor(self.capacity_factor * tokens / self.num_experts * (1 + ROUNDING))))
+        return min(tokens, max(1, math.floor(self.capacity_factor * tokens / self.num_experts * (1 + ROUNDING))))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Of x (T, d); padding_mask (T,), bool, is True where a token is padding: no expert takes it.

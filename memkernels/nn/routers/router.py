@@ -95,14 +95,16 @@ class Router(torch.nn.Module):
         logits: Tensor,
         expert_ids: Tensor,
         expert_weights: Tensor,
-        load_balance_loss: Tensor,
+        shares: Tensor,
         padding_mask: Tensor | None,
         capacity: int | None,
     ) -> Routing:
-        """Of tokens that chose experts."""
+        """Of tokens that chose experts; shares (T, E) are what the load balance loss takes the mean P_e of."""
         expert_ids = hide(expert_ids, padding_mask, self.num_experts)
         plan = moe_plan(expert_ids, self.num_experts, capacity=capacity)
-        return self.planned(plan, logits, expert_ids, expert_weights, load_balance_loss, padding_mask)
+        chosen = plan.counts[:-1].float() / visible_tokens(logits, padding_mask)
+        balance = self.num_experts * torch.dot(chosen, mean_over_tokens(shares, padding_mask))
+        return self.planned(plan, logits, expert_ids, expert_weights, balance, padding_mask)
 
     def planned(
         self,
@@ -141,25 +143,25 @@ def hide(expert_ids: Tensor, padding_mask: Tensor | None, num_experts: int) -> T
     return expert_ids if padding_mask is None else expert_ids.masked_fill(padding_mask[:, None], num_experts)
 
 
+def visible_tokens(values: Tensor, padding_mask: Tensor | None) -> int | Tensor:
+    """How many of the first dimension are no padding; 1 where there is none."""
+    return max(values.shape[0], 1) if padding_mask is None else (~padding_mask).sum().clamp(min=1)
+
+
 def mean_over_tokens(values: Tensor, padding_mask: Tensor | None) -> Tensor:
     """The mean over the first dimension, padding left out; zero where there is no token."""
-    if padding_mask is None:
-        return values.sum(0) / max(values.shape[0], 1)
-    visible = ~padding_mask
-    kept = torch.where(visible.view(-1, *(1,) * (values.dim() - 1)), values, 0.0)
-    return kept.sum(0) / visible.sum().clamp(min=1)
-
-
-def choices_per_expert(expert_ids: Tensor, num_experts: int, padding_mask: Tensor | None) -> Tensor:
-    """(E,): the mean over tokens of the choices of each expert, before capacity drops any; they sum to k."""
-    chosen = expert_ids.unsqueeze(-1) == torch.arange(num_experts, device=expert_ids.device)
-    return mean_over_tokens(chosen.sum(1).float(), padding_mask)
+    if padding_mask is not None:
+        values = torch.where(padding_mask.view(-1, *(1,) * (values.dim() - 1)), 0.0, values)
+    return values.sum(0) / visible_tokens(values, padding_mask)
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
-    """The indices (T, k) of each row's k largest scores, largest first; of equal ones the lower index comes first.
+    """The indices (T, k) of each row's k largest scores, float32, largest first; of equal ones the lower comes first.
 
-    `torch.topk` leaves the order of equal scores open, which differs between devices and releases.
+    `torch.topk` leaves the order of equal scores open, which differs between devices and releases. What it compares
+    here is never equal: a score's bits, as an integer of the scores' order, and behind them the index, descending.
     """
-    # A copy: a part keeps all of it alive.
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
+    bits = (scores + 0.0).view(torch.int32)  # of zeros of both signs +0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    descending = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+    return ((ordered << 32) + descending).topk(k, dim=1).indices

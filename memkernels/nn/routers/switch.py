@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from memkernels.nn.routers.router import (
-    ROUNDING,
-    Router,
-    Routing,
-    check_capacity_factor,
-    choices_per_expert,
-    largest,
-    mean_over_tokens,
-)
+from memkernels.nn.routers.router import ROUNDING, Router, Routing, check_capacity_factor
 
 
 class SwitchRouter(Router):
@@ -71,8 +62,6 @@ class SwitchRouter(Router):
         """
         logits = self.logits(x, padding_mask)
         probabilities = logits.softmax(1)
-        ids = largest(probabilities, 1)
-        fraction = choices_per_expert(ids, self.num_experts, padding_mask)
-        balance = self.num_experts * torch.dot(fraction, mean_over_tokens(probabilities, padding_mask))
-        capacity = self.capacity(x.shape[0])
-        return self.routing(logits, ids, probabilities.gather(1, ids), balance, padding_mask, capacity)
+        ids = probabilities.argmax(1, keepdim=True)  # of equal ones the first
+        weights = probabilities.gather(1, ids)
+        return self.routing(logits, ids, weights, probabilities, padding_mask, self.capacity(x.shape[0]))

@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkernels.nn.routers.router import (
-    Router,
-    Routing,
-    choices_per_expert,
-    largest,
-    mean_over_tokens,
-)
+from memkernels.nn.routers.router import Router, Routing, largest
 
 SCORES = ("softmax", "softmax_of_top_k", "sigmoid")
 
@@ -112,9 +106,7 @@ class TopKRouter(Router):
         if self.normalize:
             weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
         shares = scores / (scores.sum(1, keepdim=True) + 1e-20) if self.scores == "sigmoid" else scores
-        chosen = choices_per_expert(ids, self.num_experts, padding_mask)
-        balance = self.num_experts * torch.dot(chosen, mean_over_tokens(shares, padding_mask))
-        return self.routing(logits, ids, weights * self.scaling, balance, padding_mask, None)
+        return self.routing(logits, ids, weights * self.scaling, shares, padding_mask, None)
 
     def _choice_scores(self, scores: Tensor) -> Tensor:
         """What experts are chosen by: -inf outside the chosen groups."""
