@@ -16,6 +16,7 @@ from memkernels import nn, ops
 from memkernels.ops.moe import parallel
 from memkernels.ops.moe.journey import Journey
 from memkernels.ops.moe.parallel import start_moe_mlp
+from memkernels.ops.moe.projection import DenseExpertsProjection
 from memkernels.testing import assert_within_factor_two, poisoned_memory, random_tensor, saved_bytes
 
 D, N, E, K = 16, 12, 8, 3
@@ -256,7 +257,8 @@ def work_is_done_beside_the_exchange(mesh, folder):
     leaves, moe_mlp, shared = (x, *layer.parameters()), parallel.moe_mlp, layer.shared.forward
     expected = layer(x)[0]
     expected = expected, *torch.autograd.grad(expected.sum(), leaves)
-    calls = []
+    returned, gradients = Journey.take_back, DenseExpertsProjection.add_gradients
+    calls, products = [], []
 
     def done(event):
         store.set(f"{event} {rank}", "done")
@@ -274,6 +276,18 @@ def work_is_done_beside_the_exchange(mesh, folder):
         done("shared")
         return y
 
+    def take_back(journey, name):
+        rows = returned(journey, name)
+        done(f"{name} here")
+        return rows
+
+    def add_gradients(*args):
+        """Of the second half's down and gate_up and the first half's: in front of the last product dx is sent."""
+        products.append(args)
+        if rank == 1 and len(products) == 4:
+            store.wait([f"dx here {other}" for other in range(mesh.size()) if other != 1], timedelta(seconds=120))
+        gradients(*args)
+
     def held(send):
         def call(journey, name, part, rows):
             if rank == 1 and (name, part) in HELD_UNTIL:
@@ -286,12 +300,14 @@ def work_is_done_beside_the_exchange(mesh, folder):
     with (
         mock.patch.object(Journey, "send", held(Journey.send)),
         mock.patch.object(Journey, "send_back", held(Journey.send_back)),
+        mock.patch.object(Journey, "take_back", take_back),
+        mock.patch.object(DenseExpertsProjection, "add_gradients", add_gradients),
         mock.patch.object(parallel, "moe_mlp", experts), mock.patch.object(layer.shared, "forward", shared_experts),
     ):  # fmt: skip
         layer.shared.register_full_backward_hook(lambda *_: done("shared backward"))
         y = layer(x)[0]
         actual = y, *torch.autograd.grad(y.sum(), leaves)
-    assert calls == ["experts 0", "experts 1"]
+    assert calls == ["experts 0", "experts 1"] and len(products) == 4
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 

@@ -40,6 +40,12 @@ class Journey:
             self.returned[name] = grouped
         self.flights[name, part] = self.exchanges[part].from_experts(rows, self.returned[name])
 
+    def send_gradients(self, part: int, needed: Sequence[bool], *grads: Tensor) -> None:
+        """Starts the way of a part's dx and dweights, of each where it is needed and not under way."""
+        for name, grad, need in zip(("dx", "dweights"), grads, needed, strict=True):
+            if need and (name, part) not in self.flights:
+                self.send_back(name, part, grad)
+
     def take(self, name: str, part: int) -> Tensor:
         """Waits for what was sent: a part's rows that this rank received."""
         return self.flights.pop((name, part)).wait()

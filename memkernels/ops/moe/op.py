@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,7 @@ class Layer:
     gated: bool
     activation: str
     recompute: bool
+    on_input_grads: Callable[[Tensor | None, Tensor | None], None] | None
 
     def bind(self, tensors: Sequence[Tensor]) -> tuple[GroupedProjection, GroupedProjection]:
         gate_up, down = split_by((self.gate_up, self.down), tensors)
@@ -105,15 +106,18 @@ class _MoEMLP(torch.autograd.Function):
             down.add_gradients(dy, tokens, h, None, groups, down_sums, p)
             del h
             p = gate_up_projection.low_rank_grad(dgate_up, None, groups)
-            gate_up_projection.add_gradients(dgate_up, None, x, tokens, groups, gate_up_sums, p)
             dx = dexpert_weights = None
             if x_needed:
                 dx_grouped = gate_up_projection.input_grad(dgate_up, None, groups, p)
                 dx = torch.ops.memkernels.moe_combine(dx_grouped, None, row_of_pair, token_offsets)
+                del dx_grouped
             if weights_needed and drow_weight.shape[0] == 0:
                 dexpert_weights = torch.zeros_like(expert_weights)
             elif weights_needed:
                 dexpert_weights = torch.where(row_of_pair >= 0, drow_weight[row_of_pair.clamp(min=0)], 0.0)
+            if layer.on_input_grads is not None:
+                layer.on_input_grads(dx, dexpert_weights)
+            gate_up_projection.add_gradients(dgate_up, None, x, tokens, groups, gate_up_sums, p)
         return None, dx, dexpert_weights, None, None, None, None, None, *results(sums)
 
 
@@ -130,6 +134,7 @@ def moe_mlp(
     seed: int | Tensor | None = None,
     recompute: bool = True,
     backend: str = "auto",
+    on_input_grads: Callable[[Tensor | None, Tensor | None], None] | None = None,
 ) -> Tensor:
     """The experts of a mixture-of-experts layer, dispatch and combine included, that keeps its input and the routing.
 
@@ -159,6 +164,9 @@ def moe_mlp(
         seed: of the dropout, 64 bits; a tensor of one stays on its device. None: drawn from torch's generator.
         recompute: compute the pre-activation again in backward instead of keeping it.
         backend: as `grouped_matmul` has it.
+        on_input_grads: called in backward, in front of the product that makes w_gate_up's gradient, with those of x and
+            expert_weights, None where one is not wanted: what waits for them, `nn.MoE`'s exchange for one, starts
+            beside it. The reference does not call it.
 
     Returns:
         y, like x (under autocast, of autocast's dtype). A token that goes nowhere is zero.
@@ -209,5 +217,5 @@ def moe_mlp(
     gate_up, down = (projection_of(weight, backend) for weight in weights.values())
     if mask_seed is not None:
         down = DroppedExpertsProjection(down, mask_seed, dropout_p)
-    layer = Layer(gate_up.description, down.description, width != size, activation, recompute)
+    layer = Layer(gate_up.description, down.description, width != size, activation, recompute, on_input_grads)
     return _MoEMLP.apply(layer, *distinct(x, expert_weights.float(), *plan, *gate_up.tensors, *down.tensors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -65,7 +66,7 @@ class _ToExperts(torch.autograd.Function):
 
 class _AtExperts(torch.autograd.Function):
     """The received rows of a part of the experts and their weights, once they are here; what `_ToExperts` waits for in
-    backward starts here. Saves nothing."""
+    backward starts here, unless `moe_mlp` did so earlier. Saves nothing."""
 
     @staticmethod
     def forward(ctx, journey, part, needed, _):
@@ -74,11 +75,9 @@ class _AtExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx, dweights):
-        for name, grad, need in zip(("dx", "dweights"), (dx, dweights), ctx.needed, strict=True):
-            if need:
-                ctx.journey.send_back(name, ctx.part, grad)
-        return None, None, None, dx.new_empty(0)
+    def backward(ctx, *grads):
+        ctx.journey.send_gradients(ctx.part, ctx.needed, *grads)
+        return None, None, None, grads[0].new_empty(0)
 
 
 class _FromExperts(torch.autograd.Function):
@@ -220,8 +219,9 @@ def start_moe_mlp(
     of an expert's rows may round differently.) In forward the second half's x travels beside the first half's products,
     the first half's y beside the second's, and the second's y beside what is run `beside`: the shared experts, for one.
     In backward dy and, with `recompute`, x travel beside the backward of that, those of the first half also beside the
-    second's products, and the second half's dx beside the first's. The first half's x and dx wait for their arrival, as
-    do those of a lone expert. The halves' gradients of a weight are joined: for a moment they and the whole are there.
+    second's products, and dx beside the gradient of w_gate_up, the second half's also beside the first's products.
+    The first half's x in forward, and that of a lone expert, is waited for with nothing beside it. The halves'
+    gradients of a weight are joined: for a moment they and the whole are there.
 
     Raises:
         TypeError, ValueError: of arguments, as `ops.moe_mlp`; on this rank, and a RuntimeError on the others.
@@ -261,7 +261,7 @@ def start_moe_mlp(
             with SentAgain(received, journey, part) if recompute else nullcontext():
                 y = moe_mlp(
                     received, local, received_weights, *weights_of_part, activation=activation, dropout_p=dropout_p,
-                    recompute=recompute,
+                    recompute=recompute, on_input_grads=partial(journey.send_gradients, part, needed),
                 )  # fmt: skip
             del received, received_weights
             ends.append(_FromExperts.apply(journey, part, y))
