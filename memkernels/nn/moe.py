@@ -12,7 +12,8 @@ from memkernels import ops
 from memkernels.nn.expert_mesh import check_mesh, shard_of, sharded
 from memkernels.nn.lora_linear import check_adapter
 from memkernels.nn.routers import Router, Routing, SwitchRouter
-from memkernels.ops.checks import check_number
+from memkernels.nn.routers.router import check_padding_mask
+from memkernels.ops.checks import check_floating, check_integer, check_number
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.moe.exchange import failing_together
 from memkernels.ops.moe.parallel import start_moe_mlp
@@ -101,9 +102,10 @@ class MoE(torch.nn.Module):
     received: d elements for each; with it x is sent again in backward, together with the gradient of y.
 
     Raises:
-        TypeError: expert_mesh is no DeviceMesh, or expert_dropout no number.
-        ValueError: an unknown activation, or expert_dropout outside [0, 1); an expert_mesh of several dimensions; ranks
-            differ in their arguments, on every rank; num_experts is not a multiple of the ranks.
+        TypeError: router is no `Router`, a size no integer, expert_mesh no DeviceMesh, or expert_dropout no number.
+        ValueError: a size that is not positive; a hidden_size other than router's; an unknown activation, or
+            expert_dropout outside [0, 1); an expert_mesh of several dimensions; ranks differ in their arguments, on
+            every rank; num_experts is not a multiple of the ranks.
     """
 
     def __init__(
@@ -122,7 +124,9 @@ class MoE(torch.nn.Module):
         dtype=None,
     ):
         super().__init__()
-        experts, width = router.num_experts, 2 * expert_size if gated else expert_size
+        if not isinstance(router, Router):
+            raise TypeError(f"router: expected a Router, got {type(router).__name__}.")
+        experts = router.num_experts
         if expert_mesh is not None:
             settings = {
                 "router": type(router).__name__, "num_experts": experts, "hidden_size": hidden_size,
@@ -131,10 +135,15 @@ class MoE(torch.nn.Module):
             }  # fmt: skip
             check_mesh(expert_mesh, experts, settings)
             experts //= expert_mesh.size()
+        check_integer("hidden_size", hidden_size)
+        check_integer("expert_size", expert_size)
+        if hidden_size != router.weight.shape[1]:
+            raise ValueError(f"hidden_size: expected {router.weight.shape[1]}, that of router, got {hidden_size}.")
         check_activation(activation)
         check_number("expert_dropout", expert_dropout, "a number in [0, 1)", lambda number: 0 <= number < 1)
         self.router = router
         self.expert_mesh = expert_mesh
+        width = 2 * expert_size if gated else expert_size
         self.gate_up_proj = self._experts_weight(experts, width, hidden_size, device, dtype)
         self.down_proj = self._experts_weight(experts, hidden_size, expert_size, device, dtype)
         self.shared = shared
@@ -196,24 +205,32 @@ class MoE(torch.nn.Module):
             RuntimeError: NaN among the router's logits; with `expert_mesh`, on the other ranks where one rank's router,
                 arguments, experts or `shared` raise.
         """
-        rows = x.reshape(-1, x.shape[-1])
-        mask = None if padding_mask is None else padding_mask.reshape(-1)
         weights = self._weight("gate_up_proj"), self._weight("down_proj")
         options: dict[str, Any] = {
             "activation": self.activation, "dropout_p": self.expert_dropout if self.training else 0.0,
             "recompute": self.recompute,
         }  # fmt: skip
         if self.expert_mesh is None:
-            routing = self.router(rows, mask)
+            rows, routing = self._route(x, padding_mask)
             y = ops.moe_mlp(rows, routing.plan, routing.expert_weights, *weights, **options).view(x.shape)
             return y if self.shared is None else y + self.shared(x), routing
         group = self.expert_mesh.get_group()
         with failing_together(group, self.router.num_experts, weights[0].device):
-            routing = self.router(rows, mask)
+            rows, routing = self._route(x, padding_mask)
         pending = start_moe_mlp(rows, routing.plan, routing.expert_weights, *weights, group, **options)
         shared = None if self.shared is None else pending.beside(self.shared, x)
         y = pending.finish().view(x.shape)
         return y if shared is None else y + shared, routing
+
+    def _route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Routing]:
+        """The tokens (T, d) and where they go."""
+        check_floating("x", x)
+        hidden_size = self.down_proj.shape[1]
+        if x.dim() == 0 or x.shape[-1] != hidden_size:
+            raise ValueError(f"x: expected shape (..., {hidden_size}), got {tuple(x.shape)}.")
+        check_padding_mask(padding_mask, x.shape[:-1])
+        rows = x.reshape(-1, hidden_size)
+        return rows, self.router(rows, None if padding_mask is None else padding_mask.reshape(-1))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Of an experts' weight that is whole, as one process saved it, the part that this rank holds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,8 +50,8 @@ class Router(torch.nn.Module):
         jitter: the noise's half width; 0: none.
 
     Raises:
-        TypeError: num_experts is no integer, or jitter no number.
-        ValueError: no expert, or a jitter outside [0, 1).
+        TypeError: hidden_size or num_experts is no integer, or jitter no number.
+        ValueError: hidden_size is not positive, no expert, or a jitter outside [0, 1).
 
     Saved for backward: x as it is, where weight has a gradient, the seed of the noise, and, by autograd, a few tensors
     (T, E) and (T, k).
@@ -58,6 +59,7 @@ class Router(torch.nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, *, jitter: float = 0.0, device=None, dtype=None):
         super().__init__()
+        check_integer("hidden_size", hidden_size)
         check_integer("num_experts", num_experts, "at least 1")
         check_number("jitter", jitter, "at least 0 and less than 1", lambda number: 0 <= number < 1)
         self.num_experts = num_experts
@@ -74,14 +76,14 @@ class Router(torch.nn.Module):
         """(T, E), float32, of x (T, d); zero, and without a gradient, where padding_mask (T,), bool, is True.
 
         Raises:
-            TypeError: x is not of a floating dtype.
+            TypeError: x is not of a floating dtype, or padding_mask no tensor.
             ValueError: another shape; a padding_mask that is not so.
             RuntimeError: a token's logits are NaN, padding aside; on a GPU a device-side assertion.
         """
         check_floating("x", x)
         if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
             raise ValueError(f"x: expected shape (T, {self.weight.shape[1]}), got {tuple(x.shape)}.")
-        check_padding_mask(padding_mask, x.shape[0])
+        check_padding_mask(padding_mask, x.shape[:1])
         seed = seed_tensor(None, x.device) if self.training and self.jitter > 0 else None
         logits = router_logits(x, self.weight, jitter=self.jitter, seed=seed, padding_mask=padding_mask)
         torch._assert_async(
@@ -123,13 +125,15 @@ class Router(torch.nn.Module):
         return f"{self.weight.shape[1]}, num_experts={self.num_experts}, jitter={self.jitter}"
 
 
-def check_padding_mask(padding_mask: Tensor | None, tokens: int) -> None:
-    """(T,), bool: True where a token is padding."""
+def check_padding_mask(padding_mask: Tensor | None, shape: Sequence[int]) -> None:
+    """bool of the tokens' shape: True where a token is padding."""
     if padding_mask is None:
         return
-    if padding_mask.dtype != torch.bool or tuple(padding_mask.shape) != (tokens,):
+    if not isinstance(padding_mask, Tensor):
+        raise TypeError(f"padding_mask: expected a tensor or None, got {type(padding_mask).__name__}.")
+    if padding_mask.dtype != torch.bool or tuple(padding_mask.shape) != tuple(shape):
         raise ValueError(
-            f"padding_mask: expected bool of shape ({tokens},), True where a token is padding, got"
+            f"padding_mask: expected bool of shape {tuple(shape)}, True where a token is padding, got"
             f" {padding_mask.dtype} of shape {tuple(padding_mask.shape)}."
         )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels.nn.routers.router import Router, Routing, largest
+from memkernels.ops.checks import check_finite, check_integer
 
 SCORES = ("softmax", "softmax_of_top_k", "sigmoid")
 
@@ -38,7 +39,7 @@ class TopKRouter(Router):
 
     Raises:
         TypeError, ValueError: as `Router`; unknown scores; groups that do not divide the experts; k or top_groups out
-            of range.
+            of range; a scaling that is not finite.
 
     Saved for backward: as `Router`.
     """
@@ -62,12 +63,15 @@ class TopKRouter(Router):
         super().__init__(hidden_size, num_experts, jitter=jitter, device=device, dtype=dtype)
         if scores not in SCORES:
             raise ValueError(f"scores: expected one of {', '.join(SCORES)}, got {scores!r}.")
-        if num_groups < 1 or num_experts % num_groups:
+        for name, value in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
+            check_integer(name, value)
+        check_finite("scaling", scaling)
+        if num_experts % num_groups:
             raise ValueError(f"num_groups: expected a divisor of num_experts = {num_experts}, got {num_groups}.")
-        if not 1 <= top_groups <= num_groups:
+        if top_groups > num_groups:
             raise ValueError(f"top_groups: expected 1 to num_groups = {num_groups}, got {top_groups}.")
         within = num_experts // num_groups * top_groups
-        if not 1 <= k <= within:
+        if k > within:
             raise ValueError(f"k: expected 1 to {within}, the experts to choose from, got {k}.")
         self.k = k
         self.scores = scores
@@ -128,10 +132,14 @@ class TopKRouter(Router):
             rate: u in arXiv 2408.15664.
 
         Raises:
-            ValueError: the router has no score_bias; a shape other than that.
+            TypeError: counts is no tensor, or rate no number.
+            ValueError: the router has no score_bias; a shape other than that; rate is not finite.
         """
         if self.score_bias is None:
             raise ValueError("score_bias: this router has none; make it with score_bias=True.")
+        check_finite("rate", rate)
+        if not isinstance(counts, Tensor):
+            raise TypeError(f"counts: expected a tensor, got {type(counts).__name__}.")
         if tuple(counts.shape) != (self.num_experts,):
             raise ValueError(f"counts: expected shape ({self.num_experts},), got {tuple(counts.shape)}.")
         load = counts.float()

@@ -83,12 +83,19 @@ class _Combine(torch.autograd.Function):
 
 def check_tokens(name: str, tensor: Tensor, plan: DispatchPlan) -> None:
     """(T, d) of a plan's T tokens, on its device."""
+    _check_plan(plan)
     _check_rows(name, tensor, plan.num_tokens, "T", plan)
 
 
 def check_grouped(name: str, tensor: Tensor, plan: DispatchPlan) -> None:
     """(R, d) of a plan's R rows, on its device."""
+    _check_plan(plan)
     _check_rows(name, tensor, plan.pair_of_row.shape[0], "R", plan)
+
+
+def _check_plan(plan: DispatchPlan) -> None:
+    if not isinstance(plan, DispatchPlan):
+        raise TypeError(f"plan: expected a DispatchPlan, got {type(plan).__name__}.")
 
 
 def _check_rows(name: str, tensor: Tensor, rows: int, symbol: str, plan: DispatchPlan) -> None:
@@ -155,7 +162,7 @@ def moe_combine(y_grouped: Tensor, plan: DispatchPlan, weights: Tensor | None = 
         y, (T, d), of y_grouped's dtype. A token all of whose choices were dropped is zero.
 
     Raises:
-        TypeError: a dtype other than those above.
+        TypeError: a dtype other than those above; plan is no `DispatchPlan`.
         ValueError: a shape or device that does not fit the plan.
 
     Saved for backward: the plan's choices and weights; y_grouped where weights need a gradient.

@@ -71,7 +71,7 @@ def grouped_matmul(x_grouped: Tensor, weights: ExpertsWeight, plan: DispatchPlan
         y, (R, out), of x_grouped's dtype (under autocast, of autocast's); rows that belong to no expert are zero.
 
     Raises:
-        TypeError: a dtype other than those above, or that of weights is not x_grouped's.
+        TypeError: a dtype other than those above, or that of weights is not x_grouped's; plan is no `DispatchPlan`.
         ValueError: a shape, device or backend that does not fit; quantised weights that require a gradient.
 
     Saved for backward: x_grouped where weights need a gradient; weights, as they are stored, and offsets.

@@ -185,12 +185,14 @@ def moe_mlp(
     """
     check_activation(activation)
     gate_up_like, down_like = stand_in("w_gate_up", w_gate_up), stand_in("w_down", w_down)
+    if down_like.dim() != 3 or down_like.shape[0] == 0:
+        raise ValueError(f"w_down: expected shape (E, d, n) of at least one expert, got {tuple(down_like.shape)}.")
     if isinstance(expert_ids, DispatchPlan):
         if capacity is not None:
             raise ValueError(f"capacity: expected None beside a plan, which has its own, got {capacity}.")
         plan = expert_ids
     else:
-        plan = moe_plan(expert_ids, down_like.shape[0] if down_like.dim() else 0, capacity=capacity)
+        plan = moe_plan(expert_ids, down_like.shape[0], capacity=capacity)
     check_dropout_p(dropout_p)
     check_tokens("x", x, plan)
     check_weights("expert_weights", expert_weights, plan)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import define, missing
+from memkernels.ops.checks import check_integer
 from memkernels.ops.moe import reference
 
 
@@ -84,20 +85,17 @@ def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = Non
         capacity: the most rows an expert takes, at least 1; None: all of them (dropless).
 
     Raises:
-        TypeError: a dtype other than those above.
+        TypeError: a dtype other than those above; a number of experts or capacity that is no integer.
         ValueError: a shape, number of experts or capacity that does not fit.
         RuntimeError: an id out of range, or more of a token's choices than there are experts; on a GPU a device-side
             assertion.
     """
-    if not isinstance(expert_ids, Tensor) or expert_ids.dtype not in (torch.int64, torch.int32):
-        got = expert_ids.dtype if isinstance(expert_ids, Tensor) else type(expert_ids).__name__
-        raise TypeError(f"expert_ids: expected int64 or int32, got {got}.")
+    _check_ids("expert_ids", expert_ids)
     if expert_ids.dim() != 2 or expert_ids.shape[1] == 0:
         raise ValueError(f"expert_ids: expected shape (T, k) with k at least 1, got {tuple(expert_ids.shape)}.")
-    if num_experts < 1:
-        raise ValueError(f"num_experts: expected at least 1, got {num_experts}.")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity: expected at least 1 or None, got {capacity}.")
+    check_integer("num_experts", num_experts, "at least 1")
+    if capacity is not None:
+        check_integer("capacity", capacity, "at least 1 or None")
     pairs = expert_ids.numel()
     if expert_ids.shape[1] > num_experts:
         torch._assert_async(
@@ -108,6 +106,12 @@ def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = Non
     rows = pairs if capacity is None else min(capacity, pairs)
     compute = reference.plan if missing("moe_plan", expert_ids.device.type) else torch.ops.memkernels.moe_plan
     return DispatchPlan(*compute(expert_ids, num_experts, rows))
+
+
+def _check_ids(name: str, ids: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name}: expected int64 or int32, got {got}.")
 
 
 def expert_choice_plan(token_ids: Tensor, num_tokens: int) -> tuple[DispatchPlan, Tensor]:
@@ -123,12 +127,12 @@ def expert_choice_plan(token_ids: Tensor, num_tokens: int) -> tuple[DispatchPlan
         The plan, with `token_offsets`, and of each of its P choices which of token_ids it is, e C + c, (P,), int64.
 
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: a shape that does not fit.
+        TypeError: a dtype other than those above; num_tokens is no integer.
+        ValueError: a shape that does not fit; num_tokens is negative.
         RuntimeError: an id out of range; on a GPU a device-side assertion.
     """
-    if token_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"token_ids: expected int64 or int32, got {token_ids.dtype}.")
+    _check_ids("token_ids", token_ids)
+    check_integer("num_tokens", num_tokens, "an integer from 0 up", least=0)
     if token_ids.dim() != 2 or token_ids.shape[0] == 0 or token_ids.numel() > torch.iinfo(torch.int32).max:
         raise ValueError(
             f"token_ids: expected shape (E, C) of at most 2^31 - 1 elements, got {tuple(token_ids.shape)}."
