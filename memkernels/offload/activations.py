@@ -73,7 +73,7 @@ class offload_activations:
             are finite, and then rounding to x's dtype; infinities stay, and a NaN makes all 128 values NaN.
 
     Raises:
-        TypeError: min_bytes, keep_last_layers, prefetch or max_host_bytes is no integer.
+        TypeError: min_bytes, keep_last_layers, prefetch or max_host_bytes is no integer, or path no name of a folder.
         ValueError: an argument that does not fit; a path in memory (tmpfs), where a file frees nothing.
         OSError: path does not exist or cannot be written. In forward: the disk is full or a write failed; in backward:
             a read failed or a checksum does not match. It names tier, path, and bytes wanted and available.

@@ -89,7 +89,7 @@ class TieredStore:
         path: folder of the file, on a file system that is not in memory; default that of `tempfile`.
 
     Raises:
-        TypeError: max_host_bytes is no integer.
+        TypeError: max_host_bytes is no integer, or path no name of a folder.
         ValueError: a tier, limit or path that does not fit.
         OSError: path does not exist or cannot be written.
         ImportError: `memkernels._runtime` is not built.
@@ -102,6 +102,8 @@ class TieredStore:
             raise ValueError(f"tier: expected {', '.join(TIERS)}, got {tier!r}.")
         if max_host_bytes is not None:
             check_integer("max_host_bytes", max_host_bytes, "a positive number of bytes or None")
+        if not isinstance(path, str | os.PathLike | None):
+            raise TypeError(f"path: expected a folder's name or None, got {path!r}.")
         if tier == "host" and path is not None:
             raise ValueError(f"path: expected None for tier 'host', which has no file, got {os.fspath(path)!r}.")
         self.tier = tier

@@ -121,6 +121,7 @@ def test_auto_fills_host_memory_first(tmp_path):
         ({"tier": "gpu"}, ValueError, "tier: expected host, disk, auto, got 'gpu'"),
         ({"tier": "disk", "max_host_bytes": 0}, ValueError, "max_host_bytes: expected a positive number"),
         ({"tier": "disk", "max_host_bytes": 1.5}, TypeError, "max_host_bytes: expected a positive number"),
+        ({"tier": "disk", "path": 3}, TypeError, "path: expected a folder's name or None, got 3"),
         ({"tier": "host", "path": "/tmp"}, ValueError, "path: expected None for tier 'host'"),
         ({"tier": "disk", "path": "/no/such/folder"}, FileNotFoundError, "disk tier: .*'/no/such/folder'"),
         ({"tier": "auto", "path": "/proc"}, OSError, "disk tier: .*'/proc'"),
