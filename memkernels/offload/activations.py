@@ -59,10 +59,10 @@ class offload_activations:
             using does not count.
         path: folder of the file, on a disk; default that of `tempfile`.
         min_bytes: what is smaller stays.
-        keep_last_layers: what is saved from the beginning of the last so many layers on, the loss included, stays,
-            since backward needs it first. Layers are the elements of each `nn.ModuleList` or `nn.Sequential` of two or
-            more modules of one class, in the module that is called outermost and outside of another such list; in a
-            model that has none, nothing stays for this reason.
+        keep_last_layers: what is saved from the beginning of the last so many layers until backward begins, by the
+            loss too, stays, since backward needs it first. Layers are the elements of each `nn.ModuleList` or
+            `nn.Sequential` of two or more modules of one class, in the module that is called outermost and outside of
+            another such list; in a model that has none, nothing stays for this reason.
         prefetch: how many tensors are read ahead, as far as the staging blocks hold them, and sent ahead to a GPU.
         compress: None, or in what tensors without gaps are kept, which is lossy: the loss stays as it is, and gradients
             are those of the rounded values, x' of x. It is for what requires a gradient, and what this package's block

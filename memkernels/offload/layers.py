@@ -18,7 +18,8 @@ class LayerWatch:
     """Follows the modules that the thread which began it calls.
 
     A stack is an `nn.ModuleList` or `nn.Sequential` of two or more modules of one class that has a forward, outside of
-    any other stack of the module that is called outermost; its elements are that module's layers.
+    any other stack of the module that is called outermost; its elements are that module's layers. A module without any,
+    such as a loss, goes on where the model before it ended.
 
     Args:
         keep_last: how many calls of layers, the last of a call of the outermost module, `in_last_layers` is about.
@@ -30,7 +31,7 @@ class LayerWatch:
         self._keep_last = keep_last
         self._expected = expected
         self._depth = self._calls = self._layer_count = 0
-        self._layers: set[int] = set()
+        self._layers: set[int] = set()  # of the module that is called outermost
         self._layer_depth: int | None = None
         self._beside = _watches()
         self._beside.append(self)
@@ -48,10 +49,10 @@ class LayerWatch:
     def enter(self, module: nn.Module) -> None:
         self._depth += 1
         if self._depth == 1:
-            layers = {id(layer) for layer in _layers(module)}
-            self._layers, self._layer_depth, self._calls = layers, None, 0
-            self._layer_count = self._expected.get(module, len(layers))
             self.owned = set(_storages(module))
+            self._layers, self._layer_depth = {id(layer) for layer in _layers(module)}, None
+            if self._layers:
+                self._calls, self._layer_count = 0, self._expected.get(module, len(self._layers))
         if self._layer_depth is None and id(module) in self._layers:
             self._layer_depth = self._depth
             self._calls += 1
@@ -62,8 +63,13 @@ class LayerWatch:
         if self._layer_depth == self._depth:
             self._layer_depth = None
         self._depth -= 1
-        if self._depth == 0 and self._calls and output is not None:  # without an output it failed
+        if self._depth == 0 and self._layers and self._calls and output is not None:  # without an output it failed
             self._expected[module] = self._calls
+
+    def leave_last_layers(self) -> None:
+        """Backward has begun: what is saved from here on is of another pass."""
+        if self._depth == 0:
+            self._calls = self._layer_count = 0
 
 
 _of_thread = threading.local()

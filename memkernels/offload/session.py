@@ -203,6 +203,7 @@ class Session:
 
     def load(self, moved: _Moved) -> Tensor:
         with self._lock:
+            self._watch.leave_last_layers()
             upcoming = moved.tape.upcoming(moved.position, self._policy.prefetch)
         self._store.let_go()
         data = self._store.load(moved.stored, upcoming)
