@@ -21,9 +21,18 @@ def load_config(model: Any) -> Any:
         raise ImportError("model: transformers is missing: pip install 'memkernels[plan]'") from error
     config = model
     if isinstance(model, str | os.PathLike):
+        if _is_path(model) and not os.path.exists(model):
+            raise FileNotFoundError(f"model: {os.fspath(model)} does not exist.")
         config = transformers.AutoConfig.from_pretrained(model)
     if not isinstance(config, transformers.PretrainedConfig):
         raise TypeError(f"model: expected a name, a path or a configuration, got {type(model).__name__}.")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model: transformers has no causal language model of {type(config).__name__}.")
     return config
+
+
+def _is_path(model: str | os.PathLike[str]) -> bool:
+    """Whether it cannot be a name on the hub, which is `name` or `owner/name`."""
+    if not isinstance(model, str):
+        return True
+    return model.endswith(".json") or model.startswith((".", "/")) or model.count("/") > 1
