@@ -1,5 +1,6 @@
 """optim.ShardedOptimizer at stages 1 and 2: steps without gradients, that fail, that are dropped; other groups."""
 
+import copy
 import gc
 import math
 import weakref
@@ -119,6 +120,10 @@ def unusual_steps(stage, rank, ranks):
     model.zero_grad()
     (loss_of(model, 2, 0, 0) * 4.0).backward()
     loss_of(alone, 2, 0, 0).backward()
+    copied = copy.deepcopy(model)
+    copied.scale.grad = torch.ones_like(copied.scale)
+    copied.zero_grad()  # drops the copy's gradients, and not those of the model that it is of
+    assert copied.scale.grad is None
     optimizer.step(loss_scale=4.0)
     assert_as_one_process()
 

@@ -30,7 +30,11 @@ from memkernels.optim.sharded.states import Part
 
 
 class FullyShardedOptimizer(ShardedOptimizer):
-    """What `ShardedOptimizer` is with stage=3."""
+    """What `ShardedOptimizer` is with stage=3.
+
+    FSDP2's own hooks gather parameters, exchange gradients and check what they meet: what starts, awaits or counts this
+    at stages 1 and 2 has nothing to do here.
+    """
 
     def __init__(
         self,
@@ -94,7 +98,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
             self._model.set_requires_gradient_sync(before)
 
     def wait(self) -> None:
-        """Nothing: FSDP2 gathers parameters when they are used."""
+        """There is nothing to wait for: FSDP2 gathers parameters when they are used."""
 
     @contextmanager
     def unchanged_by_failure(
@@ -120,20 +124,22 @@ class FullyShardedOptimizer(ShardedOptimizer):
                 parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
 
     def exchanges(self, hook: GradientHook) -> bool:
+        """No hook of a reducer is this one's: the hooks are FSDP2's."""
         return False
 
     @property
     def backwards(self) -> int:
+        """No count: FSDP2 ends a backward by itself, also one whose loss has none of the parameters."""
         return 0
 
     def end_backward(self) -> None:
-        """Nothing: FSDP2's exchanges are those of its modules."""
+        """A rank without a backward owes nothing: every rank calls the same layers, as FSDP2 asks."""
 
     def abandon_backward(self, error: Exception) -> None:
-        """Nothing: the others hear of it before the next of FSDP2's exchanges."""
+        """The others hear of it before the next of FSDP2's exchanges, and leave that out."""
 
     def send_values(self) -> None:
-        """Nothing: no other rank has this one's parts."""
+        """No other rank keeps this one's parts: FSDP2 gathers them anew."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.local.zero_grad(set_to_none)
@@ -176,7 +182,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
             )
 
     def _check_parameters(self) -> None:
-        """Nothing: FSDP2 has all of them, and checks them itself."""
+        """FSDP2 checks them itself, at the next forward."""
 
     def _norm_of_sums(self) -> Tensor:
         self._check_synced()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,8 +57,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     bucket and frees it. A bucket is exchanged while backward goes on with the next. New parameters are sent when `step`
     ends and arrive while the next forward runs: the elements of the model's outermost `ModuleList`s and `Sequential`s
     wait for their parameters when they are called, any other module for what it has outside of these. Whoever reads
-    parameters without calling the modules that hold them calls `wait()` first; `state_dict` and `load_state_dict` of
-    the model do.
+    parameters without calling the modules that hold them, or copies the model, calls `wait()` first; `state_dict` and
+    `load_state_dict` of the model do.
 
     Stage 3 is torch's FSDP2: `fully_shard` on the same layers and the model, with this optimizer on each rank's rows of
     every parameter; a mesh of two dimensions (replicas, shards) divides among the second and copies along the first
@@ -470,15 +471,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 def _drop_with(model: torch.nn.Module, optimizer: ShardedOptimizer) -> None:
     """Has the model's zero_grad() drop what is no parameter's `grad`, as long as there is the optimizer."""
-    of_grads, reference = model.zero_grad, weakref.ref(optimizer)
+    of_grads, of_model, reference = model.zero_grad, weakref.ref(model), weakref.ref(optimizer)
 
-    def zero_grad(set_to_none: bool = True) -> None:
+    def zero_grad(self: torch.nn.Module, set_to_none: bool = True) -> None:
+        if self is not of_model():  # a copy, which has no optimizer
+            type(self).zero_grad(self, set_to_none)
+            return
         of_grads(set_to_none)
-        of_model = reference()
-        if of_model is not None:
-            of_model.zero_grad()
+        if (alive := reference()) is not None:
+            alive.zero_grad()
 
-    model.zero_grad = zero_grad  # type: ignore[method-assign]
+    # As a bound method, which a deep copy of the model has for itself.
+    model.zero_grad = types.MethodType(zero_grad, model)  # type: ignore[method-assign]
 
 
 def _into_bucket(bucket: Bucket, device: torch.device, group: dist.ProcessGroup) -> Tensor:
