@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from memkernels.optim.checks import check_number
 from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, through_moment
 from memkernels.optim.local import is_distributed
 from memkernels.optim.optimizer import Moment
-from memkernels.optim.rows import through_whole
+from memkernels.optim.rows import through_whole, waves
 
 # The dtype of products; elsewhere bfloat16. Processors without products of bfloat16 take longer for them.
 _PRODUCTS = {"cpu": torch.float32}
@@ -36,7 +36,8 @@ class Muon(DirectedOptimizer):
     its first moment. The products are in bfloat16 on GPUs, as torch's are, and in float32 on CPU. A step takes four
     matrices of a parameter's size, one parameter at a time. Of DTensors, as FSDP2 makes them, each rank has rows of b;
     u comes together on one rank, each rank having another matrix at a time, and O(u) goes back by rows, for which a
-    rank has u of all of its rows too. Embeddings, heads, norms and biases are for `AdamW`::
+    rank has u of all of its rows too. States that are offloaded are in memory for as many matrices as ranks at a time.
+    Embeddings, heads, norms and biases are for `AdamW`::
 
         matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
         others = [p for p in model.parameters() if all(p is not of for of in matrices)]
@@ -109,6 +110,16 @@ class Muon(DirectedOptimizer):
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         return {}
 
+    def _together(self, chosen: dict[int, Tensor]) -> Iterator[dict[int, Tensor]]:
+        """Of matrices whose rows are divided those that the ranks orthogonalise at the same time."""
+        divided = sorted(
+            ((place, param) for place, param in chosen.items() if is_distributed(param)),
+            key=lambda of: _largest_first(*of),
+        )
+        yield from super()._together({place: param for place, param in chosen.items() if not is_distributed(param)})
+        for wave in waves([param for _, param in divided]):
+            yield dict(divided[wave])
+
     def _step_along(self, several: Sequence[Stored], group: dict[str, Any]) -> None:
         def direction_of(u: Tensor) -> Tensor:
             return orthogonal(u, group["ns_coefficients"], group["ns_steps"], group["eps"])
@@ -117,8 +128,7 @@ class Muon(DirectedOptimizer):
             (of,) = several
             self._along(of, direction_of(self._ahead(of, group)), group)
             return
-        # The largest first: those that ranks compute at the same time are about as large.
-        several = sorted(several, key=lambda of: (-of.whole.numel(), of.place))
+        several = sorted(several, key=lambda of: _largest_first(of.place, of.whole))
         ahead = [self._ahead(of, group) for of in several]
         for of, rows in zip(several, through_whole(direction_of, ahead, [of.whole for of in several]), strict=True):
             self._along(of, rows, group)
@@ -135,6 +145,11 @@ class Muon(DirectedOptimizer):
         lr = float(group["lr"])
         size = lr * adjustment(group["adjust_lr_fn"], of.whole.shape)
         step_along(of, direction, group, size=size, decay=lr * group["weight_decay"])
+
+
+def _largest_first(place: int, matrix: Tensor) -> tuple[int, int]:
+    """Those that ranks have at the same time are about as large."""
+    return -matrix.numel(), place
 
 
 def orthogonal(u: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -171,12 +171,19 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         if self.tiers is None and self.gradient_tiers is None:
             self._step_in_memory(group, chosen, scale)
             return
-        params = list(chosen.values())
-        for i, (index, param) in enumerate(chosen.items()):
-            following = [*params[i + 1 :], *then]
+        together = list(self._together(chosen))
+        following = [*(param for several in together for param in several.values()), *then]
+        for several in together:
             with ExitStack() as fetched:
-                self._fetch(param, following, fetched)
-                self._step_in_memory(group, {index: param}, scale)
+                for param in several.values():
+                    following = following[1:]
+                    self._fetch(param, following, fetched)
+                self._step_in_memory(group, several, scale)
+
+    def _together(self, chosen: dict[int, Tensor]) -> Iterator[dict[int, Tensor]]:
+        """The parameters of a step in the order that they are stepped in, by those that tiers lend at a time."""
+        for index, param in chosen.items():
+            yield {index: param}
 
     def _fetch(self, param: Tensor, then: Sequence[Tensor], fetched: ExitStack) -> None:
         """Has what tiers hold of a parameter in memory until `fetched` is closed; `then` come next."""

@@ -44,15 +44,21 @@ def through_whole(
         function: gives a matrix of the same shape and dtype.
         parameters: in whose shapes and by whose division the matrices are.
     """
+    for wave in waves(parameters):
+        shapes = [parameter.shape for parameter in parameters[wave]]
+        yield from _wave(function, parts[wave], shapes, group_of_rows(parameters[wave.start]))
+
+
+def waves(parameters: Sequence[Tensor]) -> Iterator[slice]:
+    """Which of them come together at a time, each on another rank."""
     groups = [group_of_rows(parameter) for parameter in parameters]
     at = 0
-    while at < len(parts):
+    while at < len(groups):
         group, end = groups[at], at + 1
-        most = min(at + dist.get_world_size(group), len(parts))
+        most = min(at + dist.get_world_size(group), len(groups))
         while end < most and groups[end] is group:
             end += 1
-        wave = range(at, end)
-        yield from _wave(function, [parts[i] for i in wave], [parameters[i].shape for i in wave], group)
+        yield slice(at, end)
         at = end
 
 

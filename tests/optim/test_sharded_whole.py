@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from memkernels import micro_batch, optim
-from memkernels.optim import ShardedOptimizer
+from memkernels.optim import ShardedOptimizer, muon
 from memkernels.optim.local import local_of
 
 BUCKET = 9000  # bytes: several buckets, and parameters larger than one
@@ -302,6 +302,7 @@ def by_rows(mesh_shape, folder):
             optim.save_checkpoint(folder / f"{name}-{len(mesh_shape)}", model, sharded[0])
     if len(mesh_shape) == 1:
         on_two_meshes(mesh)
+        offloaded(mesh, folder)
         refused(mesh)
         round_trip(folder)
 
@@ -329,6 +330,29 @@ def on_two_meshes(mesh):
         optim.Muon(params, lr=0.1).step()
     for whole, rows in zip(alone, divided, strict=True):
         torch.testing.assert_close(rows.full_tensor(), whole.detach(), rtol=1e-5, atol=1e-6)
+
+
+def offloaded(mesh, folder):
+    """Muon's states on disk: the bits of those in memory, and every rank makes as many directions."""
+    made = []
+    orthogonal = muon.orthogonal
+    muon.orthogonal = lambda *of: made.append(of) or orthogonal(*of)
+    results = []
+    for tier in (None, "disk"):
+        rows = [torch.randn(6 + i, 8, generator=torch.Generator().manual_seed(i)) for i in range(2 * mesh.size())]
+        params = [torch.nn.Parameter(distribute_tensor(of, mesh, [Shard(0)])) for of in rows]
+        optimizer = optim.Muon(params, lr=0.1)
+        if tier is not None:
+            optim.offload_states(optimizer, tier, path=folder, min_bytes=1)
+        for _ in range(2):
+            for param in params:
+                param.grad = param.detach().sin()
+            optimizer.step()
+        results.append(params)
+    muon.orthogonal = orthogonal
+    assert len(made) == 2 * 2 * 2
+    for in_memory, on_disk in zip(*results, strict=True):
+        assert torch.equal(local_of(in_memory), local_of(on_disk))
 
 
 def refused(mesh):
