@@ -5,6 +5,7 @@
 #define MEMKERNELS_IMPL(name) m.impl(#name, &memkernels::KernelTable<#name>::call)
 
 STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
+  MEMKERNELS_IMPL(adafactor_);
   MEMKERNELS_IMPL(adamw_);
   MEMKERNELS_IMPL(attention_bwd);
   MEMKERNELS_IMPL(attention_fwd);
@@ -13,6 +14,8 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(expert_activation_bwd);
   MEMKERNELS_IMPL(expert_activation_bwd_);
   MEMKERNELS_IMPL(expert_activation_fwd);
+  MEMKERNELS_IMPL(factored_square_sum);
+  MEMKERNELS_IMPL(factored_squares);
   MEMKERNELS_IMPL(fp8_decode_);
   MEMKERNELS_IMPL(fp8_encode_);
   MEMKERNELS_IMPL(gated_activation_bwd);

@@ -58,17 +58,25 @@ inline void update_run(const Update& update, int64_t first, int64_t count, float
   (moments.end(), ...);
 }
 
+// A gradient as `update_range` takes it: at(first, count) are its elements from `first` on.
+template <typename T>
+struct PlainGradient {
+  const T* data;
+
+  const T* at(int64_t first, int64_t) const { return data + first; }
+};
+
 // Elements [first, last) of a parameter, `first` a multiple of 256.
-template <typename Update, typename T, typename Parameter, typename... Moments>
-void update_range(const Update& update, int64_t first, int64_t last, float grad_scale, const T* grad,
+template <typename Update, typename Gradient, typename Parameter, typename... Moments>
+void update_range(const Update& update, int64_t first, int64_t last, float grad_scale, Gradient gradient,
                   Parameter parameter, Moments... moments) {
   for (; first + kRun <= last; first += kRun) {
-    update_run(update, first, kRun, grad_scale, grad + first, parameter.at(first), moments.at(first)...);
+    update_run(update, first, kRun, grad_scale, gradient.at(first, kRun), parameter.at(first), moments.at(first)...);
   }
   if (first == last) return;
   padded(
-      last - first, grad + first,
-      [&](const T* grad_run, auto... copies) {
+      last - first, gradient.at(first, last - first),
+      [&](const auto* grad_run, auto... copies) {
         update_run(update, first, last - first, grad_scale, grad_run, copies...);
       },
       parameter.at(first), moments.at(first)...);
@@ -136,19 +144,25 @@ void for_each_range(const Group& group, const Body& body) {
   });
 }
 
-// A step of every parameter of a group by rule.at(step), an update; a moment for each of kSigned.
-template <bool... kSigned, typename Rule>
-void step_group(const Group& group, const Rule& rule) {
+// A step of every parameter of a group by rule.at(step), an update; a moment for each of kSigned. gradient_of(elements)
+// is the gradient that counts.
+template <bool... kSigned, typename Rule, typename GradientOf>
+void step_group(const Group& group, const Rule& rule, const GradientOf& gradient_of) {
   const float grad_scale = group.grad_scale * (group.grad_factor == nullptr ? 1.0f : *group.grad_factor);
   for_each_range(group, [&](const Slot& slot, int64_t first, int64_t last) {
     auto update = rule.at(slot.step);
     if (group.lr_factor != nullptr) update = update.scaled(*group.lr_factor);
     with_parameter(group, slot, [&](const auto* grad, auto parameter) {
       with_moments<kSigned...>(group, slot, [&](auto... moments) {
-        update_range(update, first, last, grad_scale, grad, parameter, moments...);
+        update_range(update, first, last, grad_scale, gradient_of(grad), parameter, moments...);
       });
     });
   });
+}
+
+template <bool... kSigned, typename Rule>
+void step_group(const Group& group, const Rule& rule) {
+  step_group<kSigned...>(group, rule, []<typename T>(const T* grad) { return PlainGradient<T>{grad}; });
 }
 
 }  // namespace CPU_CAPABILITY

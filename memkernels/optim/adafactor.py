@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from memkernels._library import has_kernel
 from memkernels.optim.checks import check_number
-from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, through_moment
-from memkernels.optim.operators import square_sum
+from memkernels.optim.clipping import as_number
+from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, step_arguments, through_moment
+from memkernels.optim.operators import factored_squares, square_sum, step_group
 from memkernels.optim.optimizer import Moment
 from memkernels.optim.rows import sum_over_ranks
+
+_LEAST_LR = 1e-30  # which the length of a step is divided by, to be multiplied by it again
 
 
 class Adafactor(DirectedOptimizer):
@@ -30,8 +34,9 @@ class Adafactor(DirectedOptimizer):
 
     R and C take 4 (1 / M + 1 / N) bytes a parameter of a matrix (M, N), V of a vector 4, in float32; m takes 4, 2,
     1 + 4 / 256 or 1/2 + 4 / 128 bytes at 32, 16, 8 or 4 state_bits, stored as `AdamW` stores its first moment, and
-    nothing without beta1. A step takes three tensors of a parameter's size in float32, one parameter at a time, and on
-    a GPU waits for none. Of DTensors, as FSDP2 makes them, each rank has rows of R, V and m, and all of C.
+    nothing without beta1. A step on a CPU reads the gradient three times and makes nothing of a parameter's size; on a
+    GPU it takes three tensors of that size in float32, one parameter at a time, and waits for none. Of DTensors, as
+    FSDP2 makes them, each rank has rows of R, V and m, and all of C.
     Checkpoints of `torch.optim.Adafactor` load, and torch's loads those without beta1. `params`, `maximize`,
     `state_bits`, `rounding` and `seed`, the step's arguments and what is raised are those of `AdamW`.
 
@@ -96,42 +101,62 @@ class Adafactor(DirectedOptimizer):
             self._step_one(of, group)
 
     def _step_one(self, of: Stored, group: dict[str, Any]) -> None:
-        lr, (least, least_rms), beta1 = float(group["lr"]), group["eps"], group["beta1"]
+        lr, (least, least_rms) = as_number(group["lr"]), group["eps"]
         least = torch.finfo(of.param.dtype).eps if least is None else least
-        grad = of.grad.float() * of.scale
-        u = scaled(grad, of.state, of.step ** group["beta2_decay"], least, of.whole)
-        alpha = rms(of.param, of.whole).clamp(min=least_rms) * min(lr, of.step**-0.5)
-        size: float | Tensor = alpha / (rms(u, of.whole) / group["d"]).clamp(min=1.0)
-        if beta1 is not None:
-            u = through_moment(of, "exp_avg", u, group, scale=size, momentum=beta1, dampening=beta1, nesterov=False)
-            size = 1.0
-        step_along(of, u, group, size=size, decay=lr * group["weight_decay"])
+        native = has_kernel("adafactor_", of.param)
+        grad, scale = (of.grad, float(of.scale)) if native else (of.grad.float() * of.scale, 1.0)
+        rows, columns = factors(grad, scale, of, of.step ** group["beta2_decay"], least)
+        most = 1 / least if least else math.inf
+        if native:
+            square = torch.ops.memkernels.factored_square_sum(grad, rows, columns, scale, most)
+        else:
+            square = square_sum([grad.mul_((rows * columns).clamp_(max=most))])
+        alpha = rms(square_sum([of.param]), of.whole).clamp(min=least_rms) * _smaller(lr, of.step**-0.5)
+        size = alpha / (rms(square, of.whole) / group["d"]).clamp(min=1.0)
+        if native:
+            moments = () if group["beta1"] is None else ("exp_avg",)
+            numbers = {
+                "lr": lr, "beta1": float(group["beta1"] or 0.0), "weight_decay": float(group["weight_decay"]),
+                "rows": rows, "columns": columns, "most": most,
+            }  # fmt: skip
+            step_group("adafactor", [], step_arguments(of, grad, group, moments, size * scale), numbers)
+            return
+        if group["beta1"] is not None:
+            grad = through_moment(
+                of, "exp_avg", grad, group, scale=size, momentum=group["beta1"], dampening=group["beta1"],
+                nesterov=False,
+            )  # fmt: skip
+            size = torch.ones_like(size)
+        lr = lr.clamp(min=_LEAST_LR) if isinstance(lr, Tensor) else max(lr, _LEAST_LR)
+        step_along(of, grad, group, lr=lr, size=size / lr)
 
 
-def scaled(grad: Tensor, state: dict[str, Any], c: float, least: float, whole: Tensor) -> Tensor:
-    """g / sqrt(max(V, least^2)), with the new V of the state; g, which is float32 or wider, is overwritten by it.
+def factors(grad: Tensor, scale: float, of: Stored, c: float, least: float) -> tuple[Tensor, Tensor]:
+    """What the rows of (scale g) are multiplied by, and what its columns, for those of g / sqrt(V), with the new V of
+    the state; of a vector 1, and what its elements are. What is larger than 1 / least counts as that.
 
-    Of a DTensor `whole` all but it are this rank's rows; the columns of a matrix are those of all ranks' rows.
+    Of a DTensor all are this rank's rows; the columns of a matrix are those of all ranks' rows.
     """
     if grad.dim() < 2:
-        variance = state["variance"]
-        variance.lerp_(grad * grad, c)
-        denominator = variance.clone()
-    else:
-        rows, columns, count = state["row_var"], state["col_var"], whole.shape[-2]
-        squares = [torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_() for dim in (-1, -2)]
-        rows.lerp_(squares[0].div_(grad.shape[-1]), c)
-        total, of_columns = rows.sum(-2, keepdim=True), squares[1]
-        if grad.dim() == 2:  # otherwise whole matrices are divided
-            sums = sum_over_ranks(torch.cat((total, of_columns), dim=1), whole)
-            total, of_columns = sums.split((1, sums.shape[1] - 1), dim=1)
-        columns.lerp_(of_columns / count, c)
-        denominator = rows @ columns
-        denominator.div_((total / count).clamp_(min=least))
-    return grad.mul_(denominator.clamp_(min=least * least).rsqrt_())
+        variance = of.state["variance"]
+        _, squares = factored_squares(grad.view(1, 1, -1), scale)
+        variance.lerp_(squares.view(variance.shape), c)
+        return variance.new_ones(()), variance.rsqrt()
+    rows, columns, count = of.state["row_var"], of.state["col_var"], of.whole.shape[-2]
+    of_rows, of_columns = factored_squares(grad.view(math.prod(grad.shape[:-2]), *grad.shape[-2:]), scale)
+    rows.lerp_(of_rows.view(rows.shape).div_(grad.shape[-1]), c)
+    total, of_columns = rows.sum(-2, keepdim=True), of_columns.view(columns.shape)
+    if grad.dim() == 2:  # otherwise whole matrices are divided
+        sums = sum_over_ranks(torch.cat((total, of_columns), dim=1), of.whole)
+        total, of_columns = sums.split((1, sums.shape[1] - 1), dim=1)
+    columns.lerp_(of_columns / count, c)
+    return (rows / (total / count).clamp_(min=least)).rsqrt_(), columns.rsqrt()
 
 
-def rms(local: Tensor, whole: Tensor) -> Tensor:
-    """The root of the mean square of a tensor of which `local` is this rank's part, 0-dim float32."""
-    square = sum_over_ranks(square_sum([local]), whole)
-    return (square / max(1, whole.numel())).sqrt().float()
+def rms(square: Tensor, whole: Tensor) -> Tensor:
+    """The root of the mean square of a tensor by the sum of the squares of this rank's part, 0-dim float32."""
+    return (sum_over_ranks(square, whole) / max(1, whole.numel())).sqrt().float()
+
+
+def _smaller(lr: float | Tensor, other: float) -> float | Tensor:
+    return lr.clamp(max=other) if isinstance(lr, Tensor) else min(lr, other)

@@ -45,6 +45,11 @@ def is_on_gpu(number: Any) -> TypeGuard[Tensor]:
     return isinstance(number, Tensor) and number.numel() == 1 and number.device.type != "cpu"
 
 
+def as_number(value: float | Tensor) -> float | Tensor:
+    """A number; of a tensor on a GPU itself, as 0-dim float32."""
+    return value.float().reshape(()) if is_on_gpu(value) else float(value)
+
+
 def divided(scale: float | Tensor, by: float | Tensor) -> float | Tensor:
     """scale / by, float32 on its device where `by` is a tensor on a GPU; of one on CPU the number is taken."""
     if is_on_gpu(by):

@@ -112,13 +112,23 @@ def through_moment(
     return result
 
 
-def step_along(of: Stored, direction: Tensor, group: dict[str, Any], *, size: float | Tensor, decay: float) -> None:
-    """param = param (1 - decay) - size direction; the direction is rounded to the parameter's dtype."""
-    direction = direction.to(of.param.dtype).contiguous()
+def step_along(
+    of: Stored, direction: Tensor, group: dict[str, Any], *, lr: float | Tensor, size: float | Tensor
+) -> None:
+    """param = param (1 - lr weight_decay) - lr size direction; the direction is rounded to the parameter's dtype."""
+    numbers = {
+        "lr": lr, "momentum": 0.0, "dampening": 0.0, "weight_decay": float(group["weight_decay"]), "nesterov": False,
+    }  # fmt: skip
+    step_group("sgd", [], step_arguments(of, direction.to(of.param.dtype).contiguous(), group, (), size), numbers)
+
+
+def step_arguments(
+    of: Stored, grad: Tensor, group: dict[str, Any], moments: Sequence[str], scale: float | Tensor
+) -> tuple[Any, ...]:
+    """Those of an operator up to its hyperparameters, for a step of one parameter with these moments."""
+    absmax = [of.state[f"{key}_absmax"] for key in moments if f"{key}_absmax" in of.state]
     remainders = [of.state["remainder"]] if "remainder" in of.state else []
-    numbers = {"lr": 1.0, "momentum": 0.0, "dampening": 0.0, "weight_decay": decay, "nesterov": False}
-    arguments: tuple[Any, ...] = (
-        [of.param], [direction], [], [], remainders, [of.step], [of.place], [of.origin], group["seed"],
-        group["state_bits"], size,
+    return (
+        [of.param], [grad], [of.state[key] for key in moments], absmax, remainders, [of.step], [of.place], [of.origin],
+        group["seed"], group["state_bits"], scale,
     )  # fmt: skip
-    step_group("sgd", [], arguments, numbers)

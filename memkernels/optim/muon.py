@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from memkernels.optim.checks import check_number
+from memkernels.optim.clipping import as_number
 from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, through_moment
 from memkernels.optim.local import is_distributed
 from memkernels.optim.optimizer import Moment
@@ -142,9 +143,8 @@ class Muon(DirectedOptimizer):
         return u.to(_PRODUCTS.get(u.device.type, torch.bfloat16))
 
     def _along(self, of: Stored, direction: Tensor, group: dict[str, Any]) -> None:
-        lr = float(group["lr"])
-        size = lr * adjustment(group["adjust_lr_fn"], of.whole.shape)
-        step_along(of, direction, group, size=size, decay=lr * group["weight_decay"])
+        size = adjustment(group["adjust_lr_fn"], of.whole.shape)
+        step_along(of, direction, group, lr=as_number(group["lr"]), size=size)
 
 
 def _largest_first(place: int, matrix: Tensor) -> tuple[int, int]:

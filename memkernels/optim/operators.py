@@ -31,6 +31,20 @@ _GROUP = (
 define(f"adamw_({_GROUP}, float beta1, float beta2, float eps, float weight_decay) -> ()")
 define(f"lion_({_GROUP}, float beta1, float beta2, float weight_decay) -> ()")
 define(f"sgd_({_GROUP}, float momentum, float dampening, float weight_decay, bool nesterov) -> ()")
+# Of matrices (B, M, N): csrc/cpu/adafactor.cpp.
+define(
+    "factored_squares(Tensor grad, float scale) -> (Tensor, Tensor)",
+    lambda grad, scale: (
+        grad.new_empty((*grad.shape[:2], 1), dtype=torch.float32),
+        grad.new_empty((grad.shape[0], 1, grad.shape[2]), dtype=torch.float32),
+    ),
+)
+define(
+    "factored_square_sum(Tensor grad, Tensor rows, Tensor columns, float scale, float most) -> Tensor",
+    lambda grad, rows, columns, scale, most: grad.new_empty((), dtype=torch.float64),
+)
+# Of one parameter, with a moment or none.
+define(f"adafactor_({_GROUP}, float beta1, float weight_decay, Tensor rows, Tensor columns, float most) -> ()")
 # The sum of the squares of all elements, float64.
 define("square_sum(Tensor[] tensors) -> Tensor", lambda tensors: tensors[0].new_empty((), dtype=torch.float64))
 
@@ -56,3 +70,12 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
     if all(has_kernel("square_sum", tensor) for tensor in tensors):
         return torch.ops.memkernels.square_sum(tensors)
     return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()
+
+
+def factored_squares(grad: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The sums of (scale g)^2 over the last dimension of grad (B, M, N), and over the one before it, as (B, M, 1) and
+    (B, 1, N) in float32."""
+    if has_kernel("factored_squares", grad):
+        return torch.ops.memkernels.factored_squares(grad, scale)
+    by_rows, by_columns = (torch.linalg.vector_norm(grad, dim=dim, keepdim=True) for dim in (-1, -2))
+    return by_rows.mul_(scale).square_(), by_columns.mul_(scale).square_()

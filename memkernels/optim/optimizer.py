@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from memkernels.optim import checks
-from memkernels.optim.clipping import clip_factor, divided, is_on_gpu, total_norm
+from memkernels.optim.clipping import as_number, clip_factor, divided, is_on_gpu, total_norm
 from memkernels.optim.codes import new_moment
 from memkernels.optim.loading import Loaded, prepare
 from memkernels.optim.local import as_parameter, first_element, is_distributed, local_of
@@ -216,8 +216,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             -scale if group["maximize"] else scale,
         )
         numbers = {
-            name: value.float().reshape(()) if name == "lr" and is_on_gpu(value) else _number(value)
-            for name, value in self._numbers(group).items()
+            name: as_number(value) if name == "lr" else _number(value) for name, value in self._numbers(group).items()
         }
         step_group(self.operator, [signed for _, signed in moments], arguments, numbers)
         for param, value, state in zip(params, dense, states, strict=True):

@@ -373,7 +373,28 @@ def _optimizers() -> list[Call]:
         right = lists | scalars | scales | options[operator]
         calls.append(Call(operator, right, wrong | numbers))
     tensors = [_floats(5), _floats(7).bfloat16()]
+    calls += _adafactor(next(of for of in calls if of.operator == "sgd_"))
     return [*calls, Call("square_sum", {"tensors": tensors}, {"tensors": [[tensors[0], tensors[1].double()]]})]
+
+
+def _adafactor(of_sgd: Call) -> list[Call]:
+    """Of one parameter, with the moment of SGD's first."""
+    factors = {"rows": _floats(2, 30, 1), "columns": _floats(2, 1, 5)}
+    of_factors = {
+        "rows": [(2, 29, 1), (59,), (0,), strided(factors["rows"]), DOUBLE],
+        "columns": [(2, 1, 6), (7, 1, 5), (0,), strided(factors["columns"]), DOUBLE],
+    }
+    grad = {"grad": _floats(2, 30, 5)}
+    first = {name: value[:1] if isinstance(value, list) else value for name, value in of_sgd.arguments.items()}
+    step = first | {"absmax": [torch.zeros(2)], "beta1": 0.9, "most": 1e3} | factors
+    for name in ("momentum", "dampening", "nesterov"):
+        del step[name]
+    wrong = {name: _spoilt(step[name]) for name in ("params", "grads", "moments", "absmax")}
+    return [
+        Call("factored_squares", grad | {"scale": 0.5}, {"grad": [(30, 5), DOUBLE]}),
+        Call("factored_square_sum", grad | factors | {"scale": 0.5, "most": 1e3}, {"grad": [DOUBLE]} | of_factors),
+        Call("adafactor_", step, wrong | of_factors | {"origins": [[], [1], [-256], [0, 256]], "steps": [[], [1, 2]]}),
+    ]
 
 
 CALLS = [

@@ -1,13 +1,16 @@
 """optim.Muon and optim.Adafactor: against float64, torch's own, and at every width and rounding."""
 
+import contextlib
 import copy
+import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memkernels import optim
-from memkernels.optim import codes, muon, rounding
-from memkernels.testing import assert_within_factor_two, implementations
+from memkernels.optim import adafactor, codes, muon, operators, rounding
+from memkernels.testing import assert_within_factor_two, implementations, peak_bytes
 
 on_every_implementation = pytest.mark.parametrize("implementation", implementations("sgd_"), ids=str)
 every_width = pytest.mark.parametrize("bits", [32, 16, 8, 4])
@@ -120,6 +123,57 @@ def test_two_steps_against_float64(implementation, rule, bits):
                     nearest = codes.decode(*codes.encode(plain_states[key], bits, True), bits, True, param.shape)
                     error, least = ((x - exact_states[key]).abs() for x in (value, nearest))
                     assert (error <= least + 1e-5 * exact_states[key].abs()).all(), (key, i)
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """Adafactor as on a GPU."""
+    for module in (adafactor, operators):
+        monkeypatch.setattr(module, "has_kernel", lambda *_: False)
+
+
+@every_width
+@pytest.mark.parametrize("rule", ["adafactor", "adafactor, moment"])
+def test_adafactor_where_no_kernel_runs(no_kernel, rule, bits):
+    test_two_steps_against_float64(types.SimpleNamespace(active=contextlib.nullcontext), rule, bits)
+
+
+class Reads(TorchDispatchMode):
+    """Raises where the host asks for the value of a tensor."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.place = tensor.data_ptr()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        read = function is torch.ops.aten._local_scalar_dense.default and args[0].data_ptr() == self.place
+        assert not read, "a GPU would be waited for"
+        return function(*args, **(kwargs or {}))
+
+
+@every_rule
+@pytest.mark.parametrize("rate", [0.05, 0.0])
+def test_no_step_waits_for_a_learning_rate_on_a_gpu(no_kernel, monkeypatch, rule, rate):
+    cls, shapes, options = RULES[rule]
+    ours, theirs = parameters(shapes), parameters(shapes)
+    lr = torch.tensor(rate)
+    monkeypatch.setattr("memkernels.optim.clipping.is_on_gpu", lambda number: number is lr)
+    optimizers = [cls(params, **options | {"lr": of}) for params, of in ((ours, lr), (theirs, rate))]
+    with Reads(lr):
+        train(optimizers[0], ours, 2)
+    train(optimizers[1], theirs, 2)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+
+
+def test_adafactor_makes_no_tensor_of_a_parameters_size():
+    """Where its kernel runs; of conv's weights, too, whose matrices are small."""
+    shapes = ((512, 700), (40, 30, 90))
+    for dtype in (torch.float32, torch.bfloat16):
+        params = parameters(shapes, dtype)
+        optimizer = optim.Adafactor(params, beta1=0.9, state_bits=8)
+        train(optimizer, params, 1)
+        assert peak_bytes(optimizer.step) < 0.2 * params[0].nbytes
 
 
 @on_every_implementation

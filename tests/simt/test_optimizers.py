@@ -212,7 +212,7 @@ def test_a_number_of_a_tensor_is_the_learning_rate(simt, native, rule):
 )
 def test_optimizers_step_by_the_kernels(calls, monkeypatch, cls, lr):
     monkeypatch.setattr(
-        "memkernels.optim.optimizer.is_on_gpu", lambda number: number is lr and isinstance(lr, torch.Tensor)
+        "memkernels.optim.clipping.is_on_gpu", lambda number: number is lr and isinstance(lr, torch.Tensor)
     )
     params = [torch.nn.Parameter(normal(700, 1)), torch.nn.Parameter(normal((30, 7), 2).bfloat16())]
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
