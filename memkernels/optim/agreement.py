@@ -18,7 +18,7 @@ class RankFailure(RuntimeError):
 
 @contextmanager
 def exchanging() -> Iterator[None]:
-    """Has collectives that fail within it raise RankFailure, unless for memory."""
+    """Has collectives that fail within it raise RankFailure, unless for memory, which they take before they begin."""
     try:
         yield
     except RuntimeError as error:
@@ -57,10 +57,19 @@ def wait_for(work: dist.Work) -> None:
     """Waits for what was started.
 
     Raises:
-        RankFailure: it failed.
+        RankFailure: it failed; or memory ran out on this rank where others may have its half already, so that they
+            would wait for the rest of it while this one went on. As it ends, they are told.
     """
-    with exchanging():
-        work.wait()
+    try:
+        with exchanging():
+            work.wait()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RankFailure(
+            "memory ran out on this rank within an exchange with the others, who wait for it until this process ends:"
+            " go on from the last checkpoint."
+        ) from error
 
 
 def backends_of(group: dist.ProcessGroup) -> dict[str, str]:

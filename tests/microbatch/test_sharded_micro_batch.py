@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import time
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from ranks import run_ranks
 from memkernels import micro_batch, optim
 from memkernels.microbatch import run
 from memkernels.optim import ShardedOptimizer
+from memkernels.optim.sharded import reduction
 
 LIMIT = 2  # rows of a part
 
@@ -108,6 +110,7 @@ def parts_of_a_batch(folder, rows, stages=(1, 2, 3)):
         if stage < 3:
             no_memory_to_exchange(stage, rank, rows, expected)
             no_gradient(stage, rank)
+    memory_runs_out_within_an_exchange(rank)
     dies(rank)
     (folder / "all").touch()
     os._exit(0)
@@ -202,6 +205,20 @@ def no_gradient(stage, rank):
     micro_batch((lambda *_: other * 2) if rank else step, batch_of(2, rank), optimizer=optimizer)
     assert optimizer.clip_grad_norm_(1e9) > 0
     assert other.grad == (2 if rank else None)
+
+
+def memory_runs_out_within_an_exchange(rank):
+    """Half of it may have been sent: the rank does not go on with smaller parts, nor wait for the others."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    model, sizes = Model(), []
+    optimizer = ShardedOptimizer(model, optim.SGD, stage=2, process_group=group, lr=1.0, bucket_bytes=8000)
+    full = mock.Mock(**{"wait.side_effect": RuntimeError("DefaultCPUAllocator: not enough memory")})
+    started = time.monotonic()
+    begins = mock.patch.object(reduction, "start", return_value=full) if rank else contextlib.nullcontext()
+    with begins, pytest.raises(optim.RankFailure, match="memory ran out on this rank" if rank else "did not answer"):
+        micro_batch(make_step(model, sizes), batch_of(2, rank), optimizer=optimizer)
+    assert sizes == [2] and time.monotonic() - started < (2 if rank else 60)
+    dist.barrier()
 
 
 def dies(rank):
