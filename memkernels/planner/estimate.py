@@ -113,7 +113,7 @@ def estimate(
             return step.small_gradients if parts > 1 else moment.gradients
         return _gradients(moment, technique, sizes, parts, ranks)
 
-    states = _States(technique, sizes.states[technique.state_bits], ranks, on_host)
+    states = _States(technique, sizes.states[technique.state_bits].at_stage(stage, ranks), on_host)
     moments = step.tiered[parts > 1] if to_tier and not stage else step.moments
     kept = [(of, gradients_at(of), exchanged(of.gradients)) for of in moments]
     if technique.step_in_backward:
@@ -139,7 +139,7 @@ def estimate(
     )
     staged = 0
     if on_host:  # in staging blocks, besides which a parameter's states, or its sum until it is written anew, are lent
-        of_states = min(states.moved, STAGING_BYTES + sizes.states[technique.state_bits].largest)
+        of_states = min(states.moved, STAGING_BYTES + states.largest)
         of_gradients = min(sums.moved, STAGING_BYTES) + (sums.largest if parts > 1 or stage else 0)
         blocks = (min(step.moved, STAGING_BYTES), of_states, of_gradients)
         staged = sum(of for of, (tier, _, _) in zip(blocks, moved, strict=True) if tier == "disk")
@@ -163,18 +163,16 @@ def estimate(
 
 
 class _States:
-    """A rank's states of the optimizer: bytes that are kept in memory, and bytes that move to a tier."""
+    """A rank's states of the optimizer: bytes that are kept in memory, bytes that move to a tier, and of those the most
+    that is lent at a time."""
 
-    def __init__(self, technique: Technique, states: PerParameter, ranks: int, on_host: bool) -> None:
-        sharing = ranks if technique.stage else 1
-        states = states.at_stage(technique.stage, ranks)
-        moved = 0 if technique.offload_states == "none" else states.moved
-        self.moved, self.kept = math.ceil(moved / sharing), math.ceil((states.total - moved) / sharing)
-        self._step = 0
-        if moved:  # of a parameter, where it changes, and on a device as it comes, and of those on their way with it
-            of_one = states.largest + (0 if on_host else states.in_flight)
-            # At stages 1 and 2 all of a parameter may be one rank's.
-            self._step = math.ceil(of_one / (ranks if technique.stage == 3 else 1))
+    def __init__(self, technique: Technique, states: PerParameter, on_host: bool) -> None:
+        moves = technique.offload_states != "none"
+        self.moved = states.moved if moves else 0
+        self.kept = states.total - self.moved
+        self.largest = states.largest if moves else 0
+        # Of a parameter, where it changes, and on a device as it comes, and of those on their way with it.
+        self._step = self.largest + (0 if on_host or not moves else states.in_flight)
 
     def fetched(self, update: int) -> int:
         """Bytes within a parameter's step, which takes `update` itself."""

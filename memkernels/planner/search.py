@@ -102,8 +102,8 @@ def plan(
     `optim.ShardedOptimizer`, at stage 3 the parameters outside of layers and of two layers, whole gradients of a layer
     and outside of layers, and FSDP2's copies of those that it sends: at most, as the largest layer is taken for each.
     What is offloaded is with the functions' own limits: staging blocks where the host's memory is planned, tensors on
-    their way where a GPU's is; of states and gradients those of a MiB or more move, at stage 3 those
-    of which a rank's rows take as many.
+    their way where a GPU's is; of states and gradients those of a MiB or more move, with ZeRO those
+    of which a rank's part takes as many: at stages 1 and 2 of the rank that keeps most.
 
     Combinations that fit are ordered by what they cost: bytes to and from disk, those to and from host memory, then
     operations beyond recompute="none", then ZeRO's stage, the number of micro-batches, the bits of the states, and last

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from memkernels.adapters import lora
 from memkernels.integrations import patch
 from memkernels.offload.tensors import plain_parts
-from memkernels.optim.buckets import BUCKET_BYTES
+from memkernels.optim import Muon
 from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.planner.offload import offloading
 from memkernels.planner.optimizers import make_optimizers
@@ -76,7 +78,7 @@ class Sizes:
 
 def trace_model(job: Job, bits: tuple[int, ...]) -> Sizes:
     """Sizes of a job's model and of the optimizer's states, for each of some state_bits."""
-    from memkernels.optim.sharded.layout import make_buckets  # beside torch.distributed, which takes seconds to import
+    from memkernels.planner.sharding import buckets_of, of_most  # with torch.distributed, which takes seconds to import
 
     trace = Trace(job.device)
     with trace.running():
@@ -86,15 +88,23 @@ def trace_model(job: Job, bits: tuple[int, ...]) -> Sizes:
         times = {of: count for layer, count in shortened.layers for of in (*layer.parameters(), *layer.buffers())}
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
+        of_all = list(_repeated(trained, shortened))
 
         def states(width: int) -> PerParameter:
             optimizers = make_optimizers(job.optimizer, trained, times, state_bits=width, rounding=job.rounding)
-            return PerParameter(of for optimizer in optimizers for of in _state_bytes(optimizer, times))
+            found = {of: _state_bytes(of) for of in optimizers}
+            return PerParameter(
+                ((nbytes, times.get(parameter, 1)) for of in found.values() for parameter, nbytes in of.items()),
+                divide=functools.cache(functools.partial(of_most, found, of_all)),
+                gathered=max(
+                    (max(of.values()) for optimizer, of in found.items() if type(optimizer) is Muon), default=0
+                ),
+            )
 
         return Sizes(
             parameters=_bytes([*parameters, *model.buffers()], times),
             trained=_bytes(trained, times),
-            buckets=tuple(of.nbytes for of in make_buckets([("", of, 0) for of in trained], 1, BUCKET_BYTES)),
+            buckets=tuple(bucket.nbytes for bucket in buckets_of(of_all, 1)),
             itemsize=trained[0].element_size(),
             outside=_all_and_trained(parameter for parameter in parameters if parameter not in times),
             largest_layer=max((_all_and_trained(layer.parameters()) for layer, _ in shortened.layers), default=(0, 0)),
@@ -169,12 +179,23 @@ def put_adapters(model: nn.Module, job: Job) -> None:
         lora(model, r=job.rank, base=job.base)
 
 
-def _state_bytes(optimizer: LowMemoryOptimizer, times: dict[Tensor, int]) -> Iterator[tuple[int, int]]:
-    """Of each parameter, and how many equal ones it stands for; the counts of steps are on the host."""
+def _repeated(trained: Sequence[Tensor], shortened: ShortenedStack) -> Iterator[Tensor]:
+    """The parameters as the whole stack has them, those of a layer as often as that stands for layers."""
+    layer_of: dict[Tensor, int] = {
+        parameter: i for i, (layer, _) in enumerate(shortened.layers) for parameter in layer.parameters()
+    }
+    for i, run in groupby(trained, key=lambda parameter: layer_of.get(parameter)):
+        yield from list(run) * (1 if i is None else shortened.layers[i][1])
+
+
+def _state_bytes(optimizer: LowMemoryOptimizer) -> dict[Tensor, int]:
+    """Of each parameter; the counts of steps are on the host."""
+    found = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer._state_of(parameter, group)
-            yield _bytes((of for key, of in state.items() if key != "step"), {}), times.get(parameter, 1)
+            found[parameter] = _bytes((of for key, of in state.items() if key != "step"), {})
+    return found
 
 
 def _all_and_trained(parameters: Iterable[Tensor]) -> tuple[int, int]:

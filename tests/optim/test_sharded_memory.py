@@ -8,6 +8,7 @@ import pytest
 from memkernels.bench.registry import load
 from memkernels.optim.buckets import bytes_exchanged
 from memkernels.planner.estimate import Technique, estimate
+from memkernels.planner.per_parameter import PerParameter
 from memkernels.planner.step import Sizes
 from memkernels.planner.timeline import Moment, Timeline
 
@@ -30,7 +31,7 @@ def test_a_rank_holds_what_the_formulas_say(label):
     states = formula - parameters * {1: 2, 2: 1 + 1 / ranks, 3: 2 / ranks}[stage]
     sizes = Sizes(
         parameters, parameters, (layer,) * LAYERS, case.dtype.itemsize, (0, 0), (layer, layer),
-        {bits: states * ranks}, LAYERS * ELEMENTS,
+        {bits: PerParameter([(states * ranks, 1)])}, LAYERS * ELEMENTS, PerParameter(()),
     )  # fmt: skip
     step = Timeline([Moment(parameters, 0, layer if stage < 3 else 0)], parameters, 1, 0)
     technique = Technique("none", "none", stage, bits, 1, False)

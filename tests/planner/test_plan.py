@@ -4,15 +4,21 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import run_ranks
 
 import memkernels
 from memkernels.cli import main
 from memkernels.offload.session import Policy
+from memkernels.optim import ShardedOptimizer
 from memkernels.optim.buckets import BUCKET_BYTES, bytes_exchanged
+from memkernels.optim.local import local_of
+from memkernels.optim.tiers import TieredState
 from memkernels.planner import stack
 from memkernels.planner.estimate import Technique, estimate
 from memkernels.planner.memory_size import format_bytes, parse_bytes
+from memkernels.planner.optimizers import make_optimizers
 from memkernels.planner.per_parameter import TIER_BYTES, PerParameter
 from memkernels.planner.step import Job, Sizes, trace_model, trace_step
 from memkernels.planner.timeline import Moment, Timeline, timeline
@@ -239,6 +245,58 @@ def test_muon_takes_the_matrices_of_layers_and_adafactor_keeps_means(config):
     assert adafactor == {32: 4 * (means + vectors), 8: 4 * (means + vectors)}
 
 
+def sharded_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 700, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **shape))
+
+
+def offloaded(name, stage, folder):
+    """Bytes of this rank's states that are in memory, and that are on disk."""
+    model = sharded_model()
+    in_layers, name_of = set(model.model.layers.parameters()), {of: name for name, of in model.named_parameters()}
+    made = [
+        (type(of), [name_of[parameter] for parameter in of.param_groups[0]["params"]])
+        for of in make_optimizers(name, list(name_of), in_layers)
+    ]
+    optimizers = [
+        ShardedOptimizer(
+            model, cls, stage=stage, params=list(map(model.get_parameter, names)), process_group=dist.new_group()
+        )
+        for cls, names in made
+    ]
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    model(input_ids=ids, labels=ids).loss.backward()
+    sizes = [0, 0]
+    for optimizer in optimizers:
+        optimizer.step()
+        memkernels.optim.offload_states(optimizer.local, "disk", path=folder)
+        for state in optimizer.local.state.values():
+            nbytes = sum(local_of(value).nbytes for key, value in state.items() if key != "step")
+            sizes[isinstance(state, TieredState)] += nbytes
+    return sizes
+
+
+def offloaded_by_two_ranks(cases, folder):
+    for case in cases:
+        sizes = [None] * 2
+        dist.all_gather_object(sizes, offloaded(*case, folder))
+        (folder / "-".join(map(str, case))).write_text(json.dumps(sizes))
+
+
+def test_what_a_rank_offloads_is_what_it_has_of_each_parameter(config, tmp_path):
+    pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
+    cases = (("adamw", 1), ("muon", 1), ("muon", 3))
+    run_ranks(offloaded_by_two_ranks, 2, tmp_path, cases, tmp_path, seconds=300)
+    for name, stage in cases:
+        sizes = trace_model(Job(sharded_model().config, 64, torch.float32, None, None, CPU, name), (32,))
+        assert sum(sizes.buckets) == sizes.trained
+        planned = sizes.states[32].at_stage(stage, 2)
+        of_ranks = json.loads((tmp_path / f"{name}-{stage}").read_text())
+        assert [planned.total - planned.moved, planned.moved] in of_ranks, (name, stage)
+
+
 @pytest.mark.parametrize("recompute", [None, "none", "sublayer", "layer"])
 def test_three_layers_stand_for_any_number(config, monkeypatch, recompute):
     job = Job(config, 64, torch.float32, None, None, CPU)
@@ -281,7 +339,7 @@ def sizes_of(parameters):
         2,
         (0, 0),
         (0, 0),
-        {32: PerParameter([(12, parameters)])},
+        {32: PerParameter([(12 * parameters, 1)])},
         parameters,
         NONE,
     )

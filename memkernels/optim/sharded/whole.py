@@ -11,19 +11,24 @@ from memkernels.optim.agreement import start, wait_for
 from memkernels.optim.sharded.layout import Bucket, Piece
 
 
+def owners_of(buckets: Sequence[Bucket], ranks: int) -> dict[int, int]:
+    """Which rank steps which parameter, by place: the largest are given away first, each to a rank with the fewest
+    elements."""
+    owners = {}
+    pieces = [piece for bucket in buckets for piece in bucket.pieces]
+    elements = [0] * ranks
+    for piece in sorted(pieces, key=lambda piece: (-piece.parameter.numel(), piece.place)):
+        owner = owners[piece.place] = elements.index(min(elements))
+        elements[owner] += piece.parameter.numel()
+    return owners
+
+
 class Owners:
-    """Which rank steps which parameter: the largest are given away first, each to a rank with the fewest elements."""
+    """Each parameter's rank, which steps it, and what it takes to that."""
 
     def __init__(self, buckets: Sequence[Bucket], group: dist.ProcessGroup) -> None:
-        self._buckets, self._group = buckets, group
-        self._rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._of: dict[int, int] = {}
-        pieces = [piece for bucket in buckets for piece in bucket.pieces]
-        elements = [0] * ranks
-        for piece in sorted(pieces, key=lambda piece: (-piece.parameter.numel(), piece.place)):
-            owner = elements.index(min(elements))
-            self._of[piece.place] = owner
-            elements[owner] += piece.parameter.numel()
+        self._buckets, self._group, self._rank = buckets, group, dist.get_rank(group)
+        self._of = owners_of(buckets, dist.get_world_size(group))
 
     def of(self, piece: Piece) -> int:
         return self._of[piece.place]
