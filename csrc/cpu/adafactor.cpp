@@ -87,8 +87,8 @@ Factors make_factors(const Tensor& rows, const Tensor& columns, double most, int
   STD_TORCH_CHECK(size == 0 || rows.numel() % count == 0, "columns: expected those of whole matrices, got ", count,
                   " rows of them");
   const int64_t of_each = count == 0 ? 0 : rows.numel() / count;
-  return {rows.const_data_ptr<float>(), columns.const_data_ptr<float>(), {count, of_each, width},
-          static_cast<float>(most)};
+  return {
+      rows.const_data_ptr<float>(), columns.const_data_ptr<float>(), {count, of_each, width}, static_cast<float>(most)};
 }
 
 // Calls body(grad, columns, row's factor, offset in the range, how many) for the rows of a range of elements.
@@ -131,8 +131,8 @@ Tensor factored_square_sum(Tensor grad, Tensor rows, Tensor columns, double scal
         const int64_t first = task * kElementsPerTask, count = std::min(kElementsPerTask, size - first);
         for_each_row(factors, first, count, [&](const float* columns, float row, int64_t done, int64_t n) {
           const auto [sum] = sum_each_vec<1>(n, [=, &factors](auto at, auto, Vec* totals) {
-            const Vec u = at(data + first + done) * static_cast<float>(scale) *
-                          min(at(columns) * row, broadcast(factors.most));
+            const Vec u =
+                at(data + first + done) * static_cast<float>(scale) * min(at(columns) * row, broadcast(factors.most));
             totals[0] += u * u;
           });
           sums[task] += sum;
