@@ -167,6 +167,32 @@ def checkpointing_sends_again(mesh):
         assert torch.equal(grad, other)
 
 
+def tokens_without_a_gradient(mesh):
+    """What is not wanted is not sent either."""
+    for recompute in (True, False):
+        layer, x = make_layer(nn.TopKRouter, mesh), draw("x", 9, D)
+        layer.recompute = recompute
+        expected = torch.autograd.grad(layer(x.clone().requires_grad_())[0].square().sum(), layer.parameters())
+        with mock.patch.object(Journey, "send_back", autospec=True, side_effect=Journey.send_back) as sent_back:
+            actual = torch.autograd.grad(layer(x)[0].square().sum(), layer.parameters())
+        assert [call.args[1] for call in sent_back.call_args_list] == ["y", "y", "dweights", "dweights"]
+        assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+def dropout_is_the_same_in_backward(mesh):
+    """y is linear in down_proj: <dy, y> of all ranks is <down_proj, its gradient>, if the masks are the same."""
+    torch.manual_seed(mesh.get_local_rank())
+    x, dy = (draw(name, 40, D) for name in ("x", "dy"))
+    for recompute in (True, False):
+        layer = nn.SwitchFFN(D, N, E, jitter=0.0, expert_dropout=0.5, recompute=recompute, expert_mesh=mesh)
+        first, second = (layer(x)[0] for _ in range(2))
+        assert not torch.equal(first, second)
+        (second * dy).sum().backward()
+        sums = torch.stack([(second * dy).sum(), (layer.down_proj * layer.down_proj.grad).to_local().sum()]).detach()
+        dist.all_reduce(sums, group=mesh.get_group())
+        torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=1e-4)
+
+
 def state_dict_loads_on_any_number_of_ranks(mesh, folder):
     layer, single = make_layer(nn.TopKRouter, mesh), make_layer(nn.TopKRouter)
     same_state(get_model_state_dict(layer, options=StateDictOptions(full_state_dict=True)), single.state_dict())
@@ -350,6 +376,8 @@ def all_cases(folder):
         layer_equals_one_process(mesh, router)
     training_equals_one_process(mesh)
     checkpointing_sends_again(mesh)
+    tokens_without_a_gradient(mesh)
+    dropout_is_the_same_in_backward(mesh)
     state_dict_loads_on_any_number_of_ranks(mesh, folder)
     ranks_that_differ_are_told_all(mesh)
     what_fails_after_the_exchange_fails_on_all(mesh)
