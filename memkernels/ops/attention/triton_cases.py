@@ -112,15 +112,14 @@ KERNEL_CASES += [
 KERNEL_CASES += [
     case
     for architecture in PLAIN
-    for sizes, options, configs in (((192, 128), NONE, PLAIN), ((32, 256), NONE, PLAIN), ((32, 256), PACKED, RICH))
+    for sizes, (options, configs) in product(((192, 128), (32, 256)), ((NONE, PLAIN), (PACKED, RICH)))
     for case in _cases(architecture, configs[architecture][256], sizes, options, targets_of(architecture))
 ]
 KERNEL_CASES += [
     case
     for options, configs in ((NONE, PLAIN), (PACKED, RICH))
     for architecture, sizes in product(configs, ((64, 128), (128, 64)))
-    if (128, 64) in configs[architecture]
-    for case in _cases(architecture, configs[architecture][128, 64], sizes, options, targets_of(architecture))
+    for case in _cases(architecture, fitting(configs[architecture], sizes), sizes, options, targets_of(architecture))
 ]
 KERNEL_CASES += [
     case
