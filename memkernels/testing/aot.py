@@ -7,15 +7,20 @@ arguments, specialisation and options of its real launch. Kernels must have been
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
+import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memkernels.testing.cases import KernelCase, Target, kernel_cases
 from memkernels.testing.triton_resources import Resources, amd_resources, nvidia_resources
@@ -47,15 +52,54 @@ def case_launches(case: KernelCase) -> list[Launch]:
     Raises:
         RuntimeError: TRITON_INTERPRET is set, or no kernel was launched.
     """
+    return _record(case)[0]
+
+
+def _record(case: KernelCase) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """The launches, and what the case returns."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
             "TRITON_INTERPRET is set, so there is nothing to compile; see kernel_table.triton_processes."
         )
     with recorded_launches() as launches:
-        case.launch("meta")
+        moved = case.launch("meta")
     if not launches:
         raise RuntimeError(f"{case.label}: no Triton kernel was launched; is the input empty?")
-    return launches
+    return launches, moved
+
+
+def case_source(case: KernelCase) -> str:
+    """A hash of what a case's figures follow from: its kernels and all that they call, their arguments, and Triton."""
+    launches, moved = _record(case)
+    least = sum(tensor.nbytes for tensor in moved)
+    parts = [triton.__version__, *map(str, case.targets), least, case.traffic_limit]
+    parts += [(_code(kernel), _described(args), _described(kwargs)) for kernel, args, kwargs in launches]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+
+
+def _code(function: JITFunction) -> dict[str, str]:
+    """The text of a function and of those that it calls, and the constants they read, by name.
+
+    Triton's own hash of them differs between processes where two modules have a constant of one name.
+    """
+    used = sorted(inspect.getclosurevars(function.fn).globals.items())
+    code = {f"{function.fn.__module__}.{function.__name__}": function.src}
+    code |= {name: repr(value) for name, value in used if isinstance(value, tl.constexpr)}
+    for _, value in used:
+        if isinstance(value, JITFunction):
+            code |= _code(value)
+    return code
+
+
+def _described(argument: Any) -> Any:
+    """An argument with a tensor's layout in its place."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, tuple(argument.shape), argument.stride()
+    if isinstance(argument, TensorDescriptor):
+        return _described(argument.base), argument.block_shape
+    if isinstance(argument, dict):
+        return [(name, _described(value)) for name, value in argument.items()]
+    return tuple(map(_described, argument)) if isinstance(argument, tuple) else argument
 
 
 def launched_kernels(op: str) -> set[tuple[str, str]]:

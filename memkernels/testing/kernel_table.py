@@ -9,23 +9,27 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from memkernels.testing.cases import TARGETS, KernelCase, Target, kernel_case, kernel_cases, ops_with_triton
+from memkernels.testing.cases import TARGETS, Target, kernel_case, kernel_cases, ops_with_triton
 
 if TYPE_CHECKING:
     from memkernels.testing.traffic import CaseTraffic
     from memkernels.testing.triton_resources import Resources
 
+Row = tuple[str, str, str]  # op, case and source
+
 HEADING = """# Triton kernels
 
-Written by `python -m memkernels.testing.kernel_table --output docs/kernels.md`, or with `--op` for one op's rows. These
-are facts of the compiler and counts of Triton's interpreter, taken on a machine without a GPU: none of it is a
+Written by `python -m memkernels.testing.kernel_table --output docs/kernels.md`, or with `--op` for one op's rows. It
+keeps the rows whose source, a hash of what they follow from, is still the case's; where none stands, that is not known.
+These are facts of the compiler and counts of Triton's interpreter, taken on a machine without a GPU: none of it is a
 measurement on a GPU.
 """
 
@@ -34,8 +38,8 @@ RESOURCES_HEADING = f"""## Resources
 Each cell: registers per thread / shared memory per block in bytes / spills / tensor-core instructions
 (their static number and kind).
 
-| op | case | kernel | {" | ".join(map(str, TARGETS))} |
-{"| --- " * (3 + len(TARGETS))}|"""
+| op | case | source | kernel | {" | ".join(map(str, TARGETS))} |
+{"| --- " * (4 + len(TARGETS))}|"""
 
 TRAFFIC_HEADING = """## Traffic
 
@@ -58,8 +62,8 @@ The products of experts, `moe`, have their least at the tile's size too: a tile 
 factor and its columns of the other once, no tile has rows of two experts, and a token's row is gathered for each of its
 choices. In the least of NF4 is the look-up of a code's value, 4 bytes for half a byte of code, of a table of 64 bytes.
 
-| op | case | bytes read | bytes written | least | ratio | limit |
-| --- | --- | --- | --- | --- | --- | --- |"""
+| op | case | source | bytes read | bytes written | least | ratio | limit |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 @contextmanager
@@ -92,6 +96,18 @@ def submit_launched(pool: ProcessPoolExecutor, op: str) -> Future[set[tuple[str,
     return pool.submit(_launched, op)
 
 
+def _sources(op: str) -> dict[str, str]:
+    from memkernels.testing.aot import case_source
+
+    return {case.label: case_source(case) for case in kernel_cases(op)}
+
+
+def case_sources(ops: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Of ops' cases, by op and label: the hash of what their rows follow from, `aot.case_source`'s."""
+    with triton_processes(interpret=False, workers=1) as pool:
+        return {op: pool.submit(_sources, op).result() for op in ops}
+
+
 def _launched(op: str) -> set[tuple[str, str]]:
     from memkernels.testing.aot import launched_kernels
 
@@ -110,20 +126,27 @@ def _count(op: str, label: str) -> CaseTraffic:
     return count_case(kernel_case(op, label))
 
 
-def _resources_lines(cases: Sequence[tuple[str, KernelCase]]) -> list[str]:
-    lines = []
+def _resources_lines(rows: Sequence[Row]) -> dict[Row, list[str]]:
+    lines: dict[Row, list[str]] = {}
     with triton_processes(interpret=False) as pool:
-        compiled = [
-            (op, case, {target.name: submit_compile(pool, op, case.label, target) for target in case.targets})
-            for op, case in cases
-        ]
-        for op, case, futures in compiled:
+        compiled = {
+            (op, label, source): {
+                target.name: submit_compile(pool, op, label, target) for target in kernel_case(op, label).targets
+            }
+            for op, label, source in rows
+        }
+        for row, futures in compiled.items():
             by_target = {target: future.result() for target, future in futures.items()}
             kernels = dict.fromkeys(kernel for resources in by_target.values() for kernel in resources)
-            for kernel in kernels:
-                cells = [_cell(by_target.get(target.name, {}).get(kernel)) for target in TARGETS]
-                lines.append(f"| {op} | {case.label} | `{kernel}` | " + " | ".join(cells) + " |")
+            cells = {
+                kernel: [_cell(by_target.get(target.name, {}).get(kernel)) for target in TARGETS] for kernel in kernels
+            }
+            lines[row] = [_line(*row, f"`{kernel}`", *of_kernel) for kernel, of_kernel in cells.items()]
     return lines
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(resources: Resources | None) -> str:
@@ -133,36 +156,45 @@ def _cell(resources: Resources | None) -> str:
     return f"{resources.registers} / {resources.shared_bytes} / {resources.spills} / {tensor_cores or 0}"
 
 
-def _traffic_lines(cases: Sequence[tuple[str, KernelCase]]) -> list[str]:
-    lines = []
+def _traffic_lines(rows: Sequence[Row]) -> dict[Row, list[str]]:
+    lines: dict[Row, list[str]] = {}
     with triton_processes(interpret=True) as pool:
-        counted = [(op, case, submit_count(pool, op, case.label)) for op, case in cases]
-        for op, case, future in counted:
-            traffic = future.result()
-            limit = "" if case.traffic_limit is None else f"{case.traffic_limit:.2f}"
-            figures = f"{traffic.read_bytes:,} | {traffic.written_bytes:,} | {traffic.least_bytes:,}"
-            lines.append(f"| {op} | {case.label} | {figures} | {traffic.ratio:.3f} | {limit} |")
+        counted = {(op, label, source): submit_count(pool, op, label) for op, label, source in rows}
+        for row, future in counted.items():
+            traffic, most = future.result(), kernel_case(*row[:2]).traffic_limit
+            limit = "" if most is None else f"{most:.2f}"
+            figures = (f"{count:,}" for count in (traffic.read_bytes, traffic.written_bytes, traffic.least_bytes))
+            lines[row] = [_line(*row, *figures, f"{traffic.ratio:.3f}", limit)]
     return lines
 
 
-def _merged(ops: Sequence[str], lines: Sequence[str], before: Sequence[str]) -> list[str]:
-    """The rows of every op: of `ops` those of `lines`, of others those they had before."""
-    return [
-        line for op in ops_with_triton() for line in (lines if op in ops else before) if line.startswith(f"| {op} |")
-    ]
+def _parsed(table: str) -> dict[Row, list[str]]:
+    """The lines of a table that was written before."""
+    lines: defaultdict[Row, list[str]] = defaultdict(list)
+    for line in table.splitlines():
+        if line.startswith("| "):
+            op, case, source = (cell.strip() for cell in line.split("|")[1:4])
+            lines[op, case, source].append(line)
+    return dict(lines)
 
 
 def kernel_table(ops: Sequence[str], before: str = "") -> str:
-    """Both tables, in Markdown: new rows of `ops`, and of other ops those that `before`, an earlier table, has.
+    """Both tables, in Markdown. Of `before`, earlier ones, it keeps the rows of other ops, and of `ops` the current.
 
-    It takes half a second per kernel and target when Triton's cache is cold.
+    A kernel takes a second to compile for a target, attention's up to a minute, where Triton's cache has it not yet.
     """
-    cases = [(op, case) for op in ops for case in kernel_cases(op)]
+    sources = case_sources(ops)
+
+    def rows(before: str, compute: Callable[[Sequence[Row]], dict[Row, list[str]]]) -> list[str]:
+        lines = _parsed(before)
+        wanted = {op: [(op, label, source) for label, source in of_op.items()] for op, of_op in sources.items()}
+        lines |= compute([row for of_op in wanted.values() for row in of_op if row not in lines])
+        others = {op: [row for row in lines if row[0] == op] for op in ops_with_triton()}
+        return [line for of_op in (others | wanted).values() for row in of_op for line in lines[row]]
+
     resources_before, _, traffic_before = before.partition("## Traffic")
-    resources = _merged(ops, _resources_lines(cases), resources_before.splitlines())
-    traffic = _merged(ops, _traffic_lines(cases), traffic_before.splitlines())
-    parts = [HEADING, RESOURCES_HEADING, *resources, "", TRAFFIC_HEADING, *traffic, ""]
-    return "\n".join(parts)
+    resources, traffic = rows(resources_before, _resources_lines), rows(traffic_before, _traffic_lines)
+    return "\n".join([HEADING, RESOURCES_HEADING, *resources, "", TRAFFIC_HEADING, *traffic, ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -170,9 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary = "Tabulates what each Triton kernel needs on each target, and the bytes it moves."
     parser = argparse.ArgumentParser(prog="python -m memkernels.testing.kernel_table", description=summary)
     parser.add_argument("--op", choices=ops_with_triton(), help="only this op's rows; all of them without it")
-    parser.add_argument("--output", type=Path, help="write here instead of printing; with --op, into it")
+    parser.add_argument("--output", type=Path, help="write here instead of printing, and keep rows that are current")
     options = parser.parse_args(arguments)
-    before = options.output.read_text() if options.op and options.output and options.output.exists() else ""
+    before = options.output.read_text() if options.output and options.output.exists() else ""
     table = kernel_table([options.op] if options.op else ops_with_triton(), before)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,19 @@
-"""Kernels whose resources are known beforehand, printed as JSON; `test_aot.py` runs this without TRITON_INTERPRET."""
+"""Kernels whose resources are known beforehand, printed as JSON, and sources of cases under changes.
 
+`test_aot.py` runs this without TRITON_INTERPRET.
+"""
+
+import functools
 import json
 import sys
 from dataclasses import asdict
+from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
 
-from memkernels.testing.aot import compile_case
+from memkernels.testing.aot import case_source, compile_case
 from memkernels.testing.cases import TARGETS, KernelCase
 
 
@@ -91,17 +96,54 @@ CASES = {
     descriptor: ["sm_90", "sm_100"],
 }
 
+FACTOR = tl.constexpr(2.0)
+
+
+@triton.jit
+def scaled(x):
+    return x * FACTOR
+
+
+@triton.jit
+def scaled_otherwise(x):
+    return FACTOR * x
+
+
+@triton.jit
+def calling_kernel(x_ptr, size, BLOCK_N: tl.constexpr):
+    columns = tl.arange(0, BLOCK_N)
+    tl.store(x_ptr + columns, scaled(tl.load(x_ptr + columns)), mask=columns < size)
+
+
+def calling(block, device):
+    x = torch.empty(1000, device=device)
+    calling_kernel[(1,)](x, x.numel(), BLOCK_N=block)
+    return (x,)
+
+
+def sources():
+    """Of a case as it is, and after one change each."""
+
+    def source(block=1024, **changed):
+        with mock.patch.dict(globals(), changed):
+            return case_source(KernelCase("calling", functools.partial(calling, block)))
+
+    return {
+        "as it is": source(),
+        "the constant": source(FACTOR=tl.constexpr(3.0)),
+        "the callee": source(scaled=scaled_otherwise),
+        "an argument": source(2048),
+        "as it was": source(),
+    }
+
+
 if __name__ == "__main__":
     by_name = {target.name: target for target in TARGETS}
-    json.dump(
-        {
-            launch.__name__: {
-                name: [
-                    asdict(found) for found in compile_case(KernelCase(launch.__name__, launch), by_name[name]).values()
-                ]
-                for name in names
-            }
-            for launch, names in CASES.items()
-        },
-        sys.stdout,
-    )
+    resources = {
+        launch.__name__: {
+            name: [asdict(found) for found in compile_case(KernelCase(launch.__name__, launch), by_name[name]).values()]
+            for name in names
+        }
+        for launch, names in CASES.items()
+    }
+    json.dump({"resources": resources, "sources": sources()}, sys.stdout)

@@ -18,17 +18,26 @@ from memkernels.testing.triton_resources import Resources
 
 
 @pytest.fixture(scope="module")
-def resources():
+def printed():
     script = Path(__file__).with_name("aot_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     output = subprocess.run([sys.executable, script], env=environment, check=True, stdout=subprocess.PIPE).stdout
-    parsed = json.loads(output)
+    return json.loads(output)
 
+
+@pytest.fixture(scope="module")
+def resources(printed):
     def one(case, target):
-        (found,) = parsed[case][target]
+        (found,) = printed["resources"][case][target]
         return Resources(**found)
 
     return one
+
+
+def test_a_source_changes_with_all_that_a_row_follows_from(printed):
+    sources = printed["sources"]
+    assert sources.pop("as it was") == sources["as it is"]
+    assert len(set(sources.values())) == len(sources) == 4
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
