@@ -71,6 +71,14 @@ def test_matches_reference(implementation, shape, causal, dtype):
         check(make_inputs(dtype, device, **shape), causal=causal)
 
 
+@pytest.mark.parametrize("implementation", [of for of in IMPLEMENTATIONS if of.name.startswith("cpu-")], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_larger_than_a_gpu_takes(implementation, dtype):
+    with implementation.active() as device:
+        shape = {"batch": 1, "queries": 33, "keys": 40, "heads": 2, "kv_heads": 1, "size": 300, "value_size": 520}
+        check(make_inputs(dtype, device, **shape), causal=True, softcap=4.0)
+
+
 @pytest.mark.parametrize("implementation", implementations("attention_fwd")[-1:], ids=str)
 @pytest.mark.parametrize(("size", "value_size"), [(96, 130), (256, 256), (20, 130)])
 @pytest.mark.parametrize("precision", ["exact", "tf32"])
@@ -159,7 +167,7 @@ def test_packed_sequences_match_reference(implementation, dropout_p, dtype):
 
 
 @on_every_implementation
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_option_at_once_matches_reference(implementation, dtype):
     with implementation.active() as device:
         inputs = make_inputs(dtype, device, queries=90, keys=110, size=24, value_size=40, packed=True)

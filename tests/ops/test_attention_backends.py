@@ -13,7 +13,7 @@ from memkernels.ops.attention import aten, backends, reference
 from memkernels.ops.attention.backends import Call, select_implementation
 from memkernels.testing import check_op, random_tensor
 
-H100, A100, RTX4090, T4 = (9, 0), (8, 0), (8, 9), (7, 5)
+H100, A100, RTX3090, RTX4090, RTX5090, T4 = (9, 0), (8, 0), (8, 6), (8, 9), (12, 0), (7, 5)
 
 
 def make_call(**change):
@@ -57,14 +57,17 @@ def gpu():
         (H100, 91600, {"window": (64, 0)}, "flash"),
         (H100, 91600, {"packed": True}, "flash"),
         (H100, 91600, {"head_sizes": (256, 256)}, "flash"),
+        (H100, 91600, {"head_sizes": (136, 136)}, "flash"),
+        (H100, 91600, {"lengths": (96, 128), "same_lengths": False}, "flash"),
+        (H100, 91600, {"lengths": (96, 128), "same_lengths": False, "window": (-1, -1)}, "cudnn"),
         (A100, 91600, {"grouped": True}, "flash"),
         (A100, 91600, {"head_sizes": (256, 256)}, "flash"),
         (A100, 91600, {"lengths": (1, 128), "same_lengths": False}, "flash"),
         (A100, 91600, {"lengths": (128, 1), "same_lengths": False}, "kernels"),
         (A100, 91600, {"lengths": (128, 1), "same_lengths": False, "window": (-1, -1)}, "flash"),
         (A100, 91600, {"packed": True, "same_lengths": False}, "kernels"),
-        (RTX4090, 91600, {"head_sizes": (256, 256)}, "kernels"),
-        (RTX4090, 91600, {"head_sizes": (128, 128)}, "flash"),
+        *((gpu, 91600, {"head_sizes": (192, 192)}, "flash") for gpu in (RTX3090, RTX4090, RTX5090)),
+        *((gpu, 91600, {"head_sizes": (200, 200)}, "kernels") for gpu in (RTX3090, RTX4090, RTX5090)),
         (T4, 91600, {}, "kernels"),
         (A100, 91600, {"dtype": torch.float32}, "kernels"),
         (A100, 91600, {"dtype": torch.float64}, "reference"),
@@ -108,6 +111,8 @@ def test_torchs_switches_switch_off_its_operators(gpu):
         ("aten", {"head_sizes": (64, 32)}, "'aten' lacks a head size of v that is not q's"),
         ("aten", {"device": torch.device("cpu"), "window": (9, 0)}, "'aten' lacks a window"),
         ("aten", {"device": torch.device("cpu"), "grouped": True}, "'aten' lacks grouped heads"),
+        ("aten", {"device": torch.device("cpu"), "packed": True}, "'aten' lacks packed sequences"),
+        ("aten", {"device": torch.device("cpu"), "same_lengths": False}, "'aten' lacks a causal mask of more or fewer"),
     ],
 )  # fmt: skip
 def test_a_backend_says_what_it_lacks(gpu, backend, change, message):
@@ -180,6 +185,24 @@ def test_the_reference_by_name_equals_the_kernels():
         results.append([out, lse, *(tensor.grad for tensor in inputs.values())])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+def test_the_reference_gives_zero_to_queries_that_see_nothing():
+    inputs = inputs_of(torch.float32, queries=50, keys=20)
+    out, lse = ops.attention(**inputs, causal=True, return_lse=True, backend="reference")
+    (out.sum() + lse[..., 30:].sum()).backward()
+    assert not out[:, :30].any() and lse[..., :30].isneginf().all() and not inputs["q"].grad[:, :30].any()
+    assert all(tensor.grad.isfinite().all() and tensor.grad.any() for tensor in inputs.values())
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_gradients_on_cpu_are_the_same_on_every_run(backend):
+    runs = []
+    for _ in range(3):
+        inputs = inputs_of(torch.float32, queries=300, keys=300)
+        ops.attention(**inputs, causal=True, deterministic=True, backend=backend).square().sum().backward()
+        runs.append([tensor.grad for tensor in inputs.values()])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
 class Record(TorchDispatchMode):
