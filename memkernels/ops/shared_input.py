@@ -65,14 +65,10 @@ def add_gradients_all(
     first_row: int = 0,
     *,
     input_grad: bool,
-    p: dict[int, Tensor] | None = None,
 ) -> dict[int, Tensor]:
-    """Adds one tile's gradients to the sums of each, given any p that is known.
-
-    With input_grad p of adapted weights, by place, for dx.
-    """
+    """Adds one tile's gradients to the sums of each; with input_grad p of adapted weights, by place, for dx."""
     adapted, groups = _groups(projections)
-    p = {} if p is None else dict(p)
+    p: dict[int, Tensor] = {}
     for places in groups:
         wanted = {i: adapted[i].description.named(sums[i]) for i in places}
         s: dict[int, Tensor] = {}
@@ -80,7 +76,7 @@ def add_gradients_all(
             s |= zip(places, _down(_stacked([adapted[i] for i in places]), x, first_row), strict=True)
         for i in places:
             p[i] = adapted[i].add_gradients_of(
-                dys[i], x, s.get(i), sums[i], first_row, p.get(i), p_needed=input_grad, but_a=True
+                dys[i], x, s.get(i), sums[i], first_row, None, p_needed=input_grad, but_a=True
             )
         trained = [i for i in places if wanted[i].lora_a is not None]
         if trained:
@@ -94,25 +90,16 @@ def add_gradients_all(
         if i in together:
             continue
         if isinstance(projection, LoRAProjection):
-            p[i] = projection.add_gradients_and_p(dys[i], x, sums[i], first_row, p.get(i), p_needed=input_grad)
+            p[i] = projection.add_gradients_and_p(dys[i], x, sums[i], first_row, p_needed=input_grad)
         else:
             projection.add_gradients(dys[i], x, sums[i], first_row)
     return p
 
 
-def low_rank_grads(projections: Sequence[Projection], dys: Sequence[Tensor]) -> dict[int, Tensor]:
-    """p of adapted weights, by place, where dx is wanted before their input is there."""
-    return {
-        i: projection.low_rank_grad(dys[i])
-        for i, projection in enumerate(projections)
-        if isinstance(projection, LoRAProjection)
-    }
-
-
 def input_grad_all(
     projections: Sequence[Projection], dys: Sequence[Tensor], p: dict[int, Tensor], first_row: int = 0
 ) -> Tensor:
-    """The sum of dx of each, given the p of `add_gradients_all` or `low_rank_grads`."""
+    """The sum of dx of each, given the p of `add_gradients_all`."""
     adapted, groups = _groups(projections)
     together = {i for places in groups for i in places}
     dx: Tensor | None = None

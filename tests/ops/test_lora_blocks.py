@@ -115,11 +115,14 @@ def test_an_adapter_is_the_merged_weight():
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_the_block_saves_its_input_and_seeds(dropout_p):
+@pytest.mark.parametrize("tile_tokens", [None, 24])
+def test_the_block_saves_its_input_what_b_of_down_multiplies_and_seeds(dropout_p, tile_tokens):
     inputs = make_inputs((64,), MLP, torch.bfloat16)
+    block = over_flat(ops.gated_mlp, dropout_p, tile_tokens=tile_tokens)
     seeds = 3 * 8 if dropout_p else 0
-    saved = saved_bytes(lambda: over_flat(ops.gated_mlp, dropout_p)(**inputs), exclude=tuple(inputs.values()))
-    assert saved == seeds
+    for low_rank in (2 * RANK * 64, 0):
+        assert saved_bytes(lambda: block(**inputs), exclude=tuple(inputs.values())) == low_rank + seeds
+        inputs["w_down.b"].requires_grad_(False)
 
 
 def test_autocast_casts_adapters_as_linear_does():

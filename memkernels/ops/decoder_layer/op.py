@@ -48,7 +48,7 @@ def _added(y: Tensor, residual: Tensor) -> Tensor:
 
 
 class _DecoderLayer(torch.autograd.Function):
-    """Saves x (B, S, d), attention's out and lse, the context and the parameters."""
+    """Saves x (B, S, d), attention's out and lse, s of an adapter of w_down, the context and the parameters."""
 
     @staticmethod
     def forward(ctx, plan, x, context_but_sinks, sinks, *tensors):
@@ -59,15 +59,17 @@ class _DecoderLayer(torch.autograd.Function):
             rows = x.reshape(-1, x.shape[-1])
             y, out, lse = attention.forward(x)
             h = _added(y, rows)
-            y = _added(mlp.forward(h), h)
-        ctx.save_for_backward(x, compressible(out), lse, *context, *tensors)
+            needed = ctx.needs_input_grad[4 + plan.attention.num_tensors :]
+            y, s = mlp.forward(h, plan.mlp.needs_low_rank(needed))
+            y = _added(y, h)
+        ctx.save_for_backward(x, compressible(out), lse, s, *context, *tensors)
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         plan = ctx.plan
-        x, out, lse, *rest = ctx.saved_tensors
+        x, out, lse, s, *rest = ctx.saved_tensors
         width = len(attention_block.Context._fields)
         context, tensors = attention_block.Context._make(rest[:width]), tuple(rest[width:])
         x_needed, _, sinks_needed, *needed = ctx.needs_input_grad[1:]
@@ -78,7 +80,7 @@ class _DecoderLayer(torch.autograd.Function):
             rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             of_mlp = gated_mlp.Gradients(plan.mlp, tensors[first:], attention_needed, needed[first:], rows.shape[0])
             h = _added(attention.project(out), rows)
-            dh = mlp.backward(dy.to(plan.mlp.dtype), h, of_mlp)
+            dh = mlp.backward(dy.to(plan.mlp.dtype), h, s, of_mlp)
             del h
             of_attention = attention_block.Gradients(
                 plan.attention, tensors[:first], x_needed, sinks_needed, needed[:first]
@@ -109,10 +111,10 @@ def decoder_layer(x: Tensor, attention: Mapping[str, Any], mlp: Mapping[str, Any
     Raises:
         TypeError, ValueError: as the two do; an argument that neither takes.
 
-    Saved for backward: x, d elements a token, out, H Dv elements, and lse, 4 H bytes, beside the parameters, cos and
-    sin. Backward recomputes the norms, q, k and v, the output projection, gate and up, tile by tile over tokens where
-    `ops.gated_mlp` has tiles, and neither attention nor the down product: what selective checkpointing does that keeps
-    the attention operator's outputs.
+    Saved for backward: x, d elements a token, out, H Dv elements, and lse, 4 H bytes, of an adapter of w_down its
+    r elements, beside the parameters, cos and sin. Backward recomputes the norms, q, k and v, the output projection,
+    gate and up, tile by tile over tokens where `ops.gated_mlp` has tiles, and neither attention nor the down product:
+    what selective checkpointing does that keeps the attention operator's outputs.
     """
     _check_arguments("attention", attention, attention_sublayer)
     _check_arguments("mlp", mlp, mlp_sublayer)

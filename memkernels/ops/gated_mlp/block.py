@@ -11,9 +11,15 @@ from torch import Tensor
 from memkernels.ops.block_norm import Norm, NormDescription
 from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
+from memkernels.ops.input_grad_first import (
+    add_other_gradients,
+    forward_and_low_rank,
+    input_grad_and_p,
+    needs_low_rank,
+)
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.projection import DenseProjection, Description, Projection, split_by
-from memkernels.ops.shared_input import add_gradients_all, forward_all, input_grad_all, low_rank_grads
+from memkernels.ops.shared_input import add_gradients_all, forward_all, input_grad_all
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Plan:
             self.post_norm.bind(post_norm),
         )
 
+    def needs_low_rank(self, needed: Sequence[bool]) -> bool:
+        """Whether backward takes s of down's adapter, given which of the tensors have a gradient."""
+        return needs_low_rank(self.down, split_by(self.parts, needed)[3])
+
     def num_tiles(self, tokens: int) -> int:
         return -(-tokens // self.tile_tokens)
 
@@ -71,48 +81,57 @@ class Layer:
     down: Projection
     post_norm: Norm
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """y, (tokens, d)."""
+    def forward(self, rows: Tensor, keeps_low_rank: bool) -> tuple[Tensor, Tensor | None]:
+        """y, (tokens, d), and s of down's adapter, (tokens, r), if it is kept."""
         if self.plan.num_tiles(rows.shape[0]) <= 1:
-            return self._forward_tile(rows, 0)
+            y, s = self._forward_tile(rows, 0)
+            return y, s if keeps_low_rank else None
         y = rows.new_empty(rows.shape[0], self.down.out_features, dtype=self.plan.dtype)
+        kept: list[Tensor] = []
         for tile in self.plan.tiles(rows.shape[0]):
-            y[tile] = self._forward_tile(rows[tile], tile.start)
-        return y
+            y[tile], s = self._forward_tile(rows[tile], tile.start)
+            if keeps_low_rank and s is not None:
+                kept.append(s)
+        return y, torch.cat(kept) if kept else None
 
-    def backward(self, dy: Tensor, rows: Tensor, gradients: Gradients) -> Tensor | None:
+    def backward(self, dy: Tensor, rows: Tensor, s: Tensor | None, gradients: Gradients) -> Tensor | None:
         """dx, None where it is not wanted; adds the gradients of the tensors to their sums."""
         if self.plan.num_tiles(rows.shape[0]) <= 1:
-            return self._backward_tile(dy, rows, 0, gradients)
+            return self._backward_tile(dy, rows, s, 0, gradients)
         dx = torch.empty_like(rows) if gradients.x else None
         for tile in self.plan.tiles(rows.shape[0]):
-            dx_tile = self._backward_tile(dy[tile], rows[tile], tile.start, gradients)
+            s_tile = None if s is None else s[tile]
+            dx_tile = self._backward_tile(dy[tile], rows[tile], s_tile, tile.start, gradients)
             if dx is not None and dx_tile is not None:
                 dx[tile] = dx_tile
         return dx
 
-    def _forward_tile(self, x: Tensor, first: int) -> Tensor:
+    def _forward_tile(self, x: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
         n = self.norm.forward(x)[0].to(self.plan.dtype)
-        return self.post_norm.forward(self.down.forward(self._hidden(n, first), first))[0]
+        y, s = forward_and_low_rank(self.down, self._hidden(n, first), first)
+        return self.post_norm.forward(y)[0], s
 
-    def _backward_tile(self, dy: Tensor, x: Tensor, first: int, gradients: Gradients) -> Tensor | None:
+    def _backward_tile(
+        self, dy: Tensor, x: Tensor, s: Tensor | None, first: int, gradients: Gradients
+    ) -> Tensor | None:
         n, statistics = self.norm.forward(x)
         n = n.to(self.plan.dtype)
         if not gradients.through_hidden:
             h = self._hidden(n, first)
-            self.down.add_gradients(self._through_post_norm(dy, h, first, gradients), h, gradients.down, first)
+            dy = self._through_post_norm(dy, h, first, gradients)
+            add_other_gradients(self.down, dy, h, s, None, gradients.down, first)
             return None
-        dy, h, dgate, dup, p = self._hidden_backward(dy, n, first, gradients)
-        add_gradients_all([self.down], [dy], h, [gradients.down], first, input_grad=False, p=p)
-        del h
+        dy, h, dgate, dup, p = self._hidden_backward(dy, n, s, first, gradients)
+        add_other_gradients(self.down, dy, h, s, p, gradients.down, first)
+        del h, p
         projections, dys, sums = [self.up], [dup], [gradients.up]
         if self.gate is not None and dgate is not None:
             projections, dys, sums = [self.up, self.gate], [dup, dgate], [gradients.up, gradients.gate]
-        p = add_gradients_all(projections, dys, n, sums, first, input_grad=gradients.through_norm)
+        low_rank = add_gradients_all(projections, dys, n, sums, first, input_grad=gradients.through_norm)
         del n
         if not gradients.through_norm:
             return None
-        dn = input_grad_all(projections, dys, p, first)
+        dn = input_grad_all(projections, dys, low_rank, first)
         del dgate, dup, dys
         return self.norm.backward(dn, x, statistics, gradients.norm)
 
@@ -146,11 +165,11 @@ class Layer:
         return self.post_norm.backward(dy, y, self.post_norm.forward(y)[1], gradients.post_norm)
 
     def _hidden_backward(
-        self, dy: Tensor, n: Tensor, first: int, gradients: Gradients
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, dict[int, Tensor]]:
+        self, dy: Tensor, n: Tensor, s: Tensor | None, first: int, gradients: Gradients
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
         """The down product's gradient, h, dgate and dup, with gate and up recomputed; dgate is None if ungated.
 
-        And p of the down product, where it has an adapter, by place in [down].
+        And p of the down product, where it has an adapter.
         """
         if self.plan.fused:
             assert isinstance(self.down, DenseProjection)
@@ -159,14 +178,13 @@ class Layer:
             h, dgate, dup = torch.ops.memkernels.gated_hidden_bwd(
                 dy, self.down.weight, n, *self._dense_hidden(), self.plan.activation
             )
-            return dy, h, None if self.gate is None else dgate, dup, {}
+            return dy, h, None if self.gate is None else dgate, dup, None
         pair = self._pair(n, first)
         if self.post_norm.weight is not None:
             h = torch.ops.memkernels.gated_activation_fwd(*pair, self.plan.activation)
             dy = self._through_post_norm(dy, h, first, gradients)
             del h
-        p = low_rank_grads([self.down], [dy])
-        dh = input_grad_all([self.down], [dy], p, first)
+        dh, p = input_grad_and_p(self.down, dy, s, gradients.down, first)
         torch.ops.memkernels.gated_activation_bwd_(dh, *pair, self.plan.activation)
         gate, up = pair
         return (dy, dh, None, gate, p) if up is None else (dy, dh, gate, up, p)
@@ -185,26 +203,27 @@ class Gradients:
 
 
 class _GatedMLP(torch.autograd.Function):
-    """Saves x and the parameters; x is (..., d)."""
+    """Saves x (..., d), s of an adapter of w_down, and the parameters."""
 
     @staticmethod
     def forward(ctx, plan, x, *tensors):
         ctx.plan = plan
-        ctx.save_for_backward(x, *tensors)
+        keeps_low_rank = plan.needs_low_rank(ctx.needs_input_grad[2:])
         with torch.autocast(x.device.type, enabled=False):
-            y = plan.bind(tensors).forward(x.reshape(-1, x.shape[-1]))
+            y, s = plan.bind(tensors).forward(x.reshape(-1, x.shape[-1]), keeps_low_rank)
+        ctx.save_for_backward(x, s, *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         plan = ctx.plan
-        x, *tensors = ctx.saved_tensors
+        x, s, *tensors = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
             x_needed, *needed = ctx.needs_input_grad[1:]
             gradients = Gradients(plan, tensors, x_needed, needed, rows.shape[0])
-            dx = plan.bind(tensors).backward(dy.reshape(-1, dy.shape[-1]), rows, gradients)
+            dx = plan.bind(tensors).backward(dy.reshape(-1, dy.shape[-1]), rows, s, gradients)
             return None, dx.view(x.shape) if x_needed else None, *results(gradients.sums)
 
 

@@ -80,7 +80,8 @@ def gated_mlp(
         TypeError: a dtype other than those above, or an option of another type.
         ValueError: a shape, device, activation, dropout_p, seed, tile or backend that does not fit.
 
-    Saved for backward: x itself, d elements per token, with the norm or without, and the parameters. Under autocast
+    Saved for backward: x itself, d elements per token, with the norm or without, of an adapter of w_down its r elements
+    per token that B multiplies, in its dtype, and the parameters. Under autocast
     without the norm, x as autocast casts it; of weights of another dtype than autocast's a cast copy too, which each
     call makes: autocast's own cache of cast weights does not share it. Backward recomputes the norm and, tile by tile,
     the gate and up products, two GEMMs more than the nine that keep them (ungated: one more than six), and the down

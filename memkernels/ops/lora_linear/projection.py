@@ -113,14 +113,18 @@ class LoRAProjection:
         return self.up(x, self.down(x, first_row), first_row)
 
     def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
-        return self.input_grad_of(dy, self.low_rank_grad(dy), into, first_row)
+        return self.input_grad_of(dy, self._up_grad(dy, None, True)[0], into, first_row)
 
-    def low_rank_grad(self, dy: Tensor) -> Tensor:
-        """p."""
-        return self._up_grad(dy, None, True)[0]
+    def add_b_gradient(self, dy: Tensor, s: Tensor | None, sums: Sequence[GradientSum | None]) -> Tensor:
+        """Adds the gradient of B, where it is wanted, given s then; p, from the same read of dy."""
+        b_sum = self.description.named(sums).lora_b
+        p, db = self._up_grad(dy, None if b_sum is None else s, True)
+        if b_sum is not None:
+            b_sum.add(db)
+        return p
 
     def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:
-        self.add_gradients_and_p(dy, x, sums, first_row, None, p_needed=False)
+        self.add_gradients_and_p(dy, x, sums, first_row, p_needed=False)
 
     def add_gradients_and_p(
         self,
@@ -128,14 +132,13 @@ class LoRAProjection:
         x: Tensor,
         sums: Sequence[GradientSum | None],
         first_row: int,
-        p: Tensor | None,
         *,
         p_needed: bool,
     ) -> Tensor:
-        """`add_gradients`, given p if it is known; p, empty unless it is needed for them or outside."""
+        """`add_gradients`; p, empty unless it is needed for them or outside."""
         wanted = self.description.named(sums)
         s = self.down(x, first_row) if wanted.lora_b is not None or wanted.out_scale is not None else None
-        return self.add_gradients_of(dy, x, s, sums, first_row, p, p_needed=p_needed)
+        return self.add_gradients_of(dy, x, s, sums, first_row, None, p_needed=p_needed)
 
     def backward(
         self, dy: Tensor, x: Tensor | None, s: Tensor | None, sums: Sequence[GradientSum | None], input_grad: bool
@@ -191,10 +194,11 @@ class LoRAProjection:
         *,
         p_needed: bool,
         but_a: bool = False,
+        but_b: bool = False,
     ) -> Tensor:
         """Adds the gradients of the tensors, given s, and p if it is known; p, empty unless it is needed.
 
-        but_a: the gradient of A is made from p by the caller.
+        but_a: the gradient of A is made from p by the caller. but_b: that of B has been added.
         """
         wanted = self.description.named(sums)
         if wanted.bias is not None:
@@ -202,11 +206,12 @@ class LoRAProjection:
         if wanted.out_scale is not None:
             wanted.out_scale.add(self._out_scale_grad(dy, x, s, first_row))
         p_needed = p is None and (p_needed or wanted.lora_a is not None)
-        if p_needed or wanted.lora_b is not None:
-            made, db = self._up_grad(dy, None if wanted.lora_b is None else s, p_needed)
+        b_sum = None if but_b else wanted.lora_b
+        if p_needed or b_sum is not None:
+            made, db = self._up_grad(dy, None if b_sum is None else s, p_needed)
             p = made if p is None else p
-            if wanted.lora_b is not None:
-                wanted.lora_b.add(db)
+            if b_sum is not None:
+                b_sum.add(db)
         p = dy.new_empty(0) if p is None else p
         if wanted.lora_a is not None and not but_a:
             wanted.lora_a.add(torch.ops.memkernels.lora_down_grad(p, x, *self._mask(first_row)))

@@ -1,0 +1,56 @@
+"""A projection whose dx is wanted before its input is there: what its adapter needs of that is kept from forward.
+
+Given s, r elements a row, p, which dx takes, and the gradient of B come from one read of dy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from memkernels.ops.gradient_sum import GradientSum
+from memkernels.ops.lora_linear.projection import LoRA, LoRAProjection
+from memkernels.ops.projection import Description, Projection
+
+
+def needs_low_rank(description: Description, needed: Sequence[bool]) -> bool:
+    """Whether backward takes s, given which of the tensors have a gradient."""
+    if not isinstance(description, LoRA):
+        return False
+    wanted = description.named(needed)
+    return bool(wanted.lora_b or wanted.out_scale)
+
+
+def forward_and_low_rank(projection: Projection, x: Tensor, first_row: int) -> tuple[Tensor, Tensor | None]:
+    """y, and s of an adapter."""
+    if not isinstance(projection, LoRAProjection):
+        return projection.forward(x, first_row), None
+    s = projection.down(x, first_row)
+    return projection.up(x, s, first_row), s
+
+
+def input_grad_and_p(
+    projection: Projection, dy: Tensor, s: Tensor | None, sums: Sequence[GradientSum | None], first_row: int
+) -> tuple[Tensor, Tensor | None]:
+    """dx, and p of an adapter, whose gradient of B is added to its sum."""
+    if not isinstance(projection, LoRAProjection):
+        return projection.input_grad(dy, None, first_row), None
+    p = projection.add_b_gradient(dy, s, sums)
+    return projection.input_grad_of(dy, p, None, first_row), p
+
+
+def add_other_gradients(
+    projection: Projection,
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor | None,
+    p: Tensor | None,
+    sums: Sequence[GradientSum | None],
+    first_row: int,
+) -> None:
+    """Adds the gradients of the tensors; given p, all but that of B, which `input_grad_and_p` has added."""
+    if isinstance(projection, LoRAProjection):
+        projection.add_gradients_of(dy, x, s, sums, first_row, p, p_needed=False, but_b=p is not None)
+    else:
+        projection.add_gradients(dy, x, sums, first_row)
