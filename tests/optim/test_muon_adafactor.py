@@ -6,10 +6,11 @@ import types
 
 import pytest
 import torch
+from optimizer_steps import master, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memkernels import optim
-from memkernels.optim import adafactor, codes, muon, operators, rounding
+from memkernels.optim import adafactor, codes, muon, operators
 from memkernels.testing import assert_within_factor_two, implementations, peak_bytes
 
 on_every_implementation = pytest.mark.parametrize("implementation", implementations("sgd_"), ids=str)
@@ -25,10 +26,6 @@ RULES = {
     "adafactor, moment": (optim.Adafactor, SHAPES, ADAFACTOR | {"beta1": 0.9, "d": 1.5}),
 }
 every_rule = pytest.mark.parametrize("rule", RULES)
-
-
-def normal(shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def parameters(shapes, dtype=torch.float32):
@@ -92,11 +89,6 @@ def values_of(optimizer, param, bits):
 def zeros_of(optimizer, param):
     zeros = {key: torch.zeros(shape) for key, shape in optimizer.float_states(param.shape).items()}
     return zeros | {key: torch.zeros(param.shape) for key, _ in optimizer.moments(optimizer.param_groups[0])}
-
-
-def master(optimizer, param):
-    state = optimizer.state[param]
-    return rounding.join(param.detach(), state["remainder"]) if "remainder" in state else param.detach().clone()
 
 
 @on_every_implementation
