@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memkernels.microbatch import parts
 from memkernels.microbatch.search import Fitting, known
+from memkernels.ops.checks import check_number
 from memkernels.optim.agreement import check_member, device_of, is_out_of_memory, start, wait_for
 from memkernels.testing.peak_memory import peak_bytes
 
@@ -91,7 +92,8 @@ def micro_batch(
         The sum of the parts' losses, detached; of this rank alone.
 
     Raises:
-        TypeError: optimizer is no `ShardedOptimizer`.
+        TypeError: step or targets is no function, a loss no tensor, memory_limit no number, optimizer no
+            `ShardedOptimizer`.
         ValueError: the batch is empty, its tensors differ in their leading dimension, it has no targets, `size` or
             `memory_limit` is not positive, the ranks have different sizes, a loss has dimensions, a checkpoint is
             reentrant, process_group is not the optimizer's or this rank not in it, the parameters have a
@@ -108,7 +110,7 @@ def micro_batch(
     if process_group is not None:
         check_member(process_group)
     try:
-        _check(size, memory_limit, process_group, optimizer)
+        _check(step, size, targets, memory_limit, process_group, optimizer)
         cut = parts.split(batch)
         total = float(parts.count_targets(batch, cut.count) if targets is None else targets(batch))
     except Exception:
@@ -155,15 +157,20 @@ def micro_batch(
 
 
 def _check(
+    step: Step,
     size: int | str,
+    targets: Callable[[Any], int] | None,
     memory_limit: int | None,
     process_group: dist.ProcessGroup | None,
     optimizer: ShardedOptimizer | None,
 ) -> None:
+    for name, function in (("step", step), ("targets", targets)):
+        if not callable(function) and (name, function) != ("targets", None):
+            raise TypeError(f"{name}: expected a function, got {type(function).__name__}.")
     if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ValueError(f'size: expected "auto" or a positive integer, got {size!r}.')
-    if memory_limit is not None and not memory_limit > 0:
-        raise ValueError(f"memory_limit: expected a positive number of bytes, got {memory_limit!r}.")
+    if memory_limit is not None:
+        check_number("memory_limit", memory_limit, "a positive number of bytes", lambda number: number > 0)
     if optimizer is None:
         return
     from memkernels.optim.sharded import ShardedOptimizer  # takes seconds to import
@@ -249,6 +256,8 @@ class _Run:
 
         def forward_backward() -> None:
             loss = self.step(part, self.total)
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"step: expected a loss, got {type(loss).__name__}.")
             if loss.dim() != 0:
                 raise ValueError(f"step: expected a loss without dimensions, got shape {tuple(loss.shape)}.")
             for leaf in _leaves(loss, optimizer):
