@@ -107,8 +107,8 @@ def test_experts_that_choose_have_the_rows_of_their_tokens(chosen, dtype):
         (CHOSEN.float(), TypeError, "token_ids: expected int64 or int32, got torch.float32"),
         (CHOSEN[0], ValueError, r"token_ids: expected shape \(E, C\)"),
         (CHOSEN[:0], ValueError, r"token_ids: expected shape \(E, C\)"),
-        (CHOSEN + 1, RuntimeError, "token_ids: expected 0 to num_tokens = 6"),
-        (CHOSEN - 1, RuntimeError, "token_ids: expected 0 to num_tokens = 6"),
+        (CHOSEN + 1, RuntimeError, "token_ids: expected 0 to num_tokens"),
+        (CHOSEN - 1, RuntimeError, "token_ids: expected 0 to num_tokens"),
     ],
 )
 def test_a_plan_of_experts_of_bad_input_names_the_argument(token_ids, error, message):

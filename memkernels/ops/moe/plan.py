@@ -24,7 +24,7 @@ def _plan_fake(expert_ids, num_experts, capacity):
 
 
 define(
-    "moe_plan(Tensor expert_ids, int num_experts, int capacity)"
+    "moe_plan(Tensor expert_ids, int num_experts, SymInt capacity)"
     " -> (Tensor row_of_pair, Tensor pair_of_row, Tensor offsets, Tensor counts)",
     _plan_fake,
 )
@@ -139,7 +139,7 @@ def expert_choice_plan(token_ids: Tensor, num_tokens: int) -> tuple[DispatchPlan
         )
     torch._assert_async(
         ((token_ids >= 0) & (token_ids <= num_tokens)).all(),
-        f"token_ids: expected 0 to num_tokens = {num_tokens} (num_tokens: nobody), got an id out of range.",
+        "token_ids: expected 0 to num_tokens (num_tokens: nobody), got an id out of range.",
     )
     pairs = token_ids.numel()
     taken = token_ids < num_tokens
