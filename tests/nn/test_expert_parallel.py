@@ -167,6 +167,17 @@ def checkpointing_sends_again(mesh):
         assert torch.equal(grad, other)
 
 
+def padding_and_inference(mesh):
+    x, rank = draw("x", 3, 7, D), mesh.get_local_rank()
+    padding = torch.arange(21).view(3, 7) % (3 + rank) == 0
+    for router in (nn.TopKRouter, nn.SwitchRouter, nn.ExpertChoiceRouter):
+        layer, single = make_layer(router, mesh).eval(), make_layer(router).eval()
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x, padding)[0], single(x, padding)[0])
+            alone = torch.zeros_like(x) if layer.shared is None else layer.shared(x)
+            torch.testing.assert_close(layer(x, torch.ones_like(padding))[0], alone)
+
+
 def tokens_without_a_gradient(mesh):
     """What is not wanted is not sent either."""
     for recompute in (True, False):
@@ -242,11 +253,12 @@ def ranks_that_differ_are_told_all(mesh):
     with differing, pytest.raises(ValueError, match=r"differ in its dtype: torch.bfloat16, torch.float32"):
         layer(x)
     for wrong, error in (
+        (torch.full_like(x, torch.nan), "logits: expected numbers, got NaN"),
         (x[:, :5], r"x: expected shape \(..., 16\)"),
         (x.double(), "w_gate_up: expected torch.float64"),
     ):
         told = error if rank == 1 else "expert_mesh: rank 1 failed before the exchange"
-        with pytest.raises((ValueError, TypeError) if rank == 1 else RuntimeError, match=told):
+        with pytest.raises((ValueError, TypeError, RuntimeError) if rank == 1 else RuntimeError, match=told):
             layer(wrong if rank == 1 else x)
     layer(x)[0].sum().backward()  # nothing is left over of what failed
     layer.recompute = rank % 2 == 0
@@ -376,6 +388,7 @@ def all_cases(folder):
         layer_equals_one_process(mesh, router)
     training_equals_one_process(mesh)
     checkpointing_sends_again(mesh)
+    padding_and_inference(mesh)
     tokens_without_a_gradient(mesh)
     dropout_is_the_same_in_backward(mesh)
     state_dict_loads_on_any_number_of_ranks(mesh, folder)
