@@ -158,6 +158,17 @@ def test_no_step_waits_for_a_learning_rate_on_a_gpu(no_kernel, monkeypatch, rule
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
 
 
+def test_adafactor_is_the_same_for_any_number_of_threads():
+    threads, of_each = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        params = parameters(((300, 401), (5, 260, 257), (70, 3, 3)))
+        train(optim.Adafactor(params, **ADAFACTOR), params, 2)
+        of_each.append(params)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, several) for one, several in zip(*of_each, strict=True))
+
+
 def test_adafactor_makes_no_tensor_of_a_parameters_size():
     """Where its kernel runs; of conv's weights, too, whose matrices are small."""
     shapes = ((512, 700), (40, 30, 90))
