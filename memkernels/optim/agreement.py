@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def check_member(group: dist.ProcessGroup) -> None:
     """Raises ValueError where this rank is not in the group."""
-    if dist.get_rank(group) < 0:
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise ValueError("process_group: expected one that this rank is in.")
 
 

@@ -52,7 +52,7 @@ def check_betas(betas: Any) -> None:
 
 def check_storage(options: dict[str, Any]) -> None:
     """The options that say how states are kept: state_bits, rounding, seed."""
-    if options["state_bits"] not in STATE_BITS:
+    if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits: expected one of {STATE_BITS}, got {options['state_bits']!r}.")
     if options["rounding"] not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {options['rounding']!r}.")

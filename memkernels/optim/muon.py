@@ -98,6 +98,8 @@ class Muon(DirectedOptimizer):
         coefficients, steps = group["ns_coefficients"], group["ns_steps"]
         if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
             raise ValueError(f"ns_coefficients: expected three numbers, got {coefficients!r}.")
+        for coefficient in coefficients:
+            check_number("ns_coefficients", coefficient, -math.inf)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 100:
             raise ValueError(f"ns_steps: expected an integer from 0 to 99, got {steps!r}.")
         if group["adjust_lr_fn"] not in ADJUSTMENTS:

@@ -134,6 +134,10 @@ def two_ranks(folder):
             assert torch.equal(parameter.full_tensor() if stage == 3 else parameter, master)
     with pytest.raises(ValueError, match="the ranks differ: rank 0 has path"):
         optim.save_checkpoint(folder / f"of{rank}", model, optimizer)
+    with pytest.raises((TypeError, ValueError), match="path: expected a folder's name, got 3"):
+        optim.save_checkpoint(3 if rank else folder / "new", model, optimizer)
+    with pytest.raises((TypeError, ValueError), match="model: expected a kind of Module, got int"):
+        optim.save_checkpoint(folder / "new", 3 if rank else model, optimizer)
     with pytest.raises(ValueError, match="the ranks differ: rank 0 has path"):
         optim.load_checkpoint(folder / ("other" if rank else "saved"), model, optimizer)
     with mock.patch.object(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", fails) if rank else mock.MagicMock():

@@ -34,7 +34,12 @@ def every_error(stage):
         ({"params": [torch.nn.Parameter(torch.ones(2))]}, ValueError, "params: expected parameters of model"),
         ({"model": uneven}, ValueError, r"rank 0 has trained weight \(2, 3\) torch.float32; rank 1 has .* \(3, 3\)"),
         ({"model": other_names}, ValueError, "the ranks differ: rank 0 has trained at0.weight"),
-        ({"params": [{}] if rank else None}, (KeyError, ValueError), "params"),
+        ({"params": [{}] if rank else None}, (TypeError, ValueError), "params: expected parameters, or groups of them"),
+        ({"params": 5}, TypeError, "params: expected parameters, or groups of them, got int"),
+        ({"params": []}, ValueError, "params: expected a parameter"),
+        ({"params": [3]}, TypeError, "params: expected parameters of model, got int"),
+        ({"process_group": "gloo"}, ValueError, "process_group: expected one that this rank is in"),
+        ({"state_bits": 8.0}, ValueError, "state_bits: expected one of"),
         ({"lr": 0.1 * (1 + rank)}, ValueError, "the ranks differ"),
         ({"model": devices}, ValueError, "1.weight: expected device cpu, that of 0.weight, got meta"),
     ):

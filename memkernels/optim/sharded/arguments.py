@@ -43,7 +43,7 @@ def group_of(
 
 def check_options(stage: int, bucket_bytes: int, reduce_dtype: torch.dtype | None, offload: str | None) -> None:
     """Those that an optimizer in one process does not have."""
-    if stage not in STAGES:
+    if type(stage) is not int or stage not in STAGES:
         raise ValueError(f"stage: expected one of {STAGES}, got {stage!r}.")
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
         raise ValueError(f"bucket_bytes: expected a positive integer, got {bucket_bytes!r}.")
@@ -101,17 +101,21 @@ def whole_optimizer(
         raise TypeError(f"optimizer_class: expected an optimizer of memkernels.optim, got {optimizer_class!r}.")
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups: list[Any] = (
-        [parameter for parameter in names if parameter.requires_grad] if params is None else list(params)
+        [parameter for parameter in names if parameter.requires_grad] if params is None else _listed(params)
     )
-    if params is None and not groups:
-        raise ValueError("model: expected a parameter that requires a gradient.")
-    if not groups or not isinstance(groups[0], dict):
+    if not groups:
+        name = "model" if params is None else "params"
+        raise ValueError(f"{name}: expected a parameter that requires a gradient.")
+    if not isinstance(groups[0], dict):
         groups = [{"params": groups}]
     named = []
     for group in groups:
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        members = group.get("params") if isinstance(group, dict) else None
+        members = [members] if isinstance(members, Tensor) else _listed(members)
         members = [member[1] if isinstance(member, tuple) else member for member in members]
         for member in members:
+            if not isinstance(member, Tensor):
+                raise TypeError(f"params: expected parameters of model, got {type(member).__name__}.")
             if member not in names:
                 raise ValueError(f"params: expected parameters of model, got another of shape {tuple(member.shape)}.")
             if is_distributed(member) and member.requires_grad and not divided:
@@ -122,6 +126,12 @@ def whole_optimizer(
         if tensor.is_meta:
             raise ValueError(f"{name}: expected a tensor with values, got one on the meta device.")
     return optimizer
+
+
+def _listed(params: Any) -> list[Any]:
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params: expected parameters, or groups of them, got {type(params).__name__}.")
+    return list(params)
 
 
 def describe(model: torch.nn.Module, optimizer: LowMemoryOptimizer) -> list[str]:

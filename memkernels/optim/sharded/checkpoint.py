@@ -54,24 +54,26 @@ def save_checkpoint(
         extra: what JSON can hold: the batch it was at, a scheduler's state.
 
     Raises:
-        TypeError: the optimizer is no `ShardedOptimizer` and has DTensors.
+        TypeError: path, model or optimizer is of another kind; or the optimizer is no `ShardedOptimizer` and has
+            DTensors.
         ValueError: the optimizer has a parameter that the model has not, or the ranks' paths differ.
         FileExistsError: path exists, on every rank.
         OSError: a rank could not write, on every rank.
         RankFailure: another rank has ended.
     """
-    path, group = Path(path), _group_of(optimizer)
-    temporary = path.parent / f".{path.name}.incomplete"
+    group = _group_of(optimizer)
+    folder = _folder(path, group)
+    temporary = folder.parent / f".{folder.name}.incomplete"
 
     def check() -> tuple[list[list[Part]], torch.optim.Optimizer]:
-        if path.exists():
-            raise FileExistsError(f"{path} exists; a checkpoint overwrites nothing.")
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists; a checkpoint overwrites nothing.")
         json.dumps(extra)
         return _parts_of(model, optimizer)
 
-    parts, local = on_all(group, check, [f"path {path.absolute()}"])
+    parts, local = on_all(group, check, [f"path {folder.absolute()}"])
     try:
-        _write(path, temporary, model, optimizer, parts, local, extra, group)
+        _write(folder, temporary, model, optimizer, parts, local, extra, group)
     except BaseException:
         if _is_first(group):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -167,18 +169,19 @@ def load_checkpoint(path: str | os.PathLike, model: torch.nn.Module, optimizer: 
             anything is changed.
         RankFailure: another rank has ended.
     """
-    path, group = Path(path), _group_of(optimizer)
+    group = _group_of(optimizer)
+    folder = _folder(path, group)
 
     def check() -> tuple[list[list[Part]], torch.optim.Optimizer, dict[str, Any]]:
         parts, local = _parts_of(model, optimizer)
-        index = read_index(path)
+        index = read_index(folder)
         check_names(parts, index["groups"], [name for name, of in model.named_parameters() if not of.requires_grad])
-        _check_files(path, index["files"], group)
+        _check_files(folder, index["files"], group)
         return parts, local, index
 
-    parts, local, index = on_all(group, check, [f"path {path.absolute()}"])
+    parts, local, index = on_all(group, check, [f"path {folder.absolute()}"])
     tensors, _ = _tensors_of(model)
-    reader = dcp.HuggingFaceStorageReader(str(path))
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     rounds = _rounds(tensors, index["aliases"])
     filled = on_all(group, lambda: states_to_fill(parts, index["groups"], local))
     states = {name: tensor for name, tensor in filled.items() if tensor.numel()}
@@ -189,18 +192,29 @@ def load_checkpoint(path: str | os.PathLike, model: torch.nn.Module, optimizer: 
             _check_tensors(wanted, saved)
 
     on_all(group, check_tensors)
-    with _failing_as(ValueError, path, group):
+    with _failing_as(ValueError, folder, group):
         dcp.load(states, storage_reader=reader, process_group=group, no_dist=group is None)
     on_all(group, lambda: optimizer.load_state_dict(state_dict_of(parts, index["groups"], filled, local)))
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.wait()
         optimizer.zero_grad()
     for wanted in rounds:
-        with _failing_as(ValueError, path, group):
+        with _failing_as(ValueError, folder, group):
             dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
     if join_masters(parts, index["groups"], filled) and isinstance(optimizer, ShardedOptimizer):
         optimizer.send_values()
     return index["extra"]
+
+
+def _folder(path: str | os.PathLike, group: dist.ProcessGroup | None) -> Path:
+    """The path, where every rank has named one."""
+
+    def check() -> Path:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"path: expected a folder's name, got {path!r}.")
+        return Path(path)
+
+    return on_all(group, check)
 
 
 def _group_of(optimizer: torch.optim.Optimizer) -> dist.ProcessGroup | None:
@@ -211,6 +225,9 @@ def _parts_of(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[list[list[Part]], torch.optim.Optimizer]:
     """What this process holds of each group's parameters, and the optimizer that holds it."""
+    for name, value, kind in (("model", model, torch.nn.Module), ("optimizer", optimizer, torch.optim.Optimizer)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a kind of {kind.__name__}, got {type(value).__name__}.")
     if isinstance(optimizer, ShardedOptimizer):
         return optimizer.parts(), optimizer.local
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
