@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memkernels import ops
 from memkernels.nn.linears import weights_of
-from memkernels.ops.checks import check_tile_tokens
+from memkernels.ops.checks import check_integer, check_tile_tokens
 from memkernels.ops.gated_activation.op import check_activation
 
 
@@ -29,8 +29,8 @@ class GatedMLP(torch.nn.Module):
         dtype: of the parameters: x's, unless autocast casts both.
 
     Raises:
-        TypeError: a tile_tokens that is no integer.
-        ValueError: an unknown activation, or a tile_tokens that is not positive.
+        TypeError: a size or a tile_tokens that is no integer.
+        ValueError: an unknown activation, or a size or a tile_tokens that is not positive.
 
     Saved for backward, beside the parameters: x itself, d elements a token, with a norm in front or without.
     """
@@ -48,6 +48,8 @@ class GatedMLP(torch.nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_integer("hidden_size", hidden_size)
+        check_integer("intermediate_size", intermediate_size)
         check_activation(activation)
         check_tile_tokens(tile_tokens)
         options = {"bias": bias, "device": device, "dtype": dtype}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
-from memkernels.ops.checks import check_eps, check_finite
+from memkernels.ops.checks import check_eps, check_finite, check_integer
 
 
 class RMSNorm(torch.nn.Module):
@@ -21,8 +21,8 @@ class RMSNorm(torch.nn.Module):
         dtype: the weight's: x's, or float32.
 
     Raises:
-        TypeError, ValueError: an eps that is no number, or negative or infinite; a weight_offset that is no finite
-            number.
+        TypeError, ValueError: a hidden_size that is no positive integer; an eps that is no number, or negative or
+            infinite; a weight_offset that is no finite number.
 
     Saved for backward, beside the weight: x itself, with a residual h in its place, which is returned; and 4 bytes a
     row.
@@ -30,6 +30,7 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device=None, dtype=None):
         super().__init__()
+        check_integer("hidden_size", hidden_size)
         check_eps("eps", eps)
         check_finite("weight_offset", weight_offset)
         self.weight = torch.nn.Parameter(torch.full((hidden_size,), 1.0 - weight_offset, device=device, dtype=dtype))
@@ -61,7 +62,8 @@ class LayerNorm(torch.nn.Module):
         dtype: of weight and bias: x's, or float32.
 
     Raises:
-        TypeError, ValueError: an eps that is no number, or negative or infinite.
+        TypeError, ValueError: a hidden_size that is no positive integer; an eps that is no number, or negative or
+            infinite.
 
     Saved for backward, beside the weight: x itself, with a residual h in its place, which is returned; and 8 bytes a
     row.
@@ -71,6 +73,7 @@ class LayerNorm(torch.nn.Module):
 
     def __init__(self, hidden_size: int, eps: float = 1e-5, *, bias: bool = True, device=None, dtype=None):
         super().__init__()
+        check_integer("hidden_size", hidden_size)
         check_eps("eps", eps)
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         zeros = torch.nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype)) if bias else None
