@@ -29,8 +29,8 @@ def format_bytes(value: int) -> str:
     """Three significant digits, in decimal units; from 1000 TB on whole terabytes."""
     if value < 1000:
         return f"{value} B"
-    for unit in ("KB", "MB", "GB", "TB"):
-        written = f"{value / _UNITS[unit]:.3g}"
-        if "e" not in written:  # as 999,600 bytes in KB, which are 1 MB
+    for unit in ("kB", "MB", "GB", "TB"):
+        written = f"{value / _UNITS[unit.upper()]:.3g}"
+        if "e" not in written:  # as 999,600 bytes in kB, which are 1 MB
             return f"{written} {unit}"
     return f"{value / _UNITS['TB']:.0f} TB"
