@@ -1,12 +1,13 @@
 """Projections of one input: their adapters read it together, once in forward and once in each half of backward.
 
-Each function does what the projections' own would one after the other. p of adapted weights goes from the half of
-backward that made it, from one read of dy with the gradient of B where it may, to the other.
+Each function does what the projections' own would one after the other. s of adapted weights goes from the products,
+which backward makes again, to the gradients; p goes from the half of backward that made it, from one read of dy with
+the gradient of B where it may, to the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,17 +45,25 @@ def _groups(projections: Sequence[Projection]) -> tuple[dict[int, LoRAProjection
     return adapted, [places for places in alike.values() if len(places) > 1]
 
 
-def forward_all(projections: Sequence[Projection], x: Tensor, first_row: int = 0) -> list[Tensor]:
-    """y of each, (tokens, out)."""
+def forward_all(
+    projections: Sequence[Projection], x: Tensor, first_row: int = 0
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """y of each, (tokens, out), and s of adapted weights, by place."""
     adapted, groups = _groups(projections)
     s: dict[int, Tensor] = {}
     for places in groups:
-        adapters = _stacked([adapted[i] for i in places])
-        s |= zip(places, _down(adapters, x, first_row), strict=True)
-    return [
-        adapted[i].up(x, s[i], first_row) if i in s else projection.forward(x, first_row)
-        for i, projection in enumerate(projections)
-    ]
+        of = _stacked([adapted[i] for i in places])
+        of_places = torch.ops.memkernels.lora_down_shared(x, of.lora_a, *of.mask(first_row))
+        s |= zip(places, of_places, strict=True)
+    y = []
+    for i, projection in enumerate(projections):
+        if isinstance(projection, LoRAProjection):
+            if i not in s:
+                s[i] = projection.down(x, first_row)
+            y.append(projection.up(x, s[i], first_row))
+        else:
+            y.append(projection.forward(x, first_row))
+    return y, s
 
 
 def add_gradients_all(
@@ -65,18 +74,19 @@ def add_gradients_all(
     first_row: int = 0,
     *,
     input_grad: bool,
+    s: Mapping[int, Tensor],
 ) -> dict[int, Tensor]:
-    """Adds one tile's gradients to the sums of each; with input_grad p of adapted weights, by place, for dx."""
+    """Adds one tile's gradients to the sums of each, given s of all that share x; one alone makes its own without.
+
+    With input_grad p of adapted weights, by place, for dx.
+    """
     adapted, groups = _groups(projections)
     p: dict[int, Tensor] = {}
     for places in groups:
         wanted = {i: adapted[i].description.named(sums[i]) for i in places}
-        s: dict[int, Tensor] = {}
-        if any(of.lora_b is not None or of.out_scale is not None for of in wanted.values()):
-            s |= zip(places, _down(_stacked([adapted[i] for i in places]), x, first_row), strict=True)
         for i in places:
             p[i] = adapted[i].add_gradients_of(
-                dys[i], x, s.get(i), sums[i], first_row, None, p_needed=input_grad, but_a=True
+                dys[i], x, s[i], sums[i], first_row, None, p_needed=input_grad, but_a=True
             )
         trained = [i for i in places if wanted[i].lora_a is not None]
         if trained:
@@ -89,7 +99,9 @@ def add_gradients_all(
     for i, projection in enumerate(projections):
         if i in together:
             continue
-        if isinstance(projection, LoRAProjection):
+        if isinstance(projection, LoRAProjection) and i in s:
+            p[i] = projection.add_gradients_of(dys[i], x, s[i], sums[i], first_row, None, p_needed=input_grad)
+        elif isinstance(projection, LoRAProjection):
             p[i] = projection.add_gradients_and_p(dys[i], x, sums[i], first_row, p_needed=input_grad)
         else:
             projection.add_gradients(dys[i], x, sums[i], first_row)
@@ -116,7 +128,3 @@ def input_grad_all(
         of_places = torch.stack([p[i] for i in places])
         torch.ops.memkernels.lora_input_add_shared_(dx, of_places, adapters.lora_a, *adapters.mask(first_row))
     return dx
-
-
-def _down(adapters: _Adapters, x: Tensor, first_row: int) -> Tensor:
-    return torch.ops.memkernels.lora_down_shared(x, adapters.lora_a, *adapters.mask(first_row))

@@ -80,7 +80,7 @@ class Context(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """q, k and v, (B, S, heads, size), and what the norms in front of them need in backward."""
+    """q, k and v, (B, S, heads, size), and what the norms in front of them and their adapters need in backward."""
 
     n: Tensor
     statistics: tuple[Tensor, ...]
@@ -89,6 +89,7 @@ class Heads(NamedTuple):
     v: Tensor
     before_norm: tuple[Tensor | None, Tensor | None]
     head_statistics: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+    low_rank: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Layer:
             dy = self.post_norm.backward(dy, y, self.post_norm.forward(y)[1], gradients.post_norm)
             del y
         through = gradients.through_attention
-        p = add_gradients_all([self.o], [dy], self._rows(out), [gradients.o], input_grad=through)
+        p = add_gradients_all([self.o], [dy], self._rows(out), [gradients.o], input_grad=through, s={})
         if not through:
             return None
         dout = input_grad_all([self.o], [dy], p).view(out.shape)
@@ -139,7 +140,8 @@ class Layer:
         if not gradients.through_heads:
             return None
         dq, dk, dv = (tensor.view(heads_of.shape) for tensor, heads_of in zip((dq, dk, dv), heads[2:5], strict=True))
-        n, statistics, before_norm, head_statistics = heads.n, heads.statistics, heads.before_norm, heads[6]
+        n, statistics, low_rank = heads.n, heads.statistics, heads.low_rank
+        before_norm, head_statistics = heads.before_norm, heads.head_statistics
         del heads
         dq, dk = self._unrotated(dq, dk)
         dq = self._head_norm_backward(self.q_norm, dq, before_norm[0], head_statistics[0], gradients.q_norm)
@@ -148,7 +150,7 @@ class Layer:
         projections, dys = (self.q, self.k, self.v), tuple(map(self._rows, (dq, dk, dv)))
         del dq, dk, dv
         sums = (gradients.q, gradients.k, gradients.v)
-        p = add_gradients_all(projections, dys, n, sums, input_grad=gradients.through_norm)
+        p = add_gradients_all(projections, dys, n, sums, input_grad=gradients.through_norm, s=low_rank)
         if not gradients.through_norm:
             return None
         dn = input_grad_all(projections, dys, p)
@@ -159,17 +161,17 @@ class Layer:
         n = n.reshape(-1, n.shape[-1]).to(self.plan.dtype)
         num_heads = self.plan.num_heads
         num_kv_heads = self.k.out_features * num_heads // self.q.out_features
+        products, low_rank = forward_all((self.q, self.k, self.v), n)
         q, k, v = (
             tensor.view(*x.shape[:-1], heads, tensor.shape[1] // heads)
-            for tensor, heads in zip(
-                forward_all((self.q, self.k, self.v), n), (num_heads, num_kv_heads, num_kv_heads), strict=True
-            )
+            for tensor, heads in zip(products, (num_heads, num_kv_heads, num_kv_heads), strict=True)
         )
+        del products
         before_norm = tuple(None if norm.weight is None else t for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         (q, q_statistics), (k, k_statistics) = self.q_norm.forward(q), self.k_norm.forward(k)
         if self.context.cos is not None:
             q, k = torch.ops.memkernels.rotary_fwd(q, k, self.context.cos, self.context.sin, self.plan.interleaved)
-        return Heads(n, statistics, q, k, v, (before_norm[0], before_norm[1]), (q_statistics, k_statistics))
+        return Heads(n, statistics, q, k, v, (before_norm[0], before_norm[1]), (q_statistics, k_statistics), low_rank)
 
     def _attended(self, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v in attention's layout."""
