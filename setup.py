@@ -28,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH_ABI = "0x020a000000000000"  # LibTorch 2.10
 DEFAULT_ARCHES = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+OLDEST_GXX = 11  # with all of C++20 that the sources take
 OLDEST_CUDA = (12, 8)  # with 10.0a and 12.0, and with --compress-mode
 COMMON_FLAGS = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-std=c++20", "-O3"]
 CXX_FLAGS = [
@@ -114,6 +115,12 @@ def missing_for_cuda(nvcc):
     return None
 
 
+def is_new_enough(cxx):
+    """Whether a compiler is a g++ of OLDEST_GXX or newer, or clang."""
+    program = f"#if !defined(__clang__) && __GNUC__ < {OLDEST_GXX}\n#error\n#endif\n"
+    return subprocess.run([cxx, "-x", "c++", "-E", "-"], input=program, text=True, capture_output=True).returncode == 0
+
+
 def has_liburing(cxx):
     """Whether a shared library can be made of it here."""
     program = "#include <liburing.h>\nint depth(io_uring* ring) { return io_uring_queue_init(1, ring, 0); }\n"
@@ -196,7 +203,9 @@ class build_native(build_ext):
         ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
         require(Path(ninja).exists(), "ninja is missing; `pip install ninja`.")
         cxx = shutil.which(os.environ.get("CXX", "g++"))
-        require(cxx, "no C++ compiler; install g++ 11 or newer, or name one with CXX.")
+        install = f"install g++ {OLDEST_GXX} or newer, or name one with CXX."
+        require(cxx, f"no C++ compiler; {install}")
+        require(is_new_enough(cxx), f"{version_of(cxx)} is too old; {install}")
         lacking_cuda = missing_for_cuda(nvcc)
         require("cuda" not in libraries or lacking_cuda is None, lacking_cuda)
         jobs = os.environ.get("MAX_JOBS")

@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, prints and draws; returns 1 where the two runs learn differently, 2 where they cannot run."""
-    for option in ("steps", "tokens", "layers"):
-        if getattr(args, option) < 1:
-            return _refuse(f"--{option}: expected a positive number, got {getattr(args, option)}")
+    for option, least in (("steps", 1), ("tokens", 2), ("layers", 1)):  # a byte foretells the next
+        if getattr(args, option) < least:
+            return _refuse(f"--{option}: expected at least {least}, got {getattr(args, option)}")
     if reason := unmet(("transformers", "tqdm", "matplotlib"), "hf,plot"):
         return _refuse(reason)
     try:

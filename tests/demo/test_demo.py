@@ -117,7 +117,8 @@ def test_status_says_whether_both_learned_the_same(monkeypatch, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "--steps: expected a positive number, got 0"),
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--tokens", "1"], "--tokens: expected at least 2, got 1"),
         (["--tokens", "100000000"], "--tokens: expected at most"),
     ],
 )

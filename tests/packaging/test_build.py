@@ -92,6 +92,16 @@ def test_without_what_the_runtime_needs_the_rest_is_built(hide, sentence, monkey
     assert re.match(sentence, setup.missing_for_runtime())
 
 
+def test_a_compiler_that_is_too_old_is_one_sentence(tmp_path):
+    cxx = tmp_path / "g++-10"
+    cxx.write_text('#!/bin/sh\nexec g++ -U__GNUC__ -D__GNUC__=10 "$@"\n')
+    cxx.chmod(0o755)
+    result = run_setup("build_ext", "--build-lib", tmp_path, MEMKERNELS_BUILD="cpu", CXX=str(cxx))
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(r"memkernels: .+ is too old; install g\+\+ 11 or newer, or name one with CXX\.", last)
+
+
 def test_an_nvcc_that_is_too_old_is_left_out_or_named(monkeypatch, tmp_path, capsys):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n")
