@@ -28,8 +28,8 @@ class RotaryEmbedding(torch.nn.Module):
         interleaved_sections: spreads the sections over the frequencies instead of laying them end to end.
 
     Raises:
-        TypeError: a head_size that is no integer, a base or fraction that is no number, sections that are no integers,
-            or an interleaved_sections that is no bool.
+        TypeError: a head_size that is no integer, a base or fraction that is no number, a scaling of another kind,
+            sections that are no integers, or an interleaved_sections that is no bool.
         ValueError: a base that is not positive and finite, a fraction outside (0, 1], an odd R, or sections that are
             negative or do not sum to R / 2.
 
@@ -56,6 +56,8 @@ class RotaryEmbedding(torch.nn.Module):
             lambda number: 0 < number <= 1 and int(head_size * number) >= 2 and int(head_size * number) % 2 == 0,
         )
         check_flag("interleaved_sections", interleaved_sections)
+        if scaling is not None and not hasattr(scaling, "frequencies"):
+            raise TypeError(f"scaling: expected one of nn.rotary_scaling or None, got {scaling!r}.")
         size = int(head_size * fraction)
         if sections is not None:
             for section in sections:

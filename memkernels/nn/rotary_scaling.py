@@ -2,6 +2,7 @@
 
 `frequencies(inverse, base, length)` takes the plain inverse frequencies, base^(-2i/R) for i < R/2 in float32, and the
 number of positions in use (a 0-dim tensor), and gives the stretched ones. `attention_factor` scales cos and sin.
+What is no number raises TypeError, and a number that does not fit ValueError, which name it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memkernels.ops.checks import check_flag, check_integer, check_number
+
 
 class RotaryScaling(Protocol):
     """What `nn.RotaryEmbedding` asks of a scaling."""
@@ -23,12 +26,20 @@ class RotaryScaling(Protocol):
     def frequencies(self, inverse: Tensor, base: float, length: Tensor) -> Tensor: ...
 
 
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        check_number(name, value, "a positive number", lambda number: 0 < number < math.inf)
+
+
 @dataclass(frozen=True)
 class LinearScaling:
     """Position interpolation (Chen et al. 2023, arXiv 2306.15595): positions divided by `factor`."""
 
     factor: float
     attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(factor=self.factor, attention_factor=self.attention_factor)
 
     def frequencies(self, inverse: Tensor, base: float, length: Tensor) -> Tensor:
         return inverse / self.factor
@@ -41,6 +52,10 @@ class DynamicNTKScaling:
     factor: float
     original_length: int
     attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(factor=self.factor, attention_factor=self.attention_factor)
+        check_integer("original_length", self.original_length)
 
     def frequencies(self, inverse: Tensor, base: float, length: Tensor) -> Tensor:
         size = 2 * inverse.numel()
@@ -61,6 +76,18 @@ class Llama3Scaling:
     high_frequency_factor: float
     original_length: int
     attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(factor=self.factor, attention_factor=self.attention_factor)
+        low = self.low_frequency_factor
+        check_number("low_frequency_factor", low, "a number from 0 up", lambda number: 0 <= number < math.inf)
+        check_number(
+            "high_frequency_factor",
+            self.high_frequency_factor,
+            f"a number above low_frequency_factor {low}",
+            lambda number: low < number < math.inf,
+        )
+        check_integer("original_length", self.original_length)
 
     def frequencies(self, inverse: Tensor, base: float, length: Tensor) -> Tensor:
         turns = self.original_length * inverse / (2 * math.pi)
@@ -83,6 +110,17 @@ class YarnScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     given_attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        slow = self.beta_slow
+        _check_positive(factor=self.factor, beta_slow=slow)
+        check_integer("original_length", self.original_length)
+        check_number(
+            "beta_fast", self.beta_fast, f"a number above beta_slow {slow}", lambda number: slow < number < math.inf
+        )
+        check_flag("truncate", self.truncate)
+        if self.given_attention_factor is not None:
+            _check_positive(given_attention_factor=self.given_attention_factor)
 
     @property
     def attention_factor(self) -> float:
@@ -118,6 +156,17 @@ class LongRopeScaling:
     factor: float
     given_attention_factor: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, divisors in (("short_factors", self.short_factors), ("long_factors", self.long_factors)):
+            if not isinstance(divisors, (tuple, list)):
+                raise TypeError(f"{name}: expected positive numbers, got {divisors!r}.")
+            for divisor in divisors:
+                _check_positive(**{name: divisor})
+        check_integer("original_length", self.original_length, "an integer from 2 up", least=2)
+        _check_positive(factor=self.factor)
+        if self.given_attention_factor is not None:
+            _check_positive(given_attention_factor=self.given_attention_factor)
+
     @property
     def attention_factor(self) -> float:
         if self.given_attention_factor is not None:
@@ -125,5 +174,8 @@ class LongRopeScaling:
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length)) if self.factor > 1 else 1.0
 
     def frequencies(self, inverse: Tensor, base: float, length: Tensor) -> Tensor:
+        for name, divisors in (("short_factors", self.short_factors), ("long_factors", self.long_factors)):
+            if len(divisors) != inverse.numel():
+                raise ValueError(f"{name}: expected {inverse.numel()} numbers, one a frequency, got {len(divisors)}.")
         short, long = (inverse / inverse.new_tensor(divisors) for divisors in (self.short_factors, self.long_factors))
         return torch.where(length > self.original_length, long, short)

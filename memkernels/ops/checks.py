@@ -17,10 +17,17 @@ from memkernels._library import FLOATING
 PLAIN_TENSORS = (torch.nn.Parameter, Tensor, FakeTensor)
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    """A float32, bfloat16, float16 or (computed by the reference) float64 tensor."""
+def check_dense(name: str, tensor: Tensor) -> None:
+    """A tensor, and no sparse one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}.")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}.")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A dense float32, bfloat16, float16 or (computed by the reference) float64 tensor."""
+    check_dense(name, tensor)
     if tensor.dtype not in (*FLOATING, torch.float64):
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}.")
 
@@ -34,8 +41,7 @@ def check_same_device(reference_name: str, reference: Tensor, **tensors: Tensor 
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}.")
+        check_dense(name, tensor)
         if tensor.device != reference.device:
             raise ValueError(
                 f"{name}: expected device {reference.device}, that of {reference_name}, got {tensor.device}."

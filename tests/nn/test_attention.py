@@ -72,6 +72,8 @@ def test_dropout_is_for_training_and_sinks_learn():
         ({"dropout_p": 2.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 2.0"),
         ({"window": 5}, ValueError, "window: expected two numbers of keys, -1 for unbounded, got 5"),
         ({"softcap": -1.0}, ValueError, "softcap: expected"),
+        ({"causal": None}, TypeError, "causal: expected True or False, got None"),
+        ({"interleaved": 1}, TypeError, "interleaved: expected True or False, got 1"),
     ],
 )
 def test_bad_options_are_refused_when_the_layer_is_made(options, error, message):

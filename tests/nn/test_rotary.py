@@ -101,6 +101,7 @@ def test_the_result_has_the_asked_dtype_and_the_state_dict_is_empty():
         ({"fraction": 1.5}, ValueError, "fraction: expected"),
         ({"fraction": 3 / 16}, ValueError, "fraction: expected"),
         ({"fraction": math.nan}, ValueError, "fraction: expected"),
+        ({"scaling": "linear"}, TypeError, "scaling: expected one of nn.rotary_scaling or None, got 'linear'"),
         ({"sections": (4, 4, 4)}, ValueError, "sections: expected three numbers that sum to 8"),
         ({"sections": (9, -1, 0)}, ValueError, "sections: expected integers from 0 up, got -1"),
         ({"sections": (4, 2, 2), "interleaved_sections": 1}, TypeError, "interleaved_sections: expected True or False"),
@@ -114,3 +115,49 @@ def test_bad_options_are_named(options, error, message):
 def test_positions_without_three_axes_are_named():
     with pytest.raises(ValueError, match=r"positions: expected shape \(3, ..., S\)"):
         RotaryEmbedding(16, sections=(4, 2, 2))(torch.arange(4)[None])
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "error", "message"),
+    [
+        (LinearScaling, {"factor": 0.0}, ValueError, "^factor: expected a positive number, got 0.0"),
+        (LinearScaling, {"factor": "2"}, TypeError, "^factor: expected a positive number, got '2'"),
+        (LinearScaling, {"attention_factor": -1}, ValueError, "^attention_factor: expected a positive number, got -1"),
+        (DynamicNTKScaling, {"factor": math.inf}, ValueError, "^factor: expected a positive number, got inf"),
+        (DynamicNTKScaling, {"original_length": 0}, ValueError, "^original_length: expected a positive integer, got 0"),
+        (DynamicNTKScaling, {"original_length": 8.0}, TypeError, "^original_length: expected a positive integer"),
+        (Llama3Scaling, {"factor": -8}, ValueError, "^factor: expected a positive number, got -8"),
+        (Llama3Scaling, {"low_frequency_factor": -1}, ValueError, "^low_frequency_factor: expected a number from 0 up"),
+        (Llama3Scaling, {"high_frequency_factor": 1.0}, ValueError, "^high_frequency_factor: .* above low.* 1.0"),
+        (Llama3Scaling, {"high_frequency_factor": None}, TypeError, "^high_frequency_factor: .* above low.* 1.0"),
+        (Llama3Scaling, {"original_length": -64}, ValueError, "^original_length: expected a positive integer"),
+        (YarnScaling, {"factor": math.nan}, ValueError, "^factor: expected a positive number, got nan"),
+        (YarnScaling, {"beta_slow": 0}, ValueError, "^beta_slow: expected a positive number, got 0"),
+        (YarnScaling, {"beta_fast": 1.0}, ValueError, "^beta_fast: expected a number above beta_slow 1.0, got 1.0"),
+        (YarnScaling, {"truncate": 1}, TypeError, "^truncate: expected True or False, got 1"),
+        (YarnScaling, {"given_attention_factor": 0}, ValueError, "^given_attention_factor: expected a positive number"),
+        (LongRopeScaling, {"short_factors": 2.0}, TypeError, "^short_factors: expected positive numbers, got 2.0"),
+        (LongRopeScaling, {"long_factors": (1.0, 0.0)}, ValueError, "^long_factors: expected a positive number, got 0"),
+        (LongRopeScaling, {"original_length": 1}, ValueError, "^original_length: expected an integer from 2 up, got 1"),
+        (LongRopeScaling, {"factor": True}, TypeError, "^factor: expected a positive number, got True"),
+    ],
+)
+def test_bad_scalings_are_named(make, change, error, message):
+    arguments = {
+        LinearScaling: {"factor": 2.0},
+        DynamicNTKScaling: {"factor": 2.0, "original_length": 64},
+        Llama3Scaling: {"factor": 8.0, "low_frequency_factor": 1.0}
+        | {"high_frequency_factor": 4.0, "original_length": 64},
+        YarnScaling: {"factor": 4.0, "original_length": 64},
+        LongRopeScaling: {"short_factors": (1.0, 1.0), "long_factors": (2.0, 4.0)}
+        | {"original_length": 64, "factor": 4.0},
+    }[make]
+    make(**arguments)
+    with pytest.raises(error, match=message):
+        make(**arguments | change)
+
+
+def test_factors_are_as_many_as_frequencies():
+    scaling = LongRopeScaling((1.0,) * 8, (2.0,), original_length=64, factor=4.0)
+    with pytest.raises(ValueError, match=r"^long_factors: expected 8 numbers, one a frequency, got 1"):
+        RotaryEmbedding(16, scaling=scaling)(torch.arange(4))

@@ -309,6 +309,8 @@ def test_the_checked_call_has_the_public_signature():
         ({"cos": torch.zeros(3, 4)}, ValueError, "sin: expected with its counterpart"),
         ({"cos": torch.zeros(4, 4), "sin": torch.zeros(4, 4)}, ValueError, r"cos: expected shape \(3, 4\)"),
         ({"interleaved": "x"}, TypeError, "interleaved: expected True or False, got 'x'"),
+        ({"causal": 1}, TypeError, "causal: expected True or False, got 1"),
+        ({"deterministic": 0}, TypeError, "deterministic: expected True or False, got 0"),
         ({"window": (-2, 0)}, ValueError, "window: expected two numbers of keys"),
         ({"softcap": -1.0}, ValueError, "softcap: expected 0"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a number"),

@@ -179,6 +179,8 @@ def test_gradients_only_where_they_are_wanted():
     [
         ({"x": torch.zeros(4, 8, dtype=torch.int32)}, TypeError, "x: expected float32"),
         ({"x": torch.tensor(1.0)}, ValueError, "x: expected at least one dimension"),
+        ({"x": torch.zeros(4, 8).to_sparse()}, TypeError, "x: expected a dense tensor, got .* torch.sparse_coo"),
+        ({"weight": torch.zeros(8).to_sparse()}, TypeError, "weight: expected a dense tensor"),
         ({"weight": torch.zeros(7)}, ValueError, r"weight: expected shape \(8,\).*got \(7,\)"),
         ({"weight": torch.zeros(8, dtype=torch.float16)}, TypeError, "weight: expected torch.float32"),
         ({"weight": torch.zeros(8, device="meta")}, ValueError, "weight: expected device cpu"),

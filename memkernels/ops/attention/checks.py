@@ -8,13 +8,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from memkernels.ops.checks import check_dropout_p, check_finite, check_integer, check_number, check_same_device
+from memkernels.ops.checks import (
+    check_dropout_p,
+    check_finite,
+    check_flag,
+    check_integer,
+    check_number,
+    check_same_device,
+)
 
 
 def check_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    causal: bool,
     scale: float | None,
     window: tuple[int, int],
     softcap: float,
@@ -30,7 +38,7 @@ def check_arguments(
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_heads(q, k, v, packed)
     check_same_device("q", q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check_scores("q", q, scale, window, softcap, alibi_slopes, sinks, dropout_p)
+    check_scores("q", q, causal, scale, window, softcap, alibi_slopes, sinks, dropout_p)
     if not packed:
         for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
             if longest is not None:
@@ -56,6 +64,7 @@ def check_arguments(
 def check_scores(
     name: str,
     x: Tensor,
+    causal: bool,
     scale: float | None,
     window: tuple[int, int],
     softcap: float,
@@ -65,11 +74,14 @@ def check_scores(
 ) -> None:
     """What changes and hides scores, whatever the layout; `name` and x say on which device."""
     check_same_device(name, x, alibi_slopes=alibi_slopes, sinks=sinks)
-    check_score_options(scale, window, softcap, dropout_p)
+    check_score_options(causal, scale, window, softcap, dropout_p)
 
 
-def check_score_options(scale: float | None, window: tuple[int, int], softcap: float, dropout_p: float) -> None:
+def check_score_options(
+    causal: bool, scale: float | None, window: tuple[int, int], softcap: float, dropout_p: float
+) -> None:
     """What a layer knows of scores when it is made."""
+    check_flag("causal", causal)
     if scale is not None:
         check_finite("scale", scale)
     is_pair = isinstance(window, (tuple, list)) and len(window) == 2

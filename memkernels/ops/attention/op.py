@@ -10,7 +10,7 @@ from memkernels.ops.attention import reference
 from memkernels.ops.attention.backends import Call, operators, select_implementation
 from memkernels.ops.attention.checks import check_arguments
 from memkernels.ops.autocast import product_dtype
-from memkernels.ops.checks import check_floating
+from memkernels.ops.checks import check_flag, check_floating
 from memkernels.ops.distinct import distinct
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.philox import seed_tensor
@@ -137,7 +137,8 @@ def attention(
         out, (B, Sq, H, Dv) or (Tq, H, Dv), like q.
 
     Raises:
-        TypeError: no tensor, a dtype other than those above, or dtypes that differ; a number of another type.
+        TypeError: no dense tensor, a dtype other than those above, or dtypes that differ; a number or flag of another
+            type.
         ValueError: shapes, devices, a scale, softcap, window, sequence starts, dropout_p or seed that do not fit, or a
             backend that lacks what the call needs. Each names the argument, and is the same on every backend.
 
@@ -148,9 +149,11 @@ def attention(
     q, k, v = (tensor.to(product_dtype(tensor)) for tensor in (q, k, v))
     softcap = 0.0 if softcap is None else softcap
     lengths = check_arguments(
-        q, k, v, scale, window, softcap, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k,
+        q, k, v, causal, scale, window, softcap, alibi_slopes, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
+    check_flag("deterministic", deterministic)
+    check_flag("return_lse", return_lse)
     seed = seed_tensor(seed, q.device) if dropout_p > 0 else None
     left, right = seen_window(window, causal)
     call = Call(

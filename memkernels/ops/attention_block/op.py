@@ -173,8 +173,9 @@ def plan_attention_block(
     if cos is not None and sin is not None:
         check_tables(x, (rows, length, head_size), dtype, cos, sin)
     check_flag("interleaved", interleaved)
+    check_flag("deterministic", deterministic)
     softcap = 0.0 if softcap is None else softcap
-    check_scores("x", x, scale, window, softcap, alibi_slopes, sinks, dropout_p)
+    check_scores("x", x, causal, scale, window, softcap, alibi_slopes, sinks, dropout_p)
     check_per_head(x.dtype, batch, num_heads, alibi_slopes, sinks)
     weights = as_product_weights(x, dtype, **given, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o)
     q, k, v, o = (projection_of(weights[f"w_{name}"], weights[f"b_{name}"]) for name in "qkvo")
