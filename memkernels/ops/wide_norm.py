@@ -2,7 +2,8 @@
 
 A block of `wide_norm_fwd` and `wide_norm_bwd` (csrc/cuda/wide_norm.cuh) holds 16,384 elements of a row, a team of
 blocks a longer row, which so is read once. GPUs without the library of CUDA C++ take the kernels of
-`wide_norm_triton.py`, which read it twice, and so do rows that no team holds.
+`wide_norm_triton.py`, which read it twice, and so do rows that no team holds; but in forward without bias a Triton
+program holds twice as wide a row as in backward.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ def _teams(operator: str, rows: Tensor, per_multiprocessor: int) -> int:
         return 0
     at_once = launch.multiprocessors(rows) * (per_multiprocessor if blocks == 1 else 1)
     return min(max(rows.shape[:-1].numel(), 1), at_once // blocks)
+
+
+def holds_row_in_forward(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a Triton program holds a row of x: one that only it and the CUDA C++ kernel could is the latter's."""
+    from memkernels.ops import launch  # imports Triton
+
+    return launch.holds_row(x.shape[-1], only_weight=bias is None and not has_kernel("wide_norm_fwd", x))
 
 
 def wide_norm_fwd(

@@ -18,7 +18,7 @@ BESIDES_IN_GATE = tuple(
 def in_gate(op: str, case: KernelCase) -> bool:
     """Whether a case is compiled and counted for its targets of the gate."""
     if op not in SWEPT:
-        return not any(size in case.label for size in ("16384", "20000"))
+        return not any(size in case.label for size in ("16384", "17001", "20000", "32768", "40000"))
     if op == "attention" and (case.label.endswith(BESIDES) or not any(f" {size} " in case.label for size in (64, 256))):
         return False
     return "float32" not in case.label

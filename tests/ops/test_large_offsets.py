@@ -24,7 +24,7 @@ from memkernels.testing import implementations
 
 OPERATORS = torch.ops.memkernels
 FAR = 3  # rows, or elements, past 2^31
-NARROW, WIDE = 64, 8208
+NARROW, WIDE = 64, 16400
 one_at_a_time = pytest.mark.xdist_group("large_offsets")  # two would take 18 GB
 
 

@@ -46,7 +46,7 @@ def test_matches_reference(implementation, shape, dtype, bias, residual):
     ids=str,
 )
 def test_wide_rows(implementation, rows, size, dtype, bias, residual):
-    """Rows that no Triton program holds: in blocks of columns, or in CUDA C++, which NVIDIA's GPUs have up to 16384."""
+    """Rows that no Triton program holds in backward: in blocks of columns, or in CUDA C++ where GPUs have it."""
     with implementation.active() as device:
         inputs = make_inputs((rows, size), dtype, device, bias=bias, residual=residual)
         check_op(ops.layer_norm, reference.layer_norm, inputs, eps=1e-5)

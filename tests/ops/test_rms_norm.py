@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from norms import check_under_autocast
 
 from memkernels import nn, ops
+from memkernels.ops import wide_norm
 from memkernels.ops.rms_norm import reference
 from memkernels.testing import check_op, implementations, random_tensor, saved_bytes
 
@@ -77,7 +78,7 @@ def test_zero_rows_and_zero_columns(implementation):
     ids=str,
 )
 def test_wide_rows(implementation, rows, size, dtype, residual):
-    """Rows that no Triton program holds: in blocks of columns, or in CUDA C++, which NVIDIA's GPUs have up to 16384."""
+    """Rows that no Triton program holds in backward: in blocks of columns, or in CUDA C++ where GPUs have it."""
     with implementation.active() as device:
         inputs = make_inputs((rows, size), dtype, device, residual=residual)
         check_op(ops.rms_norm, reference.rms_norm, inputs, eps=1e-5, weight_offset=1.0)
@@ -208,3 +209,26 @@ def test_module_has_torchs_state_dict_and_result():
             norm(32, eps=-1)
     with pytest.raises(TypeError, match="weight_offset: expected a finite number, got '1'"):
         nn.RMSNorm(32, weight_offset="1")
+
+
+@pytest.mark.parametrize(
+    ("amd", "cuda_kernel", "bias", "widest"),
+    [
+        (False, True, False, 8192),
+        (False, False, False, 16384),
+        (False, False, True, 8192),
+        (True, False, False, 32768),
+        (True, False, True, 16384),
+    ],
+)
+def test_widest_row_that_a_triton_program_holds_in_forward(monkeypatch, amd, cuda_kernel, bias, widest):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(torch.version, "hip", "6.4" if amd else None)
+    monkeypatch.setattr(wide_norm, "has_kernel", lambda operator, x: cuda_kernel)
+
+    def holds(size):
+        x = torch.empty(1, size, device="meta")
+        return wide_norm.holds_row_in_forward(x, x[0] if bias else None)
+
+    assert holds(widest) and not holds(widest + 16)
+    assert holds(widest // 2 - 1) and not holds(widest // 2 + 1)

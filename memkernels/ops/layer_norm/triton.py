@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memkernels.ops.launch import holds_row, num_programs, row_tile
 from memkernels.ops.partial_sums import partial_sums, total
-from memkernels.ops.wide_norm import wide_norm_bwd, wide_norm_fwd
+from memkernels.ops.wide_norm import holds_row_in_forward, wide_norm_bwd, wide_norm_fwd
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def layer_norm_fwd(
     x, weight = x.contiguous(), weight.contiguous()
     residual, bias = (tensor if tensor is None else tensor.contiguous() for tensor in (residual, bias))
     size, rows = x.shape[-1], x.shape[:-1].numel()
-    if not (holds_row(size) if held is None else held):
+    if not (holds_row_in_forward(x, bias) if held is None else held):
         return wide_norm_fwd(x, residual, weight, bias, eps, 0.0, centred=True)
     y = torch.empty_like(x)
     residual_out = x.new_empty(0) if residual is None else torch.empty_like(x)

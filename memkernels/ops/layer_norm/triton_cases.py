@@ -52,6 +52,17 @@ HELD_BY_AMD = (
     (torch.bfloat16, 16384, True, True),
     (torch.float32, 16384, True, True),
 )
+# The widest, without bias; on NVIDIA's where there is no CUDA C++.
+HELD_IN_FORWARD = (
+    (torch.float32, 5001, False, True),
+    (torch.bfloat16, 16384, False, True),
+    (torch.float32, 16384, False, True),
+)
+HELD_IN_FORWARD_BY_AMD = (
+    (torch.float32, 10001, False, True),
+    (torch.bfloat16, 32768, False, True),
+    (torch.float32, 32768, False, True),
+)
 # Where there is no CUDA C++, and rows that no team of its blocks holds.
 WIDE = ((torch.float32, 5001, True, True), (torch.bfloat16, 20000, True, False))
 KERNEL_CASES = [
@@ -63,7 +74,15 @@ KERNEL_CASES = [
         traffic_limit=1.05 if held else 1.8,
         targets=targets,
     )
-    for launch in (_forward, _backward)
-    for cases, held, targets in ((HELD, True, TARGETS), (HELD_BY_AMD, True, AMD), (WIDE, False, TARGETS))
+    for launch, cases, held, targets in (
+        (_forward, HELD, True, TARGETS),
+        (_forward, HELD_BY_AMD, True, AMD),
+        (_forward, HELD_IN_FORWARD, True, TARGETS),
+        (_forward, HELD_IN_FORWARD_BY_AMD, True, AMD),
+        (_forward, WIDE, False, TARGETS),
+        (_backward, HELD, True, TARGETS),
+        (_backward, HELD_BY_AMD, True, AMD),
+        (_backward, WIDE, False, TARGETS),
+    )
     for dtype, size, with_bias, with_residual in cases
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memkernels.ops.launch import holds_row, num_programs, row_tile
 from memkernels.ops.partial_sums import partial_sums, total
-from memkernels.ops.wide_norm import wide_norm_bwd, wide_norm_fwd
+from memkernels.ops.wide_norm import holds_row_in_forward, wide_norm_bwd, wide_norm_fwd
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def rms_norm_fwd(
     x, weight = x.contiguous(), weight.contiguous()
     residual = residual if residual is None else residual.contiguous()
     size, rows = x.shape[-1], x.shape[:-1].numel()
-    if not (holds_row(size) if held is None else held):
+    if not (holds_row_in_forward(x, None) if held is None else held):
         y, residual_out, _, rstd = wide_norm_fwd(x, residual, weight, None, eps, weight_offset, centred=False)
         return y, residual_out, rstd
     y = torch.empty_like(x)

@@ -42,14 +42,26 @@ HELD = (
     (torch.float32, 8192, True),
     (torch.float32, 4095, True),
 )
-# Where a warp has 64 lanes; NVIDIA's have CUDA C++ for these.
+# In backward, where a warp has 64 lanes; NVIDIA's have CUDA C++ for these.
 HELD_BY_AMD = (
     (torch.float32, 5000, True),
     (torch.bfloat16, 16384, True),
     (torch.float32, 16384, True),
 )
+# The widest, on NVIDIA's where there is no CUDA C++.
+HELD_IN_FORWARD = (
+    (torch.float32, 5001, True),
+    (torch.bfloat16, 16384, True),
+    (torch.float32, 16384, True),
+)
+HELD_IN_FORWARD_BY_AMD = (
+    (torch.float32, 10001, True),
+    (torch.bfloat16, 32768, True),
+    (torch.float32, 32768, True),
+)
 # Where there is no CUDA C++, and rows that no team of its blocks holds.
-WIDE = ((torch.float32, 5001, True), (torch.bfloat16, 20000, False))
+WIDE_FORWARD = ((torch.float32, 17001, True), (torch.bfloat16, 40000, False))
+WIDE_BACKWARD = ((torch.float32, 5001, True), (torch.bfloat16, 20000, False))
 KERNEL_CASES = [
     KernelCase(
         f"{launch.__name__[1:]} {str(dtype)[6:]} {size}{' residual' if with_residual else ''}",
@@ -58,7 +70,14 @@ KERNEL_CASES = [
         traffic_limit=1.05 if held else 1.8,
         targets=targets,
     )
-    for launch in (_forward, _backward)
-    for cases, held, targets in ((HELD, True, TARGETS), (HELD_BY_AMD, True, AMD), (WIDE, False, TARGETS))
+    for launch, cases, held, targets in (
+        (_forward, HELD, True, TARGETS),
+        (_forward, HELD_IN_FORWARD, True, TARGETS),
+        (_forward, HELD_IN_FORWARD_BY_AMD, True, AMD),
+        (_forward, WIDE_FORWARD, False, TARGETS),
+        (_backward, HELD, True, TARGETS),
+        (_backward, HELD_BY_AMD, True, AMD),
+        (_backward, WIDE_BACKWARD, False, TARGETS),
+    )
     for dtype, size, with_residual in cases
 ]
