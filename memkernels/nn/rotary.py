@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memkernels.nn.rotary_scaling import RotaryScaling
-from memkernels.ops.checks import check_flag, check_integer, check_number
+from memkernels.ops.checks import check_dense, check_flag, check_integer, check_number
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -79,8 +79,10 @@ class RotaryEmbedding(torch.nn.Module):
         """cos and sin, (..., S, R) in `dtype`, for positions (..., S), of any dtype, or with sections (3, ..., S).
 
         Raises:
+            TypeError: positions that are no dense tensor.
             ValueError: with sections, positions whose first dimension is not 3.
         """
+        check_dense("positions", positions)
         axis = self.axis
         if axis is not None and positions.shape[0] != 3:
             raise ValueError(f"positions: expected shape (3, ..., S) with sections, got {tuple(positions.shape)}.")

@@ -55,7 +55,8 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), device=device, dtype=torch.int64)
     if isinstance(seed, Tensor):
-        fits = seed.numel() == 1 and seed.device.type != "meta" and not seed.is_floating_point()
+        has_value = seed.numel() == 1 and seed.device.type != "meta" and seed.layout == torch.strided
+        fits = has_value and not seed.is_floating_point()
     else:
         fits = hasattr(seed, "__index__") and -(2**63) <= seed < 2**63
     if not fits:

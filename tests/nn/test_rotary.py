@@ -161,3 +161,8 @@ def test_factors_are_as_many_as_frequencies():
     scaling = LongRopeScaling((1.0,) * 8, (2.0,), original_length=64, factor=4.0)
     with pytest.raises(ValueError, match=r"^long_factors: expected 8 numbers, one a frequency, got 1"):
         RotaryEmbedding(16, scaling=scaling)(torch.arange(4))
+
+
+def test_sparse_positions_are_named():
+    with pytest.raises(TypeError, match=r"^positions: expected a dense tensor, got one of layout"):
+        RotaryEmbedding(16)(torch.arange(4).to_sparse())

@@ -58,6 +58,10 @@ def test_the_cpu_kernels_refuse_starts_that_leave_rows_out(bad):
         ({"dropout_p": -0.1}, ValueError, "dropout_p: expected"),
         ({"dropout_p": 0.1, "seed": 0.5}, ValueError, "seed: expected an integer of 64 bits"),
         ({"dropout_p": 0.1, "seed": 2**64}, ValueError, "seed: expected an integer of 64 bits"),
+        (
+            {"dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64).to_sparse()},
+            ValueError, "seed: expected an integer of 64 bits",
+        ),
         ({"dropout_p": 0.1, "seed": torch.zeros(2)}, ValueError, "seed: expected an integer of 64 bits"),
         ({"max_seqlen_q": 8}, ValueError, "max_seqlen_q: expected None without cu_seqlens_q and cu_seqlens_k"),
         ({"max_seqlen_k": 8}, ValueError, "max_seqlen_k: expected None without cu_seqlens_q and cu_seqlens_k"),
