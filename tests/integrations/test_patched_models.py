@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from training_step import assert_same_step, exact_step, train_step
 
 import memkernels
@@ -224,6 +225,22 @@ def test_torch_compile_in_one_graph(make_model, make_batch, family, backend, rec
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=family != "GptOss", backend=backend)
     assert_same_step(train_step(model, batch, compiled), exact, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "GPT2"])
+def test_batches_of_other_lengths_share_a_graph(make_model, make_batch, family):
+    model = make_model(family)
+    memkernels.patch(model, recompute="layer")
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for length in (37, 29, 21):
+        batch = {name: of[:, :length] for name, of in make_batch().items()}
+        expected = train_step(model, batch)
+        for name, value in train_step(model, batch, compiled).items():
+            torch.testing.assert_close(value, expected[name])
+    assert graphs.frame_count == 2
 
 
 @pytest.mark.parametrize("recompute", ["sublayer", "layer"])

@@ -16,8 +16,9 @@ from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.philox import seed_tensor
 
 _MASKS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, int max_seqlen_q,"
-    " int max_seqlen_k, float scale, int window_left, int window_right, float softcap, float dropout_p"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed,"
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, int window_left, int window_right, float softcap,"
+    " float dropout_p"
 )
 
 

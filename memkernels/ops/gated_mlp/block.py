@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -261,7 +262,7 @@ def gated_mlp_plan(
         down=down.description,
         post_norm=post_norm.description,
         activation=activation,
-        tile_tokens=tile_tokens or default_tile(x.shape[:-1].numel(), x.shape[-1]),
+        tile_tokens=tile_tokens or default_tile(math.prod(x.shape[:-1]), x.shape[-1]),
         fused=fused,
         dtype=dtype,
     )

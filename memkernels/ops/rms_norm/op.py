@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from memkernels.ops.rms_norm import reference
 def _fwd_fake(x, residual, weight, eps, weight_offset):
     y = x.new_empty(x.shape)
     residual_out = x.new_empty(0 if residual is None else x.shape)
-    return y, residual_out, x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return y, residual_out, x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
 def _bwd_fake(dy, dresidual_out, h, weight, rstd, weight_offset, weight_grad):
