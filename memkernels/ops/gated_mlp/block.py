@@ -122,18 +122,16 @@ class Layer:
             dy = self._through_post_norm(dy, h, first, gradients)
             add_other_gradients(self.down, dy, h, s, None, gradients.down, first)
             return None
-        dy, h, dgate, dup, p, low_rank = self._hidden_backward(dy, n, s, first, gradients)
+        dy, h, dys, p, low_rank = self._hidden_backward(dy, n, s, first, gradients)
         add_other_gradients(self.down, dy, h, s, p, gradients.down, first)
         del h, p
-        projections, dys, sums = self._in_front, [dup], [gradients.up]
-        if dgate is not None:
-            dys, sums = [dgate, dup], [gradients.gate, gradients.up]
-        of_dys = add_gradients_all(projections, dys, n, sums, first, input_grad=gradients.through_norm, s=low_rank)
+        sums = [gradients.up, gradients.gate][: len(dys)]
+        of_dys = add_gradients_all(self._in_front, dys, n, sums, first, input_grad=gradients.through_norm, s=low_rank)
         del n
         if not gradients.through_norm:
             return None
-        dn = input_grad_all(projections, dys, of_dys, first)
-        del dgate, dup, dys
+        dn = input_grad_all(self._in_front, dys, of_dys, first)
+        del dys
         return self.norm.backward(dn, x, statistics, gradients.norm)
 
     def _dense_hidden(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
@@ -153,13 +151,13 @@ class Layer:
 
     @property
     def _in_front(self) -> list[Projection]:
-        """gate and up, or up alone."""
-        return [self.up] if self.gate is None else [self.gate, self.up]
+        """up and gate, or up alone."""
+        return [self.up] if self.gate is None else [self.up, self.gate]
 
     def _pair(self, n: Tensor, first: int) -> tuple[tuple[Tensor, Tensor | None], dict[int, Tensor]]:
-        """gate and up, or up and None if ungated; and s of their adapters."""
-        products, low_rank = forward_all(self._in_front, n, first)
-        return (products[0], products[1] if len(products) == 2 else None), low_rank
+        """gate and up, or up and None if ungated; and s of their adapters, by place in `_in_front`."""
+        (up, *gate), low_rank = forward_all(self._in_front, n, first)
+        return ((gate[0], up) if gate else (up, None)), low_rank
 
     def _through_post_norm(self, dy: Tensor, h: Tensor, first: int, gradients: Gradients) -> Tensor:
         """The gradient of the down product, which is recomputed where a norm follows it."""
@@ -170,11 +168,8 @@ class Layer:
 
     def _hidden_backward(
         self, dy: Tensor, n: Tensor, s: Tensor | None, first: int, gradients: Gradients
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, dict[int, Tensor]]:
-        """The down product's gradient, h, dgate and dup, with gate and up recomputed; dgate is None if ungated.
-
-        And p of the down product, where it has an adapter, and s of those of gate and up.
-        """
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, dict[int, Tensor]]:
+        """The down product's gradient, h, and those of `_in_front`, recomputed; p of down's adapter, s of theirs."""
         if self.plan.fused:
             assert isinstance(self.down, DenseProjection)
             if self.post_norm.weight is not None:
@@ -182,7 +177,7 @@ class Layer:
             h, dgate, dup = torch.ops.memkernels.gated_hidden_bwd(
                 dy, self.down.weight, n, *self._dense_hidden(), self.plan.activation
             )
-            return dy, h, None if self.gate is None else dgate, dup, None, {}
+            return dy, h, [dup] if self.gate is None else [dup, dgate], None, {}
         pair, low_rank = self._pair(n, first)
         if self.post_norm.weight is not None:
             h = torch.ops.memkernels.gated_activation_fwd(*pair, self.plan.activation)
@@ -191,7 +186,7 @@ class Layer:
         dh, p = input_grad_and_p(self.down, dy, s, gradients.down, first)
         torch.ops.memkernels.gated_activation_bwd_(dh, *pair, self.plan.activation)
         gate, up = pair
-        return (dy, dh, None, gate, p, low_rank) if up is None else (dy, dh, gate, up, p, low_rank)
+        return dy, dh, [gate] if up is None else [up, gate], p, low_rank
 
 
 class Gradients:
