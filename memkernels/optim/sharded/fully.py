@@ -23,7 +23,7 @@ from memkernels.optim.sharded.fsdp_exchanges import Exchanges
 from memkernels.optim.sharded.gather import layers_of
 from memkernels.optim.sharded.layout import ALIGNMENT
 from memkernels.optim.sharded.optimizer import ShardedOptimizer, _drop_with
-from memkernels.optim.sharded.param_groups import options_of
+from memkernels.optim.sharded.param_groups import with_parameters
 from memkernels.optim.sharded.presence import Presence
 from memkernels.optim.sharded.reduction import GradientHook
 from memkernels.optim.sharded.states import Part
@@ -74,7 +74,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
         self._presence = Presence(self._model)
         parameters = dict(model.named_parameters())
         groups = [
-            options_of(of_group) | {"params": [(name, parameters[name]) for name in of_group["param_names"]]}
+            with_parameters(of_group, (parameters[name] for name in of_group["param_names"]))
             for of_group in whole.param_groups
         ]
         self.local = optimizer_class(groups, **defaults)
