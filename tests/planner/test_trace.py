@@ -115,7 +115,7 @@ def test_the_step_of_a_parameter_takes_memory_within_backward_or_after_it():
 
 @pytest.mark.parametrize(("optimizer_class", "least", "most"), [(Muon, 4, 4.5), (Adafactor, 0, 0.2)])
 def test_a_step_within_a_trace_is_one_event(optimizer_class, least, most):
-    """In float32 tensors of the parameter's size: Muon takes four and their small products, Adafactor its row and column."""
+    """In float32 tensors of its size: Muon takes four and their small products, Adafactor a row and a column."""
 
     def function(trace):
         parameter = torch.nn.Parameter(torch.zeros(30, 20))
