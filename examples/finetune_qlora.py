@@ -1,6 +1,6 @@
 """QLoRA of a language model of 1.1 billion parameters in less than 2 GB of memory, on any CPU.
 
-    pip install "memkernels[hf]"
+    pip install --no-build-isolation ".[hf]"
     python examples/finetune_qlora.py
     python examples/finetune_qlora.py --checkpoint PATH      # a Hugging Face model of your own
 

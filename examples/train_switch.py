@@ -1,6 +1,6 @@
 """Trains a small Switch Transformer beside its dense twin, at the same FLOPs a token.
 
-    pip install "memkernels[plot]"
+    pip install --no-build-isolation ".[plot]"
     python examples/train_switch.py
 
 Both read Python's standard library byte by byte. In the sparse model every other feed-forward layer is `nn.SwitchFFN`:

@@ -1,6 +1,6 @@
 """Trains a small language model on several ranks, and goes on from its last checkpoint on more or fewer of them.
 
-    pip install memkernels
+    pip install --no-build-isolation .
     torchrun --nproc-per-node 2 examples/train_zero.py --steps 200
     torchrun --nproc-per-node 3 examples/train_zero.py --steps 400  # goes on at step 200
 

@@ -1,6 +1,6 @@
 """Trains what train_zero.py trains, on ranks that are actors of Monarch in place of torchrun's processes.
 
-    pip install memkernels torchmonarch
+    pip install --no-build-isolation . && pip install torchmonarch
     python examples/train_zero_monarch.py --ranks 2 --steps 200
     python examples/train_zero_monarch.py --ranks 3 --steps 400  # goes on at step 200
 
