@@ -1,5 +1,5 @@
-// Every native operator, one line each. Schemas and fakes stand in memkernels/ops/<op>/op.py, where Triton finds them
-// too.
+// Every operator of csrc/cpu, one line each; files of csrc/cuda register theirs. Schemas and fakes stand in
+// memkernels/ops/<op>/op.py, where Triton finds them too.
 #include "common/kernel_table.h"
 
 #define MEMKERNELS_IMPL(name) m.impl(#name, &memkernels::KernelTable<#name>::call)

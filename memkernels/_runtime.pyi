@@ -44,7 +44,7 @@ class SpillFile:
     """A file in `folder` that has no name, mode 0600, and goes with the process, however that ends.
 
     It grows by preallocated steps of 256 MiB, holds a CRC32C for each 64 KiB, and is written and read by `threads`
-    threads, 4 MiB at a time, reads first: each thread hands four such parts to the kernel at once through io_uring,
+    threads, 4 MiB at a time, reads first: each thread hands two such parts to the kernel at once through io_uring,
     or moves one where there is no io_uring.
     """
 

@@ -1,6 +1,5 @@
 // A file without a name that holds blocks of a slab: written and read by a pool of threads past the page cache, with a
-// CRC32C for each 64 KiB. The system removes it with the process, however
-// that ends.
+// CRC32C for each 64 KiB. The system removes it with the process, however that ends.
 #pragma once
 
 #include <atomic>

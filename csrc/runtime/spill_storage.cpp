@@ -66,7 +66,7 @@ bool SpillStorage::in_memory() const {
 void SpillStorage::check_owner(int64_t bytes) const {
   if (getpid() == owner_) return;
   throw std::runtime_error("disk tier: the file in " + folder_ +
-                           " belongs to the process that opened it; a fork of it" + " wanted to move " +
+                           " belongs to the process that opened it; a fork of it wanted to move " +
                            std::to_string(bytes) + " bytes.");
 }
 

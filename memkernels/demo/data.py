@@ -20,7 +20,7 @@ def standard_library(folder: Path | None = None) -> tuple[Tensor, Tensor]:
 
 
 def standard_library_files(folder: Path | None = None, *, every: int = 20) -> tuple[list[Path], list[Path]]:
-    """The top-level modules: those to train on, and every so manieth, which is held out; in order of names.
+    """The top-level modules in order of names: those to train on, and the first of each `every`, which is held out.
 
     Raises:
         FileNotFoundError: the folder has too few sources; some distributions of Python ship compiled ones only.

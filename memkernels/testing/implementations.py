@@ -48,9 +48,10 @@ def _override_cpu(functions: dict[str, tuple[str, str]]) -> Iterator[None]:
     """Puts Python functions, given as (module, name), in the place of the CPU kernels of the same operators."""
     library = torch.library.Library("memkernels", "IMPL")
     try:
-        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-        for operator, (module, name) in functions.items():
-            library.impl(operator, getattr(importlib.import_module(module), name), "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+            for operator, (module, name) in functions.items():
+                library.impl(operator, getattr(importlib.import_module(module), name), "CPU", allow_override=True)
         with mock.patch.dict(_library._native_devices, {name: ["cpu"] for name in functions}):
             yield
     finally:
