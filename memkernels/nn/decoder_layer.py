@@ -24,8 +24,8 @@ class DecoderLayer(torch.nn.Module):
         mlp: of which the norm in front is `post_attention_layernorm`.
         norm_eps: of both norms.
 
-    Saved for backward, beside the parameters, cos and sin: what attention saves, x, out and 4 bytes a head, and nothing
-    of the feed-forward layer.
+    Saved for backward, beside the parameters, cos and sin: what attention saves, x, out and 4 bytes a head; of the
+    feed-forward layer nothing but the r elements of an adapter of down_proj.
     """
 
     def __init__(self, attention: Attention, mlp: GatedMLP, norm_eps: float = 1e-6):

@@ -32,7 +32,8 @@ class GatedMLP(torch.nn.Module):
         TypeError: a size or a tile_tokens that is no integer.
         ValueError: an unknown activation, or a size or a tile_tokens that is not positive.
 
-    Saved for backward, beside the parameters: x itself, d elements a token, with a norm in front or without.
+    Saved for backward, beside the parameters: x itself, d elements a token, with a norm in front or without, and r
+    elements of an adapter of down_proj.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ class _DecoderLayer(torch.autograd.Function):
 
 
 def decoder_layer(x: Tensor, attention: Mapping[str, Any], mlp: Mapping[str, Any]) -> Tensor:
-    """A whole pre-norm decoder layer that keeps x and what attention's backward needs, and nothing of the feed-forward.
+    """A whole pre-norm decoder layer that keeps x and what attention's backward needs, and no hidden layer.
 
     h = x + `ops.attention_block`(x, **attention); y = h + `ops.gated_mlp`(h, **mlp).
 

@@ -41,7 +41,7 @@ def gated_mlp(
     b_down: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """A transformer's feed-forward layer, with the norm in front of it, that keeps only its input for backward.
+    """A transformer's feed-forward layer, with the norm in front of it, that keeps its input and no hidden layer.
 
     y = (act(n w_gate^T + b_gate) * (n w_up^T + b_up)) w_down^T + b_down with n = `ops.rms_norm` or `ops.layer_norm` of
     x, or x itself without norm_weight. With w_gate None, y = act(n w_up^T + b_up) w_down^T + b_down. Shazeer 2020,
