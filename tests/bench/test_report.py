@@ -82,6 +82,17 @@ def test_the_readme_agrees_with_the_committed_results():
     assert report.main(["--check", "--readme", f"{ROOT}/README.md", "--results", f"{RESULTS}"]) == 0
 
 
+def test_the_readme_begins_with_the_committed_figures_of_a_llama():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    place = ("llama", "d1024-f2816-L6-V32000-T2048", "memkernels-sublayer")
+    found = [row for row in report.read_results(RESULTS) if (row.op, row.case, row.provider) == place]
+    for dtype in ("bfloat16", "float32"):
+        (line,) = [line for line in lines if line.startswith(f"| {dtype}; ")]
+        for cell, mode in zip(line.split("|")[2:4], ("memory", "full"), strict=True):
+            ratios = sorted(f"{row.ratio_to_baseline:.2f}x" for row in found if (row.dtype, row.mode) == (dtype, mode))
+            assert cell.strip() == " to ".join(dict.fromkeys((ratios[0], ratios[-1]))), (dtype, mode)
+
+
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="must hold the lines"):
         report.update("# Title\n", rows())
