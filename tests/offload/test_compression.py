@@ -135,15 +135,21 @@ def test_what_blocks_keep_of_their_own_is_compressed(tmp_path):
     assert written == [4 * (values + statistics), values * (128 + 4) // 128 + 4 * statistics]
 
 
-def test_views_share_what_was_compressed_and_other_dtypes_do_not(tmp_path):
+def test_views_share_what_was_compressed_and_those_of_other_dtypes_do_not(tmp_path):
     offload = offload_activations("auto", path=tmp_path, max_host_bytes=1 << 20, min_bytes=KB, compress="fp8")
     offload._store._host.limit = 0
     x = torch.randn(64, 64, requires_grad=True)
     with offload:
         h = (x * 1).exp()
-        y = (h.t() * h[:32].repeat(2, 1)).sum()
+        pairs = torch.view_as_complex(h.view(64, 32, 2))
+        y = (h.t() * h[:32].repeat(2, 1)).sum() + (pairs * pairs).real.sum()
     y.backward()
-    assert torch.isfinite(x.grad).all() and offload.statistics["shared"] >= 1
+    # exp's result and its transpose; the repeated rows; the pairs, twice.
+    assert (offload.statistics["moved"], offload.statistics["shared"]) == (3, 2)
+    kept, repeated = rounded(h, "fp8"), rounded(h[:32].repeat(2, 1), "fp8")
+    dh = repeated.t() + torch.view_as_real(2 * pairs.detach().conj()).view(64, 64)
+    dh[:32] += kept.t()[:32] + kept.t()[32:]
+    torch.testing.assert_close(x.grad, dh * kept)
 
 
 def test_an_unknown_compression_is_named():
