@@ -34,11 +34,20 @@ _python_implementations: dict[str, Callable] = {}
 _triton_missing = None if importlib.util.find_spec("triton") else "Triton is not installed: `pip install triton`."
 
 
+def not_built(name: str) -> str | None:
+    """The sentence that says so of a native library; None where it is built."""
+    if (_FOLDER / name).exists():
+        return None
+    compiler = "nvcc" if name == "_C_cuda.so" else "a compiler"
+    return f"{name} is not built: run `pip install --no-build-isolation -e .` where {compiler} is."
+
+
 def _load(name: str) -> tuple[ctypes.CDLL | None, str | None]:
     """Loads a native library: the library, or the sentence that says why it is missing."""
+    missing = not_built(name)
+    if missing is not None:
+        return None, missing
     path = _FOLDER / name
-    if not path.exists():
-        return None, f"{name} is not built: run `pip install --no-build-isolation -e .` where a compiler is."
     try:
         torch.ops.load_library(path)
         return ctypes.CDLL(str(path)), None

@@ -18,6 +18,11 @@ from memkernels.ops.rms_norm import reference
 from memkernels.testing.cuda_resources import find_nvcc
 
 _BUILD_INFO = Path(__file__).parent / "build_info.json"
+# What csrc/cuda implements. Where torch finds no GPU its library is not loaded, and cannot say so itself.
+CUDA_OPERATORS = (
+    "adamw_", "cross_entropy_grad_", "cross_entropy_stats", "lion_", "moe_combine", "moe_combine_bwd", "moe_dispatch",
+    "moe_plan", "nf4_dequantize_", "nf4_quantize", "sgd_", "square_sum", "wide_norm_bwd", "wide_norm_fwd",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +85,7 @@ def _devices() -> dict[str, str]:
         capability = f"{properties.major}.{properties.minor}"
         lines[f"cuda:{index}"] = f"{properties.name}, {capability}, {properties.total_memory / 1e9:.0f} GB"
     if not torch.cuda.is_available():
-        lines["gpu"] = "none that torch can use"
+        lines["gpu"] = "none that torch can use; 'with a gpu' below says what operators would run on"
     return lines | {"disk": _disk_tier()}
 
 
@@ -99,21 +104,29 @@ def _operators() -> dict[str, str]:
 
 
 def _implementations(operator: str) -> str:
+    gpu = "gpu" if torch.cuda.is_available() else "with a gpu"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"memkernels::{operator}", "CompositeExplicitAutograd"):
         everywhere = "other operators and torch's matrix products"
-        if _library.missing(operator, "cuda") is not None:
+        if _missing(operator, "cuda") is not None:
             return everywhere
-        return f"cpu: {everywhere}; gpu: {_implementation(operator, 'cuda')} in bfloat16 and float16"
-    return f"cpu: {_implementation(operator, 'cpu')}; gpu: {_implementation(operator, 'cuda')}"
+        return f"cpu: {everywhere}; {gpu}: {_implementation(operator, 'cuda')} in bfloat16 and float16"
+    return f"cpu: {_implementation(operator, 'cpu')}; {gpu}: {_implementation(operator, 'cuda')}"
 
 
 def _implementation(operator: str, device_type: str) -> str:
-    reason = _library.missing(operator, device_type)
+    reason = _missing(operator, device_type)
     if reason is not None:
         return f"{_library.alternatives.get(operator, 'plain PyTorch')}, since {reason.rstrip('.')}"
     if device_type == "cpu":
         return f"C++ ({_cpu_build(operator)})"
     return "Triton" if operator in _library.triton_modules else "CUDA C++"
+
+
+def _missing(operator: str, device_type: str) -> str | None:
+    """`_library.missing`; of GPUs, where torch finds none, as it would be with one."""
+    if device_type == "cpu" or torch.cuda.is_available() or operator in _library.triton_modules:
+        return _library.missing(operator, device_type)
+    return _library.not_built("_C_cuda.so") if operator in CUDA_OPERATORS else "it has no implementation for cuda."
 
 
 def _cpu_build(operator: str) -> str | None:
