@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memkernels.nn.rotary_scaling import RotaryScaling
-from memkernels.ops.checks import check_dense, check_flag, check_integer, check_number
+from memkernels.ops.checks import check_dense, check_dtype, check_flag, check_integer, check_number
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -56,22 +56,21 @@ class RotaryEmbedding(torch.nn.Module):
             lambda number: 0 < number <= 1 and int(head_size * number) >= 2 and int(head_size * number) % 2 == 0,
         )
         check_flag("interleaved_sections", interleaved_sections)
-        if scaling is not None and not hasattr(scaling, "frequencies"):
+        if scaling is not None and (isinstance(scaling, type) or not hasattr(scaling, "frequencies")):
             raise TypeError(f"scaling: expected one of nn.rotary_scaling or None, got {scaling!r}.")
         size = int(head_size * fraction)
         if sections is not None:
+            if not isinstance(sections, (tuple, list)):
+                raise TypeError(f"sections: expected three numbers or None, got {sections!r}.")
             for section in sections:
                 check_integer("sections", section, "integers from 0 up", least=0)
             if len(sections) != 3 or sum(sections) != size // 2:
                 raise ValueError(f"sections: expected three numbers that sum to {size // 2}, got {sections}.")
-        self.base, self.scaling = base, scaling
-        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
-        self.register_buffer("inverse_frequencies", 1.0 / base**exponents, persistent=False)
+        self.rotated_size, self.base, self.scaling = size, base, scaling
         self.register_buffer(
             "axis", None if sections is None else _axes(sections, interleaved_sections), persistent=False
         )
 
-    inverse_frequencies: Tensor
     axis: Tensor | None
 
     @torch.no_grad()
@@ -79,14 +78,17 @@ class RotaryEmbedding(torch.nn.Module):
         """cos and sin, (..., S, R) in `dtype`, for positions (..., S), of any dtype, or with sections (3, ..., S).
 
         Raises:
-            TypeError: positions that are no dense tensor.
+            TypeError: positions that are no dense tensor; a dtype other than float32, bfloat16, float16 or float64.
             ValueError: with sections, positions whose first dimension is not 3.
         """
         check_dense("positions", positions)
+        check_dtype("dtype", dtype)
         axis = self.axis
         if axis is not None and positions.shape[0] != 3:
             raise ValueError(f"positions: expected shape (3, ..., S) with sections, got {tuple(positions.shape)}.")
-        frequencies, factor = self.inverse_frequencies.float(), 1.0
+        # No buffer: a model's `.to(torch.bfloat16)` would round it, and turn late positions by whole radians.
+        exponents = torch.arange(0, self.rotated_size, 2, device=positions.device).float() / self.rotated_size
+        frequencies, factor = 1.0 / self.base**exponents, 1.0
         if self.scaling is not None:
             frequencies = self.scaling.frequencies(frequencies, self.base, positions.max() + 1)
             factor = self.scaling.attention_factor

@@ -89,6 +89,20 @@ def test_the_result_has_the_asked_dtype_and_the_state_dict_is_empty():
     assert not rotary.state_dict()
 
 
+def test_a_model_in_bfloat16_turns_by_the_same_angles():
+    positions = torch.tensor([[0, 5000], [70000, 131071]])
+    rotary = RotaryEmbedding(64, 500000.0)
+    expected = rotary(positions)
+    for actual in (rotary.to(torch.bfloat16)(positions), rotary.double()(positions)):
+        assert all(torch.equal(ours, before) for ours, before in zip(actual, expected, strict=True))
+
+
+def test_a_dtype_that_is_not_floating_is_named():
+    for dtype in (torch.int64, "bfloat16"):
+        with pytest.raises(TypeError, match=rf"^dtype: expected float32, .*, got {dtype}"):
+            RotaryEmbedding(16)(torch.arange(4), dtype)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -102,6 +116,8 @@ def test_the_result_has_the_asked_dtype_and_the_state_dict_is_empty():
         ({"fraction": 3 / 16}, ValueError, "fraction: expected"),
         ({"fraction": math.nan}, ValueError, "fraction: expected"),
         ({"scaling": "linear"}, TypeError, "scaling: expected one of nn.rotary_scaling or None, got 'linear'"),
+        ({"scaling": LinearScaling}, TypeError, "scaling: expected one of nn.rotary_scaling or None, got <class"),
+        ({"sections": 8}, TypeError, "sections: expected three numbers or None, got 8"),
         ({"sections": (4, 4, 4)}, ValueError, "sections: expected three numbers that sum to 8"),
         ({"sections": (9, -1, 0)}, ValueError, "sections: expected integers from 0 up, got -1"),
         ({"sections": (4, 2, 2), "interleaved_sections": 1}, TypeError, "interleaved_sections: expected True or False"),
