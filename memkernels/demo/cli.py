@@ -42,6 +42,10 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens > len(held_out):
         return _refuse(f"--tokens: expected at most {len(held_out)}, the bytes of text held out, got {args.tokens}")
 
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _refuse(f"--output: {error}")
     settings = dataclasses.asdict(Settings(None, steps=args.steps, tokens=args.tokens, layers=args.layers))
     machine.set_threads()
     print(f"A byte-level Llama learns Python's standard library, {args.tokens} of {len(text)} bytes a step.")

@@ -35,7 +35,6 @@ def draw(plain: Run, patched: Run, folder: Path) -> list[Path]:
     """memory.png: memory during one training step; loss.png: the two curves. Returns their paths."""
     from matplotlib.figure import Figure  # not pyplot, which has a state that is the user's
 
-    folder.mkdir(parents=True, exist_ok=True)
     runs = {"transformers": plain, "memkernels": patched}
     paths = [folder / "memory.png", folder / "loss.png"]
 

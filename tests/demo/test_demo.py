@@ -99,7 +99,7 @@ def test_report(tmp_path):
     assert lines[2][-5:] == ["2", "s", "1.5", "s", "0.75x"]
     assert lines[4][-3:] == ["3.2500", "3.2510", "+1.0e-03"]
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install memkernels[plot]")
-    paths = draw(PLAIN, PATCHED, tmp_path / "new")
+    paths = draw(PLAIN, PATCHED, tmp_path)
     assert [path.name for path in paths] == ["memory.png", "loss.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
@@ -110,7 +110,8 @@ def test_status_says_whether_both_learned_the_same(monkeypatch, tmp_path, capsys
         Run(Training(1, 1.0, [0, 1], {"held-out loss": [loss, 2.0]}), PLAIN.memory) for loss in (5.5, 5.5 + difference)
     ]
     monkeypatch.setattr(cli, "run_both", lambda *args: runs)
-    assert main(["demo", "--output", str(tmp_path)]) == status
+    assert main(["demo", "--output", str(tmp_path / "new")]) == status
+    assert (tmp_path / "new" / "loss.png").exists()
     assert ("the losses differ" in capsys.readouterr().err) == bool(status)
 
 
@@ -120,6 +121,7 @@ def test_status_says_whether_both_learned_the_same(monkeypatch, tmp_path, capsys
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--tokens", "1"], "--tokens: expected at least 2, got 1"),
         (["--tokens", "100000000"], "--tokens: expected at most"),
+        (["--output", __file__], "--output: "),
     ],
 )
 def test_bad_arguments(capsys, arguments, message):
