@@ -12,13 +12,13 @@ from memkernels.adapters.layers import (
     ALL_LINEAR,
     bases,
     check_layers,
-    check_module,
     chosen_layers,
     other_linears,
     replace_layers,
 )
 from memkernels.adapters.report import LoRAReport, report_of
 from memkernels.nn.lora_linear import LoRALinear, check_adapter
+from memkernels.ops.checks import check_module
 
 
 def lora(

@@ -11,7 +11,7 @@ from memkernels.adapters.targets import matches
 from memkernels.integrations import bitsandbytes
 from memkernels.integrations.plain import is_own
 from memkernels.nn.lora_linear import LoRALinear, check_base_weight, is_adaptable
-from memkernels.ops.checks import PLAIN_TENSORS
+from memkernels.ops.checks import PLAIN_TENSORS, check_module
 
 ALL_LINEAR = "all-linear"
 
@@ -111,8 +111,3 @@ def replace_layers(model: nn.Module, adapted: Mapping[nn.Module, LoRALinear]) ->
         if isinstance(module, LoRALinear):
             for parameter in module.adapter.values():
                 parameter.requires_grad_(True)
-
-
-def check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from memkernels.adapters.config import AdapterConfig, read_config
-from memkernels.adapters.layers import bases, check_layers, check_module, linear_layers, replace_layers
+from memkernels.adapters.layers import bases, check_layers, linear_layers, replace_layers
 from memkernels.adapters.tensors import WEIGHTS, check_tensors, key_of, read_tensors
 from memkernels.nn.lora_linear import LoRALinear, shape_of
+from memkernels.ops.checks import check_module
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:

@@ -15,8 +15,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from memkernels._library import FLOATING
 from memkernels.adapters.base import check_base
-from memkernels.adapters.layers import ALL_LINEAR, check_module, chosen_layers
+from memkernels.adapters.layers import ALL_LINEAR, chosen_layers
 from memkernels.adapters.shards import Shards, find_shards
+from memkernels.ops.checks import check_module
 from memkernels.quant.checkpoint import from_plain, keys_of
 from memkernels.quant.nf4 import quantize_nf4
 

@@ -17,7 +17,7 @@ from memkernels.integrations.family import FAMILIES, CustomFamily, Family, famil
 from memkernels.integrations.norm import plan_norm
 from memkernels.integrations.plain import has_foreign_forward, replaced_slot, slot
 from memkernels.integrations.replacement import Replacement
-from memkernels.ops.checks import check_flag
+from memkernels.ops.checks import check_flag, check_module
 
 RECOMPUTE = ("none", "sublayer", "layer")
 
@@ -124,8 +124,7 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
         ValueError: an unknown recompute; a model that is patched already, holds nothing to replace, or is of a release
             of transformers too old for its family. It is unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: expected one of {', '.join(RECOMPUTE)}, got {recompute!r}.")
     check_flag("loss", loss)
@@ -160,8 +159,10 @@ def unpatch(model: nn.Module) -> None:
     """Takes out what `patch` put in: every module's forward is that of its class again.
 
     Raises:
+        TypeError: model is not a torch.nn.Module.
         ValueError: nothing in the model is patched.
     """
+    check_module(model)
     replaced = [(module, replaced_slot(module)) for module in model.modules()]
     if not any(place for _, place in replaced):
         raise ValueError(f"model: nothing in this {type(model).__name__} is patched.")

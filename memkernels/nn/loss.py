@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
-from memkernels.ops.checks import check_integer
+from memkernels.ops.checks import check_flag, check_integer, check_parameter_dtype
 from memkernels.ops.linear_cross_entropy.checks import check_options
 
 
@@ -25,7 +25,8 @@ class LinearCrossEntropy(torch.nn.Linear):
             z_loss, shift.
 
     Raises:
-        TypeError: an option other than those, or of another type; a size that is no integer.
+        TypeError: an option other than those, or of another type; a size that is no integer; a bias that is no
+            bool; a dtype that the op does not take.
         ValueError: an option that does not fit, or a size that is not positive.
 
     Saved for backward, beside the parameters: x itself, target (with `shift` a shifted copy, 8 bytes a token) and 4
@@ -38,6 +39,8 @@ class LinearCrossEntropy(torch.nn.Linear):
             raise TypeError(f"LinearCrossEntropy: unknown options {', '.join(sorted(unknown))}.")
         check_integer("hidden_size", hidden_size)
         check_integer("vocab_size", vocab_size)
+        check_flag("bias", bias)
+        check_parameter_dtype(dtype)
         check_options(**options)
         super().__init__(hidden_size, vocab_size, bias, device=device, dtype=dtype)
         self.options = options

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memkernels import ops
 from memkernels.nn.linears import weights_of
-from memkernels.ops.checks import check_integer, check_tile_tokens
+from memkernels.ops.checks import check_flag, check_integer, check_parameter_dtype, check_tile_tokens
 from memkernels.ops.gated_activation.op import check_activation
 
 
@@ -29,7 +29,8 @@ class GatedMLP(torch.nn.Module):
         dtype: of the parameters: x's, unless autocast casts both.
 
     Raises:
-        TypeError: a size or a tile_tokens that is no integer.
+        TypeError: a size or a tile_tokens that is no integer; a bias or gated that is no bool; a dtype that the op does
+            not take.
         ValueError: an unknown activation, or a size or a tile_tokens that is not positive.
 
     Saved for backward, beside the parameters: x itself, d elements a token, with a norm in front or without, and r
@@ -52,7 +53,10 @@ class GatedMLP(torch.nn.Module):
         check_integer("hidden_size", hidden_size)
         check_integer("intermediate_size", intermediate_size)
         check_activation(activation)
+        check_flag("bias", bias)
+        check_flag("gated", gated)
         check_tile_tokens(tile_tokens)
+        check_parameter_dtype(dtype)
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.gate_proj = torch.nn.Linear(hidden_size, intermediate_size, **options) if gated else None
         self.up_proj = torch.nn.Linear(hidden_size, intermediate_size, **options)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
-from memkernels.ops.checks import check_eps, check_finite, check_integer
+from memkernels.ops.checks import check_eps, check_finite, check_flag, check_integer, check_parameter_dtype
 
 
 class RMSNorm(torch.nn.Module):
@@ -22,7 +22,7 @@ class RMSNorm(torch.nn.Module):
 
     Raises:
         TypeError, ValueError: a hidden_size that is no positive integer; an eps that is no number, or negative or
-            infinite; a weight_offset that is no finite number.
+            infinite; a weight_offset that is no finite number; a dtype that `ops.rms_norm` does not take.
 
     Saved for backward, beside the weight: x itself, with a residual h in its place, which is returned; and 4 bytes a
     row.
@@ -33,9 +33,15 @@ class RMSNorm(torch.nn.Module):
         check_integer("hidden_size", hidden_size)
         check_eps("eps", eps)
         check_finite("weight_offset", weight_offset)
-        self.weight = torch.nn.Parameter(torch.full((hidden_size,), 1.0 - weight_offset, device=device, dtype=dtype))
+        check_parameter_dtype(dtype)
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.eps = eps
         self.weight_offset = weight_offset
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The weight to 1 - weight_offset: of a module made on the meta device, after `to_empty`."""
+        torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """y, like x (..., d) of float32, bfloat16, float16 or float64; with a residual, like x, the pair (y, h).
@@ -63,7 +69,7 @@ class LayerNorm(torch.nn.Module):
 
     Raises:
         TypeError, ValueError: a hidden_size that is no positive integer; an eps that is no number, or negative or
-            infinite.
+            infinite; a bias that is no bool; a dtype that `ops.layer_norm` does not take.
 
     Saved for backward, beside the weight: x itself, with a residual h in its place, which is returned; and 8 bytes a
     row.
@@ -75,10 +81,18 @@ class LayerNorm(torch.nn.Module):
         super().__init__()
         check_integer("hidden_size", hidden_size)
         check_eps("eps", eps)
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-        zeros = torch.nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", zeros)
+        check_flag("bias", bias)
+        check_parameter_dtype(dtype)
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", torch.nn.Parameter(torch.empty_like(self.weight)) if bias else None)
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The weight to 1, the bias to 0: of a module made on the meta device, after `to_empty`."""
+        torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """y, like x (..., d) of float32, bfloat16, float16 or float64; with a residual, like x, the pair (y, h).

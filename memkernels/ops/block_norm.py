@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memkernels._library import has_kernel
 from memkernels.ops.checks import (
+    check_dtype_or_float32,
     check_eps,
     check_finite,
     check_floating,
@@ -119,6 +120,5 @@ def make_rms_norm(name: str, x: Tensor, size: int, weight: Tensor | None, eps: f
     check_floating(name, weight)
     check_shape(name, weight, (size,), "the size of what it norms")
     check_same_device("x", x, **{name: weight})
-    if weight.dtype not in (dtype, torch.float32):
-        raise TypeError(f"{name}: expected {dtype}, as the products, or float32, got {weight.dtype}.")
+    check_dtype_or_float32(name, weight, dtype, "the products")
     return Norm(NormDescription("rms", float(eps), float(weight_offset)), weight)

@@ -18,9 +18,11 @@ PLAIN_TENSORS = (torch.nn.Parameter, Tensor, FakeTensor)
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """A tensor, and no sparse one."""
+    """A tensor, and no sparse or nested one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}.")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one.")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}.")
 
@@ -28,8 +30,18 @@ def check_dense(name: str, tensor: Tensor) -> None:
 def check_floating(name: str, tensor: Tensor) -> None:
     """A dense float32, bfloat16, float16 or (computed by the reference) float64 tensor."""
     check_dense(name, tensor)
-    if tensor.dtype not in (*FLOATING, torch.float64):
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}.")
+    check_dtype(name, tensor.dtype)
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    if dtype not in (*FLOATING, torch.float64):
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {dtype}.")
+
+
+def check_parameter_dtype(dtype: Any) -> None:
+    """A layer's dtype; None is torch's default."""
+    if dtype is not None:
+        check_dtype("dtype", dtype)
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -48,13 +60,18 @@ def check_same_device(reference_name: str, reference: Tensor, **tensors: Tensor 
             )
 
 
+def check_dtype_or_float32(name: str, tensor: Tensor, dtype: torch.dtype, reference_name: str) -> None:
+    if tensor.dtype not in (dtype, torch.float32):
+        float32 = "" if dtype == torch.float32 else ", or float32"
+        raise TypeError(f"{name}: expected {dtype}, as {reference_name}{float32}, got {tensor.dtype}.")
+
+
 def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """A norm's parameter: of the given shape, on x's device, of x's dtype or float32."""
     check_floating(name, tensor)
     check_shape(name, tensor, shape, meaning)
     check_same_device("x", x, **{name: tensor})
-    if tensor.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{name}: expected {x.dtype}, as x, or float32, got {tensor.dtype}.")
+    check_dtype_or_float32(name, tensor, x.dtype, "x")
 
 
 def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
@@ -101,3 +118,8 @@ def check_dropout_p(dropout_p: Any) -> None:
 def check_tile_tokens(tile_tokens: Any) -> None:
     if tile_tokens is not None:
         check_integer("tile_tokens", tile_tokens, "a positive integer or None")
+
+
+def check_module(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")

@@ -284,6 +284,8 @@ def test_bad_input(make_model):
     model = make_model()
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got dict"):
         memkernels.patch({})
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got type"):
+        memkernels.unpatch(type(model))
     with pytest.raises(ValueError, match="recompute: expected one of none, sublayer, layer, got 'all'"):
         memkernels.patch(model, recompute="all")
     with pytest.raises(TypeError, match="loss: expected True or False, got 'no'"):

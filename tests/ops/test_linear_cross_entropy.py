@@ -390,6 +390,9 @@ def test_a_label_out_of_range_is_an_error_before_anything_is_computed():
     ops.linear_cross_entropy(x, weight, target, ignore_index=2**40)
 
 
+NESTED_TARGET = torch.nested.nested_tensor([torch.zeros(4, dtype=torch.int64)])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -403,6 +406,8 @@ def test_a_label_out_of_range_is_an_error_before_anything_is_computed():
         ({"target": torch.zeros(4, 1, dtype=torch.int64)}, ValueError, r"target: expected shape \(4,\)"),
         ({"target": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "target: expected device cpu"),
         ({"target": torch.zeros(4, dtype=torch.int64).to_sparse()}, TypeError, "target: expected a dense tensor"),
+        ({"target": NESTED_TARGET}, TypeError, "target: expected a dense tensor, got a nested one"),
+        ({"num_items": NESTED_TARGET}, TypeError, "num_items: expected a dense tensor, got a nested one"),
         ({"bias": torch.zeros(8)}, ValueError, r"bias: expected shape \(10,\)"),
         ({"bias": torch.zeros(10, dtype=torch.float16)}, TypeError, "bias: expected torch.float32, as x"),
         ({"reduction": "avg"}, ValueError, "reduction: expected one of mean, sum, none, got 'avg'"),

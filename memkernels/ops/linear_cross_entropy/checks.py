@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memkernels.ops.checks import check_flag, check_floating, check_number, check_same_device, check_shape
+from memkernels.ops.checks import check_dense, check_flag, check_floating, check_number, check_same_device, check_shape
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -22,8 +22,9 @@ def check_tensors(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
     check_floating("weight", weight)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {x.shape[-1]}), V > 0, got {tuple(weight.shape)}.")
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        raise TypeError(f"target: expected an int64 tensor, got {getattr(target, 'dtype', type(target).__name__)}.")
+    check_dense("target", target)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected an int64 tensor, got {target.dtype}.")
     check_shape("target", target, x.shape[:-1], "the leading dimensions of x")
     if bias is not None:
         check_floating("bias", bias)
@@ -63,11 +64,11 @@ def check_num_items(num_items: Any, x: Tensor, reduction: str) -> None:
     if not isinstance(num_items, Tensor):
         check_number("num_items", num_items, "a positive number", lambda value: 0 < value < float("inf"))
         return
+    check_same_device("x", x, num_items=num_items)
     if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
         raise ValueError(
             f"num_items: expected a tensor of one number, got {num_items.dtype} of shape {tuple(num_items.shape)}."
         )
-    check_same_device("x", x, num_items=num_items)
     if torch.compiler.is_compiling() or isinstance(num_items, FakeTensor):
         return
     if num_items.device.type == "cpu" and not num_items > 0:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_triton
-from memkernels.ops.checks import check_flag, check_floating, check_like, check_same_device, check_shape
+from memkernels.ops.checks import (
+    check_dtype_or_float32,
+    check_flag,
+    check_floating,
+    check_like,
+    check_same_device,
+    check_shape,
+)
 from memkernels.ops.distinct import distinct
 from memkernels.ops.rotary import reference
 
@@ -64,8 +71,7 @@ def check_tables(like: Tensor, shape: tuple[int, int, int], dtype: torch.dtype, 
     """cos and sin fit queries of shape (B, S, D) and `dtype`, on the device of `like`."""
     batch, length, size = shape
     check_floating("cos", cos)
-    if cos.dtype not in (dtype, torch.float32):
-        raise TypeError(f"cos: expected {dtype}, as q, or float32, got {cos.dtype}.")
+    check_dtype_or_float32("cos", cos, dtype, "q")
     width = cos.shape[-1] if cos.dim() else 0
     if width == 0 or width % 2 or width > size:
         raise ValueError(f"cos: expected an even last dimension of at most q's {size}, got shape {tuple(cos.shape)}.")
