@@ -3,6 +3,7 @@
 // message begins with the argument's name.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -32,7 +33,8 @@ inline int64_t last_size(const char* name, const Tensor& tensor) {
 }
 
 inline void check_shape(const char* name, const Tensor& tensor, Sizes sizes) {
-  STD_TORCH_CHECK(tensor.sizes() == sizes, name, ": expected shape ", text_of(sizes), ", got ",
+  // torch 2.10's headers do not compare the two.
+  STD_TORCH_CHECK(std::ranges::equal(tensor.sizes(), sizes), name, ": expected shape ", text_of(sizes), ", got ",
                   text_of(tensor.sizes()));
 }
 
