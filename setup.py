@@ -21,9 +21,13 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # of pyproject.toml
+    sys.exit(f"memkernels: setuptools {setuptools.__version__} is too old; `pip install --upgrade setuptools`.")
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_ABI = "0x020a000000000000"  # LibTorch 2.10

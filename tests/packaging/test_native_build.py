@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from setuptools import Distribution
 
@@ -167,13 +168,17 @@ def no_ninja(monkeypatch, clone):
             lambda monkeypatch, clone: monkeypatch.setattr(torch, "__version__", "2.9.1+cpu"),
             r"torch 2.9.1\+cpu is too old; memkernels needs torch 2.10 or newer.",
         ),
+        (
+            lambda monkeypatch, clone: monkeypatch.setattr(setuptools, "__version__", "65.5.0"),
+            "setuptools 65.5.0 is too old; `pip install --upgrade setuptools`.",
+        ),
         (lambda monkeypatch, clone: monkeypatch.setenv("MAX_JOBS", "all"), "MAX_JOBS='all': it takes a positive num"),
         (lambda monkeypatch, clone: monkeypatch.setenv("MAX_JOBS", "0"), "MAX_JOBS='0': it takes a positive number."),
     ],
-    ids=["no ninja", "no torch", "old torch", "jobs that are no number", "no jobs"],
+    ids=["no ninja", "no torch", "old torch", "old setuptools", "jobs that are no number", "no jobs"],
 )
 def test_what_is_missing_is_one_sentence_and_nothing_is_built(clone, monkeypatch, change, sentence):
     change(monkeypatch, clone)
     with pytest.raises(SystemExit, match=f"^memkernels: {sentence}"):
         build(clone)
-    assert not (clone / "build").exists() and not list((clone / "memkernels").iterdir())
+    assert not (clone / "build").exists() and not list((clone / "memkernels").glob("*"))
