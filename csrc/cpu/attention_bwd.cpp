@@ -252,19 +252,16 @@ class Backward {
       pack(call_.q, call_.shape.size, size_, to.q_columns.get(), to.q_rows.get());
       pack(grads_.dout, call_.shape.value_size, value_, to.dout_columns.get(), to.dout_rows.get());
       for (int64_t i = 0; i < kQueries; ++i) {
-        float lse = 0.0f, delta = 0.0f;
-        if (i < count) {
-          const int64_t index = call_.lse_index(s, head, first + i);
+        // Of a query that sees nothing, or of none: its probabilities become exp(score - inf) = 0.
+        float lse = kInfinity, delta = 0.0f;
+        const int64_t index = i < count ? call_.lse_index(s, head, first + i) : -1;
+        if (index >= 0 && grads_.lse[index] != -kInfinity) {
           const T* out = grads_.out.at(s.batch, row + i, head);
           const T* dout = grads_.dout.at(s.batch, row + i, head);
           Vec total{};
           for_each_vec(call_.shape.value_size, [&](auto at, auto) { total += at(out) * at(dout); });
           delta = sum(total) - (grads_.dlse == nullptr ? 0.0f : grads_.dlse[index]);
           lse = grads_.lse[index];
-          if (lse == -kInfinity) {  // a query that sees nothing: its probabilities become exp(-inf - inf) = 0
-            lse = kInfinity;
-            delta = 0.0f;
-          }
           if (grads_.dsinks != nullptr) sink_gradients[t] -= std::exp(call_.sinks[head] - lse) * delta;
         }
         to.lse[first + i] = lse;

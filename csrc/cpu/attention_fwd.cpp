@@ -172,8 +172,8 @@ class Forward {
         total = total * factor + std::exp(sink - top);
         m = top;
       }
-      scale[i] = total > 0.0f ? factor / (total * kept) : 0.0f;
-      lse_[call_.lse_index(s, head, first + i)] = total > 0.0f ? m + std::log(total) : -kInfinity;
+      scale[i] = total == 0.0f ? 0.0f : factor / (total * kept);
+      lse_[call_.lse_index(s, head, first + i)] = total == 0.0f ? -kInfinity : m + std::log(total);
     }
     const int64_t size = call_.shape.value_size;
     for (int64_t i = 0; i < count; ++i) {

@@ -207,6 +207,40 @@ def test_queries_that_see_nothing_give_zero_and_zero_gradients(implementation, d
 
 
 @on_every_implementation
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_slopes_below_zero(implementation, causal):
+    """Whose scores grow with the distance: exp overflows at the rows that fill up a tile of queries."""
+    with implementation.active() as device:
+        inputs = make_inputs(torch.float32, device, batch=1, queries=50, keys=200, size=16)
+        inputs["alibi_slopes"] = -torch.ones(4, device=device)
+        exact = {name: tensor.detach().double().requires_grad_(name in "qkv") for name, tensor in inputs.items()}
+        results = []
+        for function, of in ((ops.attention, inputs), (reference.attention, exact)):
+            options = {} if function is reference.attention else {"return_lse": True}
+            out, lse = function(**of, causal=causal, **options)
+            wanted = [of[name] for name in "qkv"]
+            results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), wanted)])
+        for ours, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(ours, wanted.float(), rtol=1e-3, atol=1e-3)
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_a_number_stays_in_its_row_and_is_seen(implementation, dtype):
+    with implementation.active() as device:
+        inputs = make_inputs(dtype, device, batch=1, queries=70, keys=70, size=16)
+        with torch.no_grad():
+            inputs["q"][0, 20, 1, 3] = float("nan")
+        out, lse = ops.attention(**inputs, causal=True, return_lse=True)
+        assert out[0, 20, 1].isnan().all() and lse[0, 1, 20].isnan()
+        assert out.isnan().sum() == 16 and lse.isnan().sum() == 1
+        out.float().sum().backward()
+        nan = inputs["q"].grad.isnan()
+        assert nan[0, 20, 1].all() and nan.sum() == 16
+        assert inputs["k"].grad[0, :21, 0].isnan().all() and inputs["v"].grad[0, :21, 0].isnan().all()
+
+
+@on_every_implementation
 @pytest.mark.parametrize("dtype, packed", [*zip(DTYPES, (False, True, False), strict=True)], ids=str)
 def test_the_gradient_of_lse_alone(implementation, dtype, packed):
     """Of q, k and sinks; that of v is zero."""
