@@ -33,7 +33,7 @@ class Attention(torch.nn.Module):
         sinks: one more learnable logit a head (gpt-oss).
         causal, window, softcap, scale, dropout_p: as in `ops.attention`; dropout in training mode only.
         interleaved: as in `ops.apply_rotary`.
-        dtype: of the parameters: x's, unless autocast casts both; sinks are float32.
+        dtype: of the parameters: x's, unless autocast casts both; sinks are made, and read, in float32.
 
     Raises:
         TypeError: a size, a number of heads, scale, softcap or dropout_p that is no number; a causal or
@@ -96,11 +96,14 @@ class Attention(torch.nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """What `ops.attention_block` and `ops.decoder_layer` take of this layer."""
+        sinks: Tensor | None = self.sinks
+        if sinks is not None:  # a cast of the layer casts them too
+            sinks = sinks.to(torch.promote_types(sinks.dtype, torch.float32))
         return weights_of(self, "qkvo") | self.options | {
             "num_heads": self.num_heads,
             "q_norm_weight": None if self.q_norm is None else self.q_norm.weight,
             "k_norm_weight": None if self.k_norm is None else self.k_norm.weight,
-            "sinks": self.sinks,
+            "sinks": sinks,
             "dropout_p": self.dropout_p if self.training else 0.0,
         }  # fmt: skip
 

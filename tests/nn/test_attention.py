@@ -62,6 +62,23 @@ def test_dropout_is_for_training_and_sinks_learn():
     assert torch.equal(layer(x), direct)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_sinks_are_cast_with_the_layer_and_learn(dtype):
+    torch.manual_seed(0)
+    layer, x = nn.Attention(32, 4, sinks=True), torch.randn(2, 9, 32)
+    torch.nn.init.normal_(layer.sinks)
+    layer.sinks.data = layer.sinks.to(dtype).float()
+    expected = layer(x)
+    expected.sum().backward()
+    wanted, layer = layer.sinks.grad.clone(), layer.to(dtype)
+    layer.zero_grad()
+    actual = layer(x.to(dtype))
+    actual.sum().backward()
+    assert layer.sinks.dtype == layer.sinks.grad.dtype == actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(layer.sinks.grad.float(), wanted, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
