@@ -55,8 +55,11 @@ def slot(module: nn.Module) -> str:
 
 
 def replaced_slot(module: nn.Module) -> str | None:
-    """Where a replacement stands, if `patch` put one on this instance."""
-    for place in ("forward", "_old_forward"):
+    """Where a replacement stands, if `patch` put one on this instance.
+
+    accelerate keeps it under other names: behind a hook, or where it casts what a forward in mixed precision returns.
+    """
+    for place in ("forward", "_old_forward", "_original_forward"):
         current = module.__dict__.get(place)
         if isinstance(current, partial) and current.func.__module__.startswith("memkernels.integrations."):
             return place

@@ -242,6 +242,30 @@ def test_execution_hooks_of_accelerate(make_model, make_batch, order):
     assert memkernels.patch(model).left == {}
 
 
+def test_unpatch_behind_mixed_precision_of_accelerate(make_model, make_batch):
+    """Which holds the forward that it was given for good, as under transformers' Trainer with bf16=True."""
+    accelerate = pytest.importorskip("accelerate")
+    batch, losses = make_batch("right"), []
+    for patched in (False, True):
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        model = make_model()
+        if patched:
+            memkernels.patch(model)
+        model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        model(**batch).loss.backward()
+        if patched:
+            with pytest.raises(ValueError, match="model: it is patched already"):
+                memkernels.patch(model)
+            memkernels.unpatch(model)
+            with pytest.raises(ValueError, match="nothing in this LlamaForCausalLM is patched"):
+                memkernels.unpatch(model)
+        outputs = model(**batch)
+        assert outputs.logits.dtype == torch.float32
+        losses.append(outputs.loss)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert torch.equal(*losses)
+
+
 def test_weights_that_accelerate_offloads(make_model, make_batch):
     accelerate = pytest.importorskip("accelerate")
     model, batch = make_model(), make_batch()
