@@ -28,13 +28,13 @@ def row_tile(size: int) -> RowTile:
     return RowTile(block_m, block_n, num_warps=min(16, max(4, block_n // 512)))
 
 
-def holds_row(size: int, *, only_weight: bool = False) -> bool:
+def holds_row(size: int, *, twice: bool = False) -> bool:
     """Whether a program has registers for a row: where it is no multiple of 16, Triton spreads it less evenly.
 
-    AMD's warps have twice as many lanes. Twice as wide is what fits beside a weight, with no bias and no sums.
+    AMD's warps have twice as many lanes. `twice`: as wide again, where it has no sums to hold.
     """
     widest = 8192 if size % 16 == 0 else 4096
-    return size <= widest * (2 if torch.version.hip else 1) * (2 if only_weight else 1)
+    return size <= widest * (2 if torch.version.hip else 1) * (2 if twice else 1)
 
 
 def multiprocessors(x: Tensor) -> int:

@@ -2,8 +2,8 @@
 
 A block of `wide_norm_fwd` and `wide_norm_bwd` (csrc/cuda/wide_norm.cuh) holds 16,384 elements of a row, a team of
 blocks a longer row, which so is read once. GPUs without the library of CUDA C++ take the kernels of
-`wide_norm_triton.py`, which read it twice, and so do rows that no team holds; but in forward without bias a Triton
-program holds twice as wide a row as in backward.
+`wide_norm_triton.py`, which read it twice, and so do rows that no team holds; but in forward a Triton program holds
+twice as wide a row as in backward (docs/design/wide_norms.md).
 """
 
 from __future__ import annotations
@@ -62,10 +62,14 @@ def _teams(operator: str, rows: Tensor, per_multiprocessor: int) -> int:
 
 
 def holds_row_in_forward(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether a Triton program holds a row of x: one that only it and the CUDA C++ kernel could is the latter's."""
+    """Whether a Triton program holds a row of x: one that only it and the CUDA C++ kernel could is the latter's.
+
+    Beside a weight it holds twice as wide a row as in backward; beside a bias too one of 16 bits on NVIDIA's.
+    """
     from memkernels.ops import launch  # imports Triton
 
-    return launch.holds_row(x.shape[-1], only_weight=bias is None and not has_kernel("wide_norm_fwd", x))
+    room = bias is None or (x.element_size() == 2 and torch.version.hip is None)
+    return launch.holds_row(x.shape[-1], twice=room and not has_kernel("wide_norm_fwd", x))
 
 
 def wide_norm_fwd(

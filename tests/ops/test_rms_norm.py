@@ -218,22 +218,24 @@ def test_module_has_torchs_state_dict_and_result():
 
 
 @pytest.mark.parametrize(
-    ("amd", "cuda_kernel", "bias", "widest"),
+    ("amd", "cuda_kernel", "bias", "dtype", "widest"),
     [
-        (False, True, False, 8192),
-        (False, False, False, 16384),
-        (False, False, True, 8192),
-        (True, False, False, 32768),
-        (True, False, True, 16384),
+        (False, True, False, torch.float32, 8192),
+        (False, True, True, torch.bfloat16, 8192),
+        (False, False, False, torch.float32, 16384),
+        (False, False, True, torch.float32, 8192),
+        (False, False, True, torch.bfloat16, 16384),
+        (True, False, False, torch.float32, 32768),
+        (True, False, True, torch.bfloat16, 16384),
     ],
 )
-def test_widest_row_that_a_triton_program_holds_in_forward(monkeypatch, amd, cuda_kernel, bias, widest):
+def test_widest_row_that_a_triton_program_holds_in_forward(monkeypatch, amd, cuda_kernel, bias, dtype, widest):
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(torch.version, "hip", "6.4" if amd else None)
     monkeypatch.setattr(wide_norm, "has_kernel", lambda operator, x: cuda_kernel)
 
     def holds(size):
-        x = torch.empty(1, size, device="meta")
+        x = torch.empty(1, size, device="meta", dtype=dtype)
         return wide_norm.holds_row_in_forward(x, x[0] if bias else None)
 
     assert holds(widest) and not holds(widest + 16)

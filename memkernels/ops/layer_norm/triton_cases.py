@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.layer_norm.triton import layer_norm_bwd, layer_norm_fwd
-from memkernels.testing.cases import AMD, TARGETS, KernelCase
+from memkernels.testing.cases import AMD, NVIDIA, TARGETS, KernelCase
 
 
 def _rows(held: bool) -> int:
@@ -58,6 +58,11 @@ HELD_IN_FORWARD = (
     (torch.bfloat16, 16384, False, True),
     (torch.float32, 16384, False, True),
 )
+# Beside a bias, in 16 bits.
+HELD_IN_FORWARD_BY_NVIDIA = (
+    (torch.bfloat16, 8191, True, True),
+    (torch.float16, 16384, True, True),
+)
 HELD_IN_FORWARD_BY_AMD = (
     (torch.float32, 10001, False, True),
     (torch.bfloat16, 32768, False, True),
@@ -78,6 +83,7 @@ KERNEL_CASES = [
         (_forward, HELD, True, TARGETS),
         (_forward, HELD_BY_AMD, True, AMD),
         (_forward, HELD_IN_FORWARD, True, TARGETS),
+        (_forward, HELD_IN_FORWARD_BY_NVIDIA, True, NVIDIA),
         (_forward, HELD_IN_FORWARD_BY_AMD, True, AMD),
         (_forward, WIDE, False, TARGETS),
         (_backward, HELD, True, TARGETS),
