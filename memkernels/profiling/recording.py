@@ -48,13 +48,15 @@ class Output:
 
     Raises:
         ImportError: matplotlib is missing.
-        OSError: the folder does not exist or cannot be written to.
+        OSError: path names no file, or its folder does not exist or cannot be written to.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         import matplotlib  # noqa: F401
 
         path = Path(path)
+        if path.name in ("", ".."):
+            raise IsADirectoryError(f"path: expected the beginning of two files' names, got {os.fspath(path)!r}.")
         folder = path.absolute().parent
         if not folder.is_dir():
             raise FileNotFoundError(f"path: {folder} is not a folder.")
@@ -94,7 +96,7 @@ class profile:
 
     Raises:
         ImportError: path is given and matplotlib is missing.
-        OSError: path's folder does not exist or cannot be written to.
+        OSError: path names no file, or its folder does not exist or cannot be written to.
         RuntimeError: when entered, another profiler runs.
     """
 

@@ -282,6 +282,12 @@ def test_a_folder_that_cannot_be_written_to_is_told_first(tmp_path, monkeypatch)
         memkernels.profile(tmp_path / "step")
 
 
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_a_path_that_names_no_file_is_told_first(path):
+    with pytest.raises(IsADirectoryError, match="path: expected the beginning of two files' names, got "):
+        memkernels.profile(path)
+
+
 def test_a_plot_leaves_the_backend_alone(tmp_path):
     before = matplotlib.get_backend()
     matplotlib.use("svg")
