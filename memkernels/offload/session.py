@@ -275,7 +275,7 @@ class Session:
         """Parameters, buffers and what else its owner holds on to; small tensors; those of the last layers."""
         if type(tensor) not in PLAIN_TENSORS or tensor.layout != torch.strided or tensor.device.type == "meta":
             return True
-        if tensor.is_quantized:
+        if tensor.is_quantized or tensor._is_zerotensor():  # the latter has no memory
             return True
         for owner in (tensor, tensor._base):
             if owner is not None and (isinstance(owner, torch.nn.Parameter) or (owner.is_leaf and owner.requires_grad)):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from offloaded_model import assert_free, assert_same_bits, batch, build, disk, step
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 from memkernels import patch
 from memkernels.offload import offload_activations
@@ -174,6 +175,24 @@ def test_a_second_gradient(tmp_path):
     with disk(tmp_path):
         found = compute()
     assert_same_bits(found, compute())
+
+
+def test_a_tangent_of_a_gradient(tmp_path):
+    """Forward mode over backward, which saves zeros that have no memory."""
+
+    def compute():
+        leaf, tangent = batch().requires_grad_(), batch(seed=2)
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(leaf, tangent)
+            (dx,) = torch.autograd.grad((x.sin().exp() * x).sum(), x, create_graph=True)
+            product = forward_ad.unpack_dual(dx).tangent
+            product.square().sum().backward()
+        return [product.detach(), leaf.grad]
+
+    with disk(tmp_path) as offload:
+        found = compute()
+    assert_same_bits(found, compute())
+    assert offload.statistics["moved"] > 3
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])
