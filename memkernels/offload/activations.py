@@ -68,9 +68,10 @@ class offload_activations:
             are those of the rounded values, x' of x. It is for what requires a gradient, and what this package's block
             ops keep of their own; everything else moves as it is: statistics (attention's lse, a norm's rstd), routing
             weights, masks, rotary tables, and what a compiled graph keeps of its own. "bf16": float32 as bfloat16, half
-            the bytes; |x' - x| <= |x| / 256. "fp8": float32, bfloat16 and float16 as e4m3 with a float32 scale for each
-            128 values, 1.03 bytes a value; |x' - x| <= max(|x| / 16, absmax / 458752), absmax of those of the 128 that
-            are finite, and then rounding to x's dtype; infinities stay, and a NaN makes all 128 values NaN.
+            the bytes; |x' - x| <= max(|x| / 256, 2^-134), infinities and NaN stay, and from 3.3962e38 on values become
+            infinite. "fp8": float32, bfloat16 and float16 as e4m3 with a float32 scale for each 128 values, 1.03 bytes
+            a value; |x' - x| <= max(|x| / 16, absmax / 458752), absmax of those of the 128 that are finite, or 1e-30
+            where that is more, and then rounding to x's dtype; infinities stay, and a NaN makes all 128 values NaN.
 
     Raises:
         TypeError: min_bytes, keep_last_layers, prefetch or max_host_bytes is no integer, or path no name of a folder.

@@ -32,6 +32,23 @@ def test_bfloat16_of_float32_is_within_its_error():
     assert encoded.numel() == 2 * 4096 and ((back - values).abs() <= values.abs() / 256).all()
 
 
+def test_bfloat16_of_extreme_values_is_as_stated():
+    """Every exponent of float32, down to its least value and up to its largest, and what is not finite."""
+    bits = torch.arange(0, 0x7F800000, 0x3FFF, dtype=torch.int32)
+    bits = torch.cat([bits, torch.arange(300, dtype=torch.int32), torch.arange(0x7F7F0000, 0x7F800000, 0x7F).int()])
+    values = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)])
+    codec = Codec("bf16", torch.float32)
+    back = codec.decode(codec.encode(values.view(torch.uint8)), 4 * len(values)).view(torch.float32)
+    exact, found, largest = values.double(), back.double(), torch.finfo(torch.bfloat16).max
+    infinite = exact.abs() >= (largest + 2.0**128) / 2
+    assert infinite.any() and torch.equal(back.isinf(), infinite) and torch.equal(back.signbit(), values.signbit())
+    assert ((found - exact).abs() <= (exact.abs() / 256).clamp(min=2.0**-134))[~infinite].all()
+    assert ((found - exact).abs() > exact.abs() / 256)[~infinite].any()
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+    back = codec.decode(codec.encode(odd.view(torch.uint8)), 16).view(torch.float32)
+    assert torch.equal(back[[0, 1, 3]], odd[[0, 1, 3]]) and back[3].signbit() and back[2].isnan()
+
+
 def test_which_tensors_are_compressed():
     x = torch.randn(8, 16)
     assert codec_for(None, x) is None and codec_for("bf16", x.bfloat16()) is None
