@@ -18,6 +18,9 @@ class PinnedSlab:
     def allocate(self, nbytes: int) -> SlabBlock:
         """MemoryError: the limit leaves no range of `nbytes`; it names the bytes wanted and available."""
 
+    def trim(self) -> None:
+        """Gives back to the system the steps at the end that no block was in since this was called last."""
+
     @property
     def limit(self) -> int: ...
     def statistics(self) -> dict[str, int]:
@@ -83,8 +86,13 @@ class CudaCalls:
 
     def __init__(self, library: str) -> None: ...
 
+class HostCalls(CudaCalls):
+    """The same for memory of the host: a stream is a thread, and stream 0 the thread that calls."""
+
+    def __init__(self) -> None: ...
+
 class Copy:
-    """A copy under way between device memory and a block."""
+    """A copy under way between device memory and a block; RuntimeError: in a forked child."""
 
     def done(self) -> bool: ...
     def wait(self) -> None: ...
@@ -95,7 +103,7 @@ class CopyEngine:
     """Copies on two streams of its own, one each way; a block is free again, and an event used again, after its copy.
 
     Each copy waits for what `stream`, that of the caller, was given before; it is the caller who waits for the copy.
-    Memory of the host needs none: see copy_engine.h.
+    With `HostCalls` the device is the host, and the streams are two threads. RuntimeError: in a forked child.
     """
 
     def __init__(self, cuda: CudaCalls, *, device: int) -> None: ...

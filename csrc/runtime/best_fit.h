@@ -1,5 +1,6 @@
-// Best-fit allocation of ranges out of a region that grows at its end: the smallest free range that is large enough,
-// neighbours that are free joined. It knows offsets alone, so that memory and files are divided the same way.
+// Best-fit allocation of ranges out of a region that grows and shrinks at its end: the smallest free range that is
+// large enough, neighbours that are free joined. It knows offsets alone, so that memory and files are divided the same
+// way.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +32,7 @@ class BestFit {
     const auto [size, offset] = *found;
     remove(by_offset_.find(offset));
     if (size > bytes) insert(offset + bytes, size - bytes);
+    reached_ = std::max(reached_, offset + bytes);
     in_use_ += bytes;
     peak_in_use_ = std::max(peak_in_use_, in_use_);
     ++ranges_;
@@ -48,14 +50,22 @@ class BestFit {
     size_ += bytes;
   }
 
-  // What the region must grow by to hold `bytes` more in one range.
-  int64_t missing(int64_t bytes) const {
-    if (by_offset_.empty()) return bytes;
-    const auto [offset, size] = *by_offset_.rbegin();
-    return offset + size == size_ ? bytes - size : bytes;
+  // Takes the end of the region away, which is free from `size` on.
+  void shrink(int64_t size) {
+    const auto last = std::prev(by_offset_.end());
+    const int64_t offset = last->first;
+    remove(last);
+    if (offset < size) insert(offset, size - offset);
+    size_ = size;
   }
 
+  // What the region must grow by to hold `bytes` more in one range.
+  int64_t missing(int64_t bytes) const { return bytes - (size_ - end_in_use()); }
+
   int64_t size() const { return size_; }
+
+  // Where the last range in use ended, at most, since this was asked last.
+  int64_t take_reached() { return std::exchange(reached_, end_in_use()); }
 
   RegionStatistics statistics() const {
     return {size_, in_use_, peak_in_use_, ranges_, by_size_.empty() ? 0 : by_size_.rbegin()->first};
@@ -63,6 +73,12 @@ class BestFit {
 
  private:
   using ByOffset = std::map<int64_t, int64_t>;
+
+  int64_t end_in_use() const {
+    if (by_offset_.empty()) return size_;
+    const auto [offset, size] = *by_offset_.rbegin();
+    return offset + size == size_ ? offset : size_;
+  }
 
   void insert(int64_t offset, int64_t bytes) {
     const auto after = by_offset_.lower_bound(offset);
@@ -90,7 +106,7 @@ class BestFit {
 
   ByOffset by_offset_;
   std::set<std::pair<int64_t, int64_t>> by_size_;
-  int64_t size_ = 0, in_use_ = 0, peak_in_use_ = 0, ranges_ = 0;
+  int64_t size_ = 0, in_use_ = 0, peak_in_use_ = 0, reached_ = 0, ranges_ = 0;
 };
 
 }  // namespace memkernels::runtime

@@ -1,5 +1,7 @@
 #include "runtime/copy_engine.h"
 
+#include <stdexcept>
+
 namespace memkernels::runtime {
 namespace {
 
@@ -26,6 +28,7 @@ CudaStream as_stream(uintptr_t stream) {
 }  // namespace
 
 EventPool::~EventPool() {
+  if (in_fork()) return;
   for (const CudaEvent event : events_) cuda->event_destroy(event);
 }
 
@@ -45,11 +48,17 @@ CudaEvent EventPool::take() {
 }
 
 void EventPool::give_back(CudaEvent event) {
+  if (in_fork()) return;  // the mutex may be held by a thread that is not there
   const std::lock_guard lock(mutex_);
   events_.push_back(event);
 }
 
+void EventPool::check_owner() const {
+  if (in_fork()) throw std::runtime_error("copies of another process, of which this is a fork.");
+}
+
 bool Copy::done() const {
+  events_->check_owner();
   const int status = events_->cuda->event_query(event_);
   if (status == kNotReady) {
     events_->cuda->get_last_error();  // which it is to the runtime
@@ -60,10 +69,12 @@ bool Copy::done() const {
 }
 
 void Copy::wait() const {
+  events_->check_owner();
   events_->cuda->check(events_->cuda->event_synchronize(event_), "cudaEventSynchronize");
 }
 
 void Copy::wait_on(uintptr_t stream) const {
+  events_->check_owner();
   const OnDevice current(*events_->cuda, events_->device);  // whose default stream is meant where it is that
   events_->cuda->check(events_->cuda->stream_wait_event(as_stream(stream), event_, 0), "cudaStreamWaitEvent");
 }
@@ -72,12 +83,14 @@ CopyEngine::CopyEngine(std::shared_ptr<const CudaCalls> cuda, int device)
     : events_(std::make_shared<EventPool>(std::move(cuda), device)) {
   const CudaCalls& calls = *events_->cuda;
   const OnDevice current(calls, device);
-  for (Direction* direction : {&out_, &in_}) {
-    calls.check(calls.stream_create(&direction->stream, kNonBlocking), "cudaStreamCreateWithFlags");
-  }
+  calls.check(calls.stream_create(&out_.stream, kNonBlocking), "cudaStreamCreateWithFlags");
+  const int status = calls.stream_create(&in_.stream, kNonBlocking);
+  if (status != 0) calls.stream_destroy(out_.stream);
+  calls.check(status, "cudaStreamCreateWithFlags");
 }
 
 CopyEngine::~CopyEngine() {
+  if (events_->in_fork()) return;
   for (Direction* direction : {&out_, &in_}) {
     for (const Pending& pending : direction->pending) events_->cuda->event_synchronize(pending.copy->event_);
     direction->pending.clear();
@@ -95,6 +108,7 @@ std::shared_ptr<Copy> CopyEngine::into(uintptr_t to, const std::shared_ptr<SlabB
 
 std::shared_ptr<Copy> CopyEngine::begin(Direction& direction, uintptr_t address,
                                         const std::shared_ptr<SlabBlock>& block, uintptr_t stream) {
+  events_->check_owner();
   const std::lock_guard lock(mutex_);
   reap(direction);
   const CudaCalls& cuda = *events_->cuda;
@@ -126,6 +140,7 @@ void CopyEngine::reap(Direction& direction) {
 }
 
 int64_t CopyEngine::pending() {
+  events_->check_owner();
   const std::lock_guard lock(mutex_);
   reap(out_);
   reap(in_);

@@ -2,11 +2,15 @@
 // its caller's stream was given before, and that stream waits for a copy only where it is told to. A block goes back to
 // its slab, and an event is used again, only when the copy is done.
 //
-// There is none between host memory and a slab. What is saved on a CPU is copied by the thread that saves it: a copy
-// beside would take cores and bandwidth from what computes, and until it is done the tensor could be neither freed nor
-// written to. What comes back is used in the block that a file was read into, without a copy. There SpillFile's threads
-// are what works beside the computing.
+// With HostCalls the memory is the host's and the streams are two threads. TieredStore brings back by them what is in
+// host memory. What is saved on a CPU is copied by the thread that saves it: a copy beside would take cores and
+// bandwidth from what computes, and until it is done the tensor could be neither freed nor written to.
+//
+// A forked child has neither the threads nor CUDA: there copies neither begin nor are waited for, which is an error,
+// and what was inherited may go.
 #pragma once
+
+#include <unistd.h>
 
 #include <cstdint>
 #include <deque>
@@ -29,11 +33,14 @@ class EventPool {
 
   CudaEvent take();
   void give_back(CudaEvent event);
+  bool in_fork() const { return getpid() != owner_; }
+  void check_owner() const;
 
   const std::shared_ptr<const CudaCalls> cuda;
   const int device;
 
  private:
+  const pid_t owner_ = getpid();
   std::mutex mutex_;
   std::vector<CudaEvent> events_;
 };

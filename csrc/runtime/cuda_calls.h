@@ -35,6 +35,9 @@ class CudaCalls {
   int (*host_unregister)(void* data);
   const char* (*error_string)(int status);
   int (*get_last_error)();
+
+ protected:
+  CudaCalls() = default;
 };
 
 }  // namespace memkernels::runtime

@@ -8,6 +8,7 @@
 #include "runtime/copy_engine.h"
 #include "runtime/crc32c.h"
 #include "runtime/errors.h"
+#include "runtime/host_calls.h"
 #include "runtime/pinned_slab.h"
 #include "runtime/spill_file.h"
 #include "runtime/uring.h"
@@ -52,11 +53,12 @@ PYBIND11_MODULE(_runtime, m) {
 
   py::class_<CudaCalls, std::shared_ptr<CudaCalls>>(m, "CudaCalls")
       .def(py::init<const std::string&>(), py::arg("library"));
+  py::class_<HostCalls, CudaCalls, std::shared_ptr<HostCalls>>(m, "HostCalls").def(py::init<>());
 
   py::class_<Copy, std::shared_ptr<Copy>>(m, "Copy")
       .def("done", &Copy::done)
       .def("wait", &Copy::wait, WithoutGil())
-      .def("wait_on", &Copy::wait_on, py::arg("stream"));
+      .def("wait_on", &Copy::wait_on, py::arg("stream"), WithoutGil());
 
   py::class_<CopyEngine>(m, "CopyEngine")
       .def(py::init<std::shared_ptr<const CudaCalls>, int>(), py::arg("cuda"), py::kw_only(), py::arg("device"))
@@ -76,6 +78,7 @@ PYBIND11_MODULE(_runtime, m) {
       .def(py::init<int64_t, int64_t, std::shared_ptr<const CudaCalls>>(), py::kw_only(), py::arg("limit"),
            py::arg("step"), py::arg("cuda") = nullptr)
       .def("allocate", &PinnedSlab::allocate, py::arg("nbytes"))
+      .def("trim", &PinnedSlab::trim)
       .def_property_readonly("limit", &PinnedSlab::limit)
       .def("statistics", [](const PinnedSlab& slab) { return as_dict(slab.statistics()); });
 

@@ -15,6 +15,16 @@ namespace {
 constexpr unsigned kPortable = 1;     // cudaHostRegisterPortable: pinned for every device
 constexpr int kMemoryAllocation = 2;  // cudaErrorMemoryAllocation
 
+// Address space without memory, in place of what is at `address` where there is one.
+std::byte* reserve(std::byte* address, int64_t bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (address ? MAP_FIXED : 0);
+  void* reserved = mmap(address, bytes, PROT_NONE, flags, -1, 0);
+  if (reserved == MAP_FAILED)
+    throw OutOfMemory("host memory: no address space for " + std::to_string(bytes) + " bytes.");
+  madvise(reserved, bytes, MADV_HUGEPAGE);  // fewer faults; where the system has none, nothing changes
+  return static_cast<std::byte*>(reserved);
+}
+
 int64_t positive(const char* name, int64_t value) {
   if (value <= 0) throw std::invalid_argument(std::string(name) + ": expected a positive number of bytes.");
   return value;
@@ -42,11 +52,7 @@ PinnedSlab::PinnedSlab(int64_t limit, int64_t step, std::shared_ptr<const CudaCa
       step_(round_up(positive("step", step), kAlignment)),
       cuda_(std::move(cuda)) {
   if (limit_ == 0) throw std::invalid_argument("limit: expected 4096 bytes at least.");
-  void* reserved = mmap(nullptr, limit_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (reserved == MAP_FAILED)
-    throw OutOfMemory("host memory: no address space for " + std::to_string(limit_) + " bytes.");
-  base_ = static_cast<std::byte*>(reserved);
-  madvise(base_, limit_, MADV_HUGEPAGE);  // fewer faults; where the system has none, nothing changes
+  base_ = reserve(nullptr, limit_);
 }
 
 PinnedSlab::~PinnedSlab() {
@@ -95,6 +101,19 @@ void PinnedSlab::pin(std::byte* data, int64_t bytes) {
                       std::to_string(ranges_.size()) + ", of a limit of " + std::to_string(limit_) + ".");
   }
   cuda_->check(status, "cudaHostRegister");
+}
+
+void PinnedSlab::trim() {
+  if (getpid() != owner_) return;
+  const std::lock_guard lock(mutex_);
+  const int64_t reached = ranges_.take_reached();
+  while (!steps_.empty() && steps_.back().data() - base_ >= reached) {
+    const auto step = steps_.back();
+    if (cuda_) cuda_->check(cuda_->host_unregister(step.data()), "cudaHostUnregister");
+    steps_.pop_back();
+    ranges_.shrink(step.data() - base_);
+    reserve(step.data(), step.size());
+  }
 }
 
 void PinnedSlab::release(const std::byte* data, int64_t capacity) {

@@ -1,6 +1,6 @@
 // One region of page-aligned host memory, divided by best fit. Address space for `limit` bytes is reserved at once,
 // memory is taken in steps, so that the region grows in place and an address stays valid. With CUDA each step is
-// registered with it once.
+// registered with it once. Steps at the end that are free may go back to the system.
 #pragma once
 
 #include <unistd.h>
@@ -48,6 +48,8 @@ class PinnedSlab : public std::enable_shared_from_this<PinnedSlab> {
   PinnedSlab& operator=(const PinnedSlab&) = delete;
 
   std::shared_ptr<SlabBlock> allocate(int64_t bytes);
+  // Gives back the steps at the end that nothing was in since this was called last.
+  void trim();
   RegionStatistics statistics() const;
   int64_t limit() const { return limit_; }
 

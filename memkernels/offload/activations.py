@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from dataclasses import asdict
+from itertools import count
 
 import torch
 
@@ -14,6 +15,8 @@ from memkernels.offload.order import Order
 from memkernels.offload.session import Counts, Policy, Session
 from memkernels.offload.store import Tier, TieredStore
 from memkernels.ops.checks import check_integer
+
+_TRIM_EVERY = 64  # exits; memory that any of so many needed is kept, since taking it again takes time
 
 
 class offload_activations:
@@ -56,7 +59,7 @@ class offload_activations:
         max_host_bytes: bytes of host memory that offload may hold. "host": of the tensors, default all memory. "disk":
             of the staging blocks that tensors pass through, default 128 MiB, or one tensor where that is larger.
             "auto": of both, default half of what is available; a quarter of it is for staging. What backward is
-            using does not count.
+            using does not count. It is taken as it is needed; what 64 entries in a row did not need goes back.
         path: folder of the file, on a disk; default that of `tempfile`.
         min_bytes: what is smaller stays.
         keep_last_layers: what is saved from the beginning of the last so many layers until backward begins, by the
@@ -107,6 +110,7 @@ class offload_activations:
         self._counts = Counts()
         self._expected_calls: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         self._entered = threading.local()
+        self._exits = count(1)
 
     def __enter__(self) -> offload_activations:
         session = Session(self._store, self._policy, self._order, self._expected_calls, self._counts)
@@ -123,6 +127,8 @@ class offload_activations:
         hooks, session = self._entered.stack.pop()
         hooks.__exit__()
         session.end()
+        if next(self._exits) % _TRIM_EVERY == 0:
+            self._store.trim()
 
     @property
     def statistics(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Copies of a device's tensors into blocks of a slab and back, beside what the device computes."""
+"""Copies of a device's tensors into blocks of a slab and back, beside what is computed."""
 
 from __future__ import annotations
 
@@ -50,6 +50,25 @@ class TorchCuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
+class HostThreads:
+    """Memory of the host, copied by threads; who uses it waits for a copy on its own thread."""
+
+    def __init__(self) -> None:
+        self.calls = load_runtime().HostCalls()
+
+    @staticmethod
+    def has(device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    @staticmethod
+    def stream(device: torch.device) -> int:
+        return 0
+
+    @staticmethod
+    def use(tensor: Tensor) -> None:
+        pass
+
+
 def find_cuda() -> Cuda | None:
     """torch's CUDA; None where there is none, or its runtime library is not to be found."""
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -68,7 +87,8 @@ def _loaded_libraries() -> list[str]:
 class Arrival:
     """Bytes on their way into memory of the device, for the stream that was current when they set off."""
 
-    def __init__(self, copy: Any, stream: int, tensor: Tensor):
+    def __init__(self, copies: DeviceCopies, copy: Any, stream: int, tensor: Tensor):
+        self.copies = copies
         self.copy = copy
         self.stream = stream
         self.tensor: Tensor | None = tensor  # until it is handed out
@@ -127,7 +147,7 @@ class DeviceCopies:
         with self._lock:
             if after is not None and not after.done():
                 after.wait_on(self._engine.in_stream)
-            arrival = Arrival(self._engine.into(tensor.data_ptr(), block, stream=stream), stream, tensor)
+            arrival = Arrival(self, self._engine.into(tensor.data_ptr(), block, stream=stream), stream, tensor)
             self._arriving[arrival] = tensor
         return arrival
 

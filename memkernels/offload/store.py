@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memkernels.offload.budget import Budget, Claim
-from memkernels.offload.device import Arrival, DeviceCopies, find_cuda
+from memkernels.offload.device import Arrival, Cuda, DeviceCopies, HostThreads, find_cuda
 from memkernels.offload.lent import Lent
 from memkernels.offload.memory import available_memory, total_memory
 from memkernels.offload.runtime import load_runtime
@@ -35,7 +35,7 @@ class Stored:
 
     They came from `device` and go back there. On disk: `extent` is where, `block` the memory they are still or again
     in, `reading` what fills it from the file, and `filling` what filled it from a device's memory. `lent` is what was
-    handed out last, and `arrival` the same on a device.
+    handed out last, and `arrival` the same where a copy brought it.
     """
 
     nbytes: int
@@ -50,7 +50,7 @@ class Stored:
 
     @property
     def at_hand(self) -> bool:
-        """Whether what was handed out serves again, or it is on its way to a device."""
+        """Whether what was handed out serves again, or a copy of it is on its way."""
         return (self.lent is not None and self.lent.usable) or (self.arrival is not None and self.arrival.usable)
 
 
@@ -79,7 +79,8 @@ class TieredStore:
 
     Memory of a CUDA device is copied on streams of the store's own, beside what is computed, and the slab is pinned.
     Memory of the host is copied by the thread that puts it: a copy beside would take cores and bandwidth from what is
-    computed, and hold on to the memory meanwhile. What is read from the file comes back in its block, without one.
+    computed, and hold on to the memory meanwhile. What is read from the file comes back in its block, without one; of
+    what the host tier keeps, threads of the store's own make the copies that are fetched meanwhile.
 
     Args:
         tier: "host", "disk" or "auto".
@@ -122,6 +123,7 @@ class TieredStore:
                 f" a disk for tier {tier!r}."
             )
         self._cuda = find_cuda()
+        self._host_threads = HostThreads()
         self._copies: dict[torch.device, DeviceCopies] = {}
         # What is handed out belongs to the caller and is not counted, so memory itself is the slab's limit.
         self._slab = runtime.PinnedSlab(limit=memory, step=_SLAB_STEP, cuda=self._cuda and self._cuda.calls)
@@ -192,7 +194,7 @@ class TieredStore:
         copies, then = self._copies_of(stored.device), list(then)
         with self._lock:
             self.statistics.loads += 1
-            found = self._at_hand(stored, copies)
+            found = self._at_hand(stored)
             if found is not None:
                 self.statistics.loads_ready += 1
                 self._read_ahead(then, beside=stored)
@@ -202,7 +204,7 @@ class TieredStore:
                     found = _as_tensor(block)
                     if stored.block is not None:  # nothing else has the bytes: whoever gets them may change them
                         found = found.clone()
-                    stored.lent = Lent(found)
+                    stored.lent, stored.arrival = Lent(found), None
                 else:
                     stored.arrival = copies.into(block, stored.filling)
                     found = copies.take(stored.arrival)
@@ -210,12 +212,16 @@ class TieredStore:
             self._send_ahead(then)
             return found
 
+    def trim(self) -> None:
+        """Gives host memory back to the system that nothing needed since this was called last."""
+        self._slab.trim()
+
     @staticmethod
-    def _at_hand(stored: Stored, copies: DeviceCopies | None) -> Tensor | None:
+    def _at_hand(stored: Stored) -> Tensor | None:
         """What was handed out before and still serves, or has been sent ahead."""
-        if copies is None:
-            return None if stored.lent is None else stored.lent.again()
-        return copies.take(stored.arrival) if stored.arrival is not None else None
+        if stored.arrival is not None:
+            return stored.arrival.copies.take(stored.arrival)
+        return None if stored.lent is None else stored.lent.again()
 
     def let_go(self) -> None:
         """Holds device memory no longer whose copies are done."""
@@ -223,11 +229,22 @@ class TieredStore:
             copies.let_go()
 
     def _copies_of(self, device: torch.device) -> DeviceCopies | None:
+        """Those of a CUDA device."""
         if self._cuda is None or not self._cuda.has(device):
             return None
+        return self._copies_by(self._cuda, device)
+
+    def _copies_ahead(self, stored: Stored) -> DeviceCopies | None:
+        """What brings it from its block before it is used; None where the block itself will be."""
+        copies = self._copies_of(stored.device)
+        if copies is None and stored.extent is None:
+            return self._copies_by(self._host_threads, torch.device("cpu"))
+        return copies
+
+    def _copies_by(self, cuda: Cuda, device: torch.device) -> DeviceCopies:
         if device not in self._copies:
             with self._lock:
-                self._copies.setdefault(device, DeviceCopies(self._cuda, device))
+                self._copies.setdefault(device, DeviceCopies(cuda, device))
         return self._copies[device]
 
     def _claim(self, nbytes: int) -> Claim | None:
@@ -279,9 +296,9 @@ class TieredStore:
                         return
 
     def _send_ahead(self, then: list[Stored]) -> None:
-        """Begins to copy to their devices those that are in host memory."""
+        """Begins to copy to where they are used those that are in host memory."""
         for stored in then:
-            copies = self._copies_of(stored.device)
+            copies = self._copies_ahead(stored)
             if copies is None or stored.block is None or stored.at_hand:
                 continue
             if stored.reading is not None:

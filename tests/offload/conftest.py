@@ -38,6 +38,12 @@ def few_threads(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def slow_memcpy(tmp_path_factory):
+    """Environment variables under which a process's threads copy late; see slow_memcpy.cpp."""
+    return {"LD_PRELOAD": compile_library("slow_memcpy.cpp", tmp_path_factory), "SLOW_MEMCPY": "200000"}
+
+
+@pytest.fixture(scope="session")
 def fake_cudart(tmp_path_factory):
     """Path of a CUDA runtime that is none; see fake_cudart.cpp."""
     return compile_library("fake_cudart.cpp", tmp_path_factory)

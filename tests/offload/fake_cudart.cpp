@@ -23,11 +23,11 @@ constexpr int kSuccess = 0, kInvalid = 1, kMemoryAllocation = 2, kNotReady = 600
 std::mutex& mutex = *new std::mutex;  // of everything below; at the end of the process threads may still wait
 std::condition_variable& changed = *new std::condition_variable;
 bool lazy = false;
-int current_device = 0, alive = 0, copies = 0, out_delay = 0, in_delay = 0, fill_delay = 0, random_delay = 0;
+int alive = 0, copies = 0, out_delay = 0, in_delay = 0, fill_delay = 0, random_delay = 0;
 int64_t waits = 0, wait_to_forget = -1;
 int copy_to_refuse = -1;
 bool pins = true;
-thread_local int last_error = kSuccess;
+thread_local int current_device = 0, last_error = kSuccess;
 std::mt19937 generator;
 
 class Stream;

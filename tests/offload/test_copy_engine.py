@@ -210,6 +210,20 @@ def test_no_error_is_left_for_others_to_find(device):
     assert device.fake.cudaGetLastError() == 0
 
 
+def test_what_goes_back_to_the_system_is_registered_no_longer(device):
+    blocks = [device.slab.allocate(8 * KB) for _ in range(3)]
+    streams = 3
+    assert device.fake.fake_alive() == 3 + streams
+    del blocks[1:]
+    for _ in range(2):
+        device.slab.trim()
+    assert device.fake.fake_alive() == 1 + streams
+    source = Memory(os.urandom(20 * KB))
+    block = device.slab.allocate(len(source))
+    device.engine.out(source.address, block, stream=device.stream).wait()
+    assert bytes(memoryview(block)) == bytes(source)
+
+
 def test_memory_that_cannot_be_pinned_is_an_error_that_names_the_bytes(device):
     device.fake.fake_pins(False)
     with pytest.raises(MemoryError, match=f"CUDA refused to pin {16 * KB} bytes beyond 0, of a limit of {64 * MB}"):

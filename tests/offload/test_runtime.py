@@ -4,8 +4,6 @@ import errno
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runtime_process import run_python
 
 _runtime = pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
 PinnedSlab, SpillFile = _runtime.PinnedSlab, _runtime.SpillFile
@@ -37,32 +36,6 @@ def io_uring(request):
     if request.param and (missing := _runtime.io_uring_missing()):
         pytest.skip(missing)
     return request.param
-
-
-class Child(subprocess.Popen):
-    def communicate(self, input=None, timeout=None):
-        """As of any process, but one that takes too long is ended, so that it does not run on after its test."""
-        try:
-            return super().communicate(input, timeout)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-
-
-def run_python(code, *arguments, **environment):
-    """A process that has the runtime as `_runtime`, without torch."""
-    load = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('_runtime', {_runtime.__file__!r})\n"
-        "_runtime = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(_runtime)\n"
-    )
-    return Child(
-        [sys.executable, "-c", load + code, *map(str, arguments)],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize("hardware", [True, False])
@@ -122,6 +95,63 @@ def test_a_slab_grows_in_steps_to_its_limit():
         slab.allocate(1)
     held.clear()
     assert slab.allocate(5 * MB).nbytes == 5 * MB
+
+
+def resident(first_block, limit):
+    """Bytes in memory of a slab, of which a block is the first."""
+    begin, total, holds = torch.frombuffer(first_block, dtype=torch.uint8).data_ptr(), 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line):
+            holds = begin <= int(found[1], 16) < begin + limit
+        elif holds and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def test_steps_that_nothing_needed_go_back_to_the_system():
+    slab = PinnedSlab(limit=64 * MB, step=4 * MB)
+    first, second, third = (filled(slab, 4 * MB, seed)[0] for seed in range(3))
+    assert resident(first, 64 * MB) == 12 * MB
+    del second, third
+    slab.trim()  # since the one before, which never was, both were in use
+    assert slab.statistics()["size"] == 12 * MB and resident(first, 64 * MB) == 12 * MB
+    slab.trim()
+    assert slab.statistics()["size"] == slab.statistics()["in_use"] == 4 * MB and resident(first, 64 * MB) == 4 * MB
+    assert bytes(memoryview(first)) == bytes_of(4 * MB, 0)
+    again, content = filled(slab, 9 * MB, 1)
+    assert bytes(memoryview(again)) == content and slab.statistics()["size"] == 16 * MB
+
+
+def test_a_step_with_a_block_at_its_end_stays():
+    slab = PinnedSlab(limit=64 * MB, step=4 * MB)
+    blocks = [slab.allocate(4 * MB) for _ in range(3)]
+    del blocks[:2]
+    for _ in range(3):
+        slab.trim()
+    assert slab.statistics()["size"] == 12 * MB and slab.statistics()["largest_free"] == 8 * MB
+    blocks.clear()
+    for _ in range(2):
+        slab.trim()
+    assert slab.statistics()["size"] == slab.statistics()["largest_free"] == 0
+    with pytest.raises(MemoryError, match=f"{65 * MB} bytes wanted .* {64 * MB} of {64 * MB} available"):
+        slab.allocate(65 * MB)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40_000), st.integers(0, 7), st.booleans()), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_trimming_takes_nothing_in_use(requests):
+    slab, blocks = PinnedSlab(limit=64 * MB, step=16384), []
+    for seed, (nbytes, victim, trims) in enumerate(requests):
+        blocks.append(filled(slab, nbytes, seed))
+        if victim < len(blocks) - 1:
+            blocks.pop(victim)
+        if trims:
+            slab.trim()
+    assert all(bytes(memoryview(block)) == content for block, content in blocks)
+    blocks.clear()
+    slab.trim()
+    slab.trim()
+    assert slab.statistics()["size"] == slab.statistics()["largest_free"] == 0
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,22 @@ def test_reading_ahead_waits_where_memory_is_short(tmp_path, monkeypatch):
     assert torch.equal(store.load(stored[1]), noise(MB, 1))
 
 
+def test_what_host_memory_holds_is_copied_ahead_by_threads(tmp_path):
+    store = TieredStore("auto", path=tmp_path, max_host_bytes=8 * MB)
+    stored = [store.put(noise(MB, seed)) for seed in range(8)]  # the last two on disk
+    stored[7].extent.writing.wait()
+    first = store.load(stored[5], then=[stored[4], stored[7]])
+    assert stored[4].arrival is not None and stored[7].arrival is None
+    ahead = stored[4].arrival.tensor.data_ptr()
+    found = store.load(stored[4])
+    assert found.data_ptr() == ahead and torch.equal(found, noise(MB, 4)) and torch.equal(first, noise(MB, 5))
+    assert store.statistics.loads_ready == 2  # what is in memory always is
+    found.zero_()
+    for _ in range(2):
+        again = store.load(stored[4])
+        assert torch.equal(again, noise(MB, 4)) and again.data_ptr() != found.data_ptr()
+
+
 def test_bytes_in_use_are_shared(tmp_path):
     store = TieredStore("disk", path=tmp_path, max_host_bytes=MB)
     stored = [store.put(noise(MB, seed)) for seed in range(3)]
