@@ -79,7 +79,7 @@ class _Step:
 
     def __exit__(self, *exception: Any) -> None:
         self._handle.remove()
-        if self.count == self._number - 1:
+        if self._recording.active:
             self._recording.end()
         self._recording.close()
 

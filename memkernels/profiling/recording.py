@@ -19,8 +19,12 @@ class Recording:
 
     def __init__(self) -> None:
         self._watch = Watch()
+        self.active = False
 
     def begin(self) -> None:
+        if torch.autograd._profiler_enabled():  # which would record nothing more, without an error
+            raise RuntimeError("profile: another profiler runs, and there can be one at a time.")
+        self.active = True
         self._profiler = torch.autograd.profiler.profile(profile_memory=True)
         self._profiler.__enter__()
         try:
@@ -30,6 +34,7 @@ class Recording:
             raise
 
     def end(self) -> None:
+        self.active = False
         self._watch.end()
         self._profiler.__exit__(None, None, None)
 
@@ -85,7 +90,7 @@ class profile:
     It is made from the allocators' own events, by torch.profiler, so that memory that an op takes and frees before it
     returns is seen, as it would not be from the op's results. What an address is for comes from hooks, as marks among
     those events. Of what exists when it is entered, all tensors that Python holds are seen. Memory of other allocators
-    is not: of libraries, of kernels' threads, of offload's staging blocks.
+    is not: of libraries, of kernels' threads, of offload's staging blocks. Nor is that of other threads of Python.
 
     Args:
         path: the PNG and the page are written to `path.png` and `path.html` at a normal end; None writes neither.

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import weakref
 from itertools import pairwise
 
@@ -274,6 +275,30 @@ def test_an_error_at_the_beginning_ends_the_profiler(monkeypatch):
         with pytest.raises(ArithmeticError), memkernels.profile():
             pass
     assert not torch.autograd._profiler_enabled()
+
+
+def test_another_profiler_goes_on(tmp_path, monkeypatch):
+    """And a script that has one is told, by an error in it and no other."""
+    with torch.profiler.profile() as other:
+        with pytest.raises(RuntimeError, match="profile: another profiler runs"), memkernels.profile():
+            pass
+        torch.ones(3).exp()
+    assert "aten::exp" in {event.key for event in other.key_averages()}
+    with memkernels.profile() as recorded:
+        with pytest.raises(RuntimeError, match="profile: another profiler runs"), memkernels.profile():
+            pass
+        torch.empty(MB)
+    assert recorded.timelines[0].peak >= FLOAT * MB
+    begin, loop = SCRIPT.split("for i", 1)
+    loop = textwrap.indent(f"for i{loop}", "    ")
+    (tmp_path / "train.py").write_text(f"{begin}with torch.profiler.profile():\n{loop}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(RuntimeError, match="profile: another profiler runs") as raised:
+        main(["profile", "--", "train.py", "4"])
+    assert raised.value.__context__ is None
+    assert not _global_optimizer_post_hooks and not torch.autograd._profiler_enabled()
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_first(tmp_path, monkeypatch):
