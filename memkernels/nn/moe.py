@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memkernels import ops
-from memkernels.nn.expert_mesh import check_mesh, shard_of, sharded
+from memkernels.nn.expert_mesh import (
+    check_mesh,
+    check_settings,
+    draw_experts,
+    experts_parameter,
+    held,
+    take_shards,
+)
 from memkernels.nn.lora_linear import check_adapter
 from memkernels.nn.routers import Router, Routing, SwitchRouter
 from memkernels.nn.routers.router import check_padding_mask
-from memkernels.ops.checks import check_floating, check_integer, check_number
+from memkernels.ops.checks import check_flag, check_floating, check_integer, check_number, check_parameter_dtype
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.moe.exchange import failing_together
 from memkernels.ops.moe.parallel import start_moe_mlp
@@ -26,14 +34,15 @@ class ExpertsLoRA(torch.nn.Module):
     drawn as torch.nn.Linear draws its weight, and B is zero, so that at first it changes nothing.
 
     Args:
-        weight: the weights, which it does not keep.
+        weight: the weights, which it does not keep; with `expert_mesh` (E / ranks, out, in), those of this rank.
         r: rank, from 1 up.
         alpha: scaling is alpha / r.
         use_rslora: scaling is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+        expert_mesh: the ranks that hold the experts, as `MoE` has it: lora_A and lora_B are DTensors of all of them.
         dtype: the adapter's; None: float32, or float64 if weight's is.
 
     Raises:
-        TypeError: r is no int, or alpha no number.
+        TypeError: r is no int, alpha no number, or dtype not floating.
         ValueError: r or alpha is out of its range.
     """
 
@@ -44,21 +53,30 @@ class ExpertsLoRA(torch.nn.Module):
         *,
         alpha: float = 32.0,
         use_rslora: bool = False,
+        expert_mesh=None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_adapter(r, alpha)
+        check_parameter_dtype(dtype)
         experts, out, size = weight.shape
         self.scaling = alpha / (r**0.5 if use_rslora else r)
+        self.expert_mesh = expert_mesh
         options: dict[str, Any] = {
             "device": weight.device, "dtype": dtype or torch.promote_types(weight.dtype, torch.float32)
         }  # fmt: skip
-        self.lora_A = torch.nn.Parameter(torch.empty(experts, r, size, **options).uniform_(-(size**-0.5), size**-0.5))
-        self.lora_B = torch.nn.Parameter(torch.zeros(experts, out, r, **options))
+        self.lora_A = experts_parameter(torch.empty(experts, r, size, **options), expert_mesh)
+        self.lora_B = experts_parameter(torch.zeros(experts, out, r, **options), expert_mesh)
+        draw_experts(self.lora_A, expert_mesh, partial(torch.nn.init.uniform_, a=-(size**-0.5), b=size**-0.5))
 
     def adapted(self, weight: Tensor) -> ops.ExpertsLoRAWeight:
-        """The weights with it, as `ops.moe_mlp` takes them."""
-        return ops.ExpertsLoRAWeight(weight, self.lora_A, self.lora_B, self.scaling)
+        """The weights with it, as `ops.moe_mlp` takes them; of the experts that this rank holds."""
+        lora_a, lora_b = (held(factor, self.expert_mesh) for factor in (self.lora_A, self.lora_B))
+        return ops.ExpertsLoRAWeight(weight, lora_a, lora_b, self.scaling)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        take_shards(self, ("lora_A", "lora_B"), self.expert_mesh, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[1]}, scaling={self.scaling}"
@@ -69,7 +87,8 @@ class MoE(torch.nn.Module):
 
     y[t] = sum over t's experts e of weight[t, e] f_e(x[t]) + shared(x[t]). Parameters of the experts have the names and
     layout of transformers', gate_up_proj (E, 2 n, d), or (E, n, d) ungated, and down_proj (E, d, n); frozen ones of
-    `memkernels.quant` may take their place.
+    `memkernels.quant` may take their place, with `expert_mesh` each rank's of its own experts. `adapt` freezes them and
+    trains adapters of theirs.
 
     Args:
         router: which experts a token goes to.
@@ -90,10 +109,10 @@ class MoE(torch.nn.Module):
     gradients are of the sum of the ranks' losses: where those of other parameters are averaged over the ranks, the
     loss of the experts' is as many times as large.
 
-    The experts are DTensors, sharded by the first dimension, under the same keys. `torch.distributed.checkpoint` saves
-    and loads them, and their optimizer states, over any number of ranks; `get_model_state_dict` with
-    `full_state_dict=True` returns what one process has, and `load_state_dict` takes that on any number of ranks, each
-    its part. For one seed parameters are the same on any number of ranks.
+    The experts and their adapters are DTensors, sharded by the first dimension, under the same keys.
+    `torch.distributed.checkpoint` saves and loads them, and their optimizer states, over any number of ranks;
+    `get_model_state_dict` with `full_state_dict=True` returns what one process has, and `load_state_dict` takes that on
+    any number of ranks, each its part. For one seed parameters are the same on any number of ranks.
 
     In an optimizer and in `torch.nn.utils.get_total_norm` DTensors are a group of their own (foreach kernels take no
     mixture), and DistributedDataParallel is to leave them, by `_set_params_and_buffers_to_ignore_for_model`.
@@ -102,7 +121,8 @@ class MoE(torch.nn.Module):
     received: d elements for each; with it x is sent again in backward, together with the gradient of y.
 
     Raises:
-        TypeError: router is no `Router`, a size no integer, expert_mesh no DeviceMesh, or expert_dropout no number.
+        TypeError: router is no `Router`, shared no module, a size no integer, gated or recompute no bool,
+            expert_dropout no number, dtype not floating, or expert_mesh no DeviceMesh.
         ValueError: a size that is not positive; a hidden_size other than router's; an unknown activation, or
             expert_dropout outside [0, 1); an expert_mesh of several dimensions; ranks differ in their arguments, on
             every rank; num_experts is not a multiple of the ranks.
@@ -135,8 +155,13 @@ class MoE(torch.nn.Module):
             }  # fmt: skip
             check_mesh(expert_mesh, experts, settings)
             experts //= expert_mesh.size()
-        check_integer("hidden_size", hidden_size)
-        check_integer("expert_size", expert_size)
+        for name, size in (("hidden_size", hidden_size), ("expert_size", expert_size)):
+            check_integer(name, size)
+        for name, flag in (("gated", gated), ("recompute", recompute)):
+            check_flag(name, flag)
+        check_parameter_dtype(dtype)
+        if shared is not None and not isinstance(shared, torch.nn.Module):
+            raise TypeError(f"shared: expected a module or None, got {type(shared).__name__}.")
         if hidden_size != router.weight.shape[1]:
             raise ValueError(f"hidden_size: expected {router.weight.shape[1]}, that of router, got {hidden_size}.")
         check_activation(activation)
@@ -154,46 +179,40 @@ class MoE(torch.nn.Module):
         self.reset_parameters()
 
     def _experts_weight(self, experts: int, out: int, size: int, device, dtype) -> torch.nn.Parameter:
-        weight = torch.empty(experts, out, size, device=device, dtype=dtype)
-        return torch.nn.Parameter(weight if self.expert_mesh is None else sharded(weight, self.expert_mesh))
+        return experts_parameter(torch.empty(experts, out, size, device=device, dtype=dtype), self.expert_mesh)
 
-    def _held(self, weight: Tensor) -> Tensor:
-        """The weights of the experts that this rank holds."""
-        return weight if self.expert_mesh is None else weight.to_local()  # type: ignore[attr-defined]
-
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Truncated normal of variance 0.1 / fan-in (Switch Transformers, section 2.4), each expert by its own seed."""
         for weight in (self.gate_up_proj, self.down_proj):
-            seeds = torch.randint(2**63 - 1, (weight.shape[0],), device="cpu")
-            if weight.is_meta:
-                continue
-            held = self._held(weight)
-            first = 0 if self.expert_mesh is None else self.expert_mesh.get_local_rank() * held.shape[0]
             std = math.sqrt(0.1 / weight.shape[2])
-            for matrix, seed in zip(held, seeds[first:].tolist(), strict=False):
-                generator = torch.Generator(held.device).manual_seed(seed)
-                torch.nn.init.trunc_normal_(matrix, std=std, a=-2 * std, b=2 * std, generator=generator)
+            draw = partial(torch.nn.init.trunc_normal_, std=std, a=-2 * std, b=2 * std)
+            draw_experts(weight, self.expert_mesh, draw)
 
     def adapt(self, r: int = 16, **options: Any) -> None:
         """Freezes the experts and puts an `ExpertsLoRA` of rank r on both of their weights; options: as it has them.
 
         Raises:
-            ValueError: they have one already, or lie on several ranks; r is out of its range.
+            ValueError: they have one already; r is out of its range; ranks of `expert_mesh` differ in their arguments.
         """
-        if self.expert_mesh is not None:
-            raise ValueError("expert_mesh: experts on several ranks take no adapter.")
         if len(self.adapters):
             raise ValueError("MoE: the experts have an adapter already.")
-        for name in ("gate_up_proj", "down_proj"):
-            weight = getattr(self, name).requires_grad_(False)
-            self.adapters[name] = ExpertsLoRA(weight, r, **options)
+        if self.expert_mesh is not None:
+            check_settings(self.expert_mesh, {"r": r, **options})
+        mesh, weights = self.expert_mesh, {name: getattr(self, name) for name in ("gate_up_proj", "down_proj")}
+        made = {name: ExpertsLoRA(held(of, mesh), r, expert_mesh=mesh, **options) for name, of in weights.items()}
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        self.adapters.update(made)
 
-    def _weight(self, name: str) -> Any:
-        """Of the experts that this rank holds, as `ops.moe_mlp` takes it."""
-        weight = self._held(getattr(self, name))
+    def _weights(self) -> tuple[Any, Any]:
+        """gate_up_proj and down_proj of the experts that this rank holds, as `ops.moe_mlp` takes them."""
         adapters: Any = self.adapters
-        return adapters[name].adapted(weight) if name in adapters else weight
+
+        def weight(name: str) -> Any:
+            own = held(getattr(self, name), self.expert_mesh)
+            return adapters[name].adapted(own) if name in adapters else own
+
+        return weight("gate_up_proj"), weight("down_proj")
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """y, like x (..., d), and the `Routing`, which holds the losses and reports what was dropped.
@@ -202,21 +221,20 @@ class MoE(torch.nn.Module):
 
         Raises:
             TypeError, ValueError: as the router and `ops.moe_mlp`: a dtype, shape or device that does not fit.
-            RuntimeError: NaN among the router's logits; with `expert_mesh`, on the other ranks where one rank's router,
-                arguments, experts or `shared` raise.
+            RuntimeError: the router's logits are not finite; with `expert_mesh`, on the other ranks where one rank's
+                router, arguments, experts or `shared` raise.
         """
-        weights = self._weight("gate_up_proj"), self._weight("down_proj")
         options: dict[str, Any] = {
             "activation": self.activation, "dropout_p": self.expert_dropout if self.training else 0.0,
             "recompute": self.recompute,
         }  # fmt: skip
         if self.expert_mesh is None:
             rows, routing = self._route(x, padding_mask)
-            y = ops.moe_mlp(rows, routing.plan, routing.expert_weights, *weights, **options).view(x.shape)
+            y = ops.moe_mlp(rows, routing.plan, routing.expert_weights, *self._weights(), **options).view(x.shape)
             return y if self.shared is None else y + self.shared(x), routing
         group = self.expert_mesh.get_group()
-        with failing_together(group, self.router.num_experts, weights[0].device):
-            rows, routing = self._route(x, padding_mask)
+        with failing_together(group, self.router.num_experts, self.down_proj.device):
+            weights, (rows, routing) = self._weights(), self._route(x, padding_mask)
         pending = start_moe_mlp(rows, routing.plan, routing.expert_weights, *weights, group, **options)
         shared = None if self.shared is None else pending.beside(self.shared, x)
         y = pending.finish().view(x.shape)
@@ -233,11 +251,7 @@ class MoE(torch.nn.Module):
         return rows, self.router(rows, None if padding_mask is None else padding_mask.reshape(-1))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """Of an experts' weight that is whole, as one process saved it, the part that this rank holds."""
-        for name in ("gate_up_proj", "down_proj") if self.expert_mesh is not None else ():
-            given = state_dict.get(prefix + name)
-            if type(given) in (Tensor, torch.nn.Parameter) and given.shape == getattr(self, name).shape:
-                state_dict[prefix + name] = shard_of(given, self.expert_mesh)
+        take_shards(self, ("gate_up_proj", "down_proj"), self.expert_mesh, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

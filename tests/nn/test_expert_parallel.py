@@ -7,12 +7,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from experts import adapter_inputs, over_flat
 from ranks import run_ranks
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from memkernels import nn, ops
+from memkernels import nn, ops, quant
 from memkernels.ops.moe import parallel
 from memkernels.ops.moe.journey import Journey
 from memkernels.ops.moe.parallel import start_moe_mlp
@@ -21,7 +23,6 @@ from memkernels.testing import assert_within_factor_two, poisoned_memory, random
 
 D, N, E, K = 16, 12, 8, 3
 TOKENS = (13, 0, 7, 22)  # of each rank
-LEAVES = ("x", "expert_weights", "w_gate_up", "w_down")
 
 
 def draw(name, *shape, dtype=torch.float32):
@@ -33,11 +34,12 @@ def part(mesh, tensor, sizes):
     return tensor.split(sizes)[mesh.get_local_rank()]
 
 
-def gradients_of(y, dy, leaves):
-    grads = torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    again = torch.autograd.grad(y, leaves, dy)
+def gradients_of(y, dy, inputs):
+    leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+    grads = torch.autograd.grad(y, leaves.values(), dy, retain_graph=True)
+    again = torch.autograd.grad(y, leaves.values(), dy)
     assert all(torch.equal(one, other) for one, other in zip(grads, again, strict=True))
-    return dict(zip(LEAVES, grads, strict=True))
+    return dict(zip(leaves, grads, strict=True))
 
 
 def choices(tokens, experts, nowhere=E):
@@ -47,7 +49,13 @@ def choices(tokens, experts, nowhere=E):
     return ids
 
 
-def bit_for_bit(mesh, dtype, gated, recompute, experts, capacity, autocast=False, num_experts=E):
+def as_leaf(tensor):
+    return tensor if isinstance(tensor, quant.QuantizedTensor) else tensor.clone().requires_grad_()
+
+
+def bit_for_bit(
+    mesh, dtype, gated, recompute, experts, capacity, autocast=False, num_experts=E, adapted=False, nf4=False
+):  # fmt: skip
     """With one process's choices, of so many experts: those of some ranks receive nothing."""
     sizes = TOKENS[: mesh.size()]
     ids = choices(sum(sizes), experts, num_experts)
@@ -59,28 +67,43 @@ def bit_for_bit(mesh, dtype, gated, recompute, experts, capacity, autocast=False
         "w_gate_up": draw("gate_up", num_experts, 2 * N if gated else N, D, dtype=dtype),
         "w_down": draw("down", num_experts, D, N, dtype=dtype),
     }  # fmt: skip
-    own_experts = num_experts // mesh.size()
-    of_rank = {"x": sizes, "expert_weights": sizes, "w_gate_up": own_experts, "w_down": own_experts}
-    whole = {name: tensor.clone().requires_grad_() for name, tensor in drawn.items()}
-    own = {name: part(mesh, tensor, of_rank[name]).clone().requires_grad_() for name, tensor in drawn.items()}
+    if adapted:
+        drawn = adapter_inputs(drawn, 2, torch.float32)
+    if nf4:
+        drawn |= {name: quant.quantize_nf4(drawn[name]) for name in ("w_gate_up", "w_down")}
+    of_rank = {name: sizes if name in ("x", "expert_weights") else num_experts // mesh.size() for name in drawn}
+    whole = {name: as_leaf(tensor.detach()) for name, tensor in drawn.items()}
+    own = {name: as_leaf(part(mesh, tensor.detach(), of_rank[name])) for name, tensor in drawn.items()}
     dy = draw("dy", sum(sizes), D, dtype=torch.bfloat16 if autocast else dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = ops.moe_mlp(expert_ids=kept, **whole, recompute=recompute)
+        expected = over_flat(ops.moe_mlp, expert_ids=kept, recompute=recompute)(**whole)
     with poisoned_memory():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = start_moe_mlp(plan=plan, group=mesh.get_group(), **own, recompute=recompute).finish()
-        actual = gradients_of(y, part(mesh, dy, sizes), tuple(own.values()))
+            start = over_flat(start_moe_mlp, plan=plan, group=mesh.get_group(), recompute=recompute)
+            y = start(**own).finish()
+        actual = gradients_of(y, part(mesh, dy, sizes), own)
     assert y.dtype == (torch.bfloat16 if autocast else dtype) and torch.equal(y, part(mesh, expected, sizes))
-    for name, grad in gradients_of(expected, dy, tuple(whole.values())).items():
+    for name, grad in gradients_of(expected, dy, whole).items():
         assert torch.equal(actual[name], part(mesh, grad, of_rank[name])), name
 
 
-def make_layer(router, mesh=None, dtype=torch.float32):
+def make_layer(router, mesh=None, adapted=False):
     torch.manual_seed(3)
     if router is nn.SwitchRouter:
-        return nn.SwitchFFN(D, N, E, jitter=0.0, capacity_factor=0.8, expert_mesh=mesh, dtype=dtype)
-    made = router(D, E, dtype=dtype) if router is nn.ExpertChoiceRouter else router(D, E, K, dtype=dtype)
-    return nn.MoE(made, D, N, shared=nn.GatedMLP(D, N), expert_mesh=mesh, dtype=dtype).to(dtype)
+        layer = nn.SwitchFFN(D, N, E, jitter=0.0, capacity_factor=0.8, expert_mesh=mesh)
+    else:
+        made = router(D, E) if router is nn.ExpertChoiceRouter else router(D, E, K)
+        layer = nn.MoE(made, D, N, shared=nn.GatedMLP(D, N), expert_mesh=mesh)
+    if adapted:
+        adapt(layer)
+    return layer
+
+
+def adapt(layer):
+    torch.manual_seed(4)
+    layer.adapt(2, alpha=3.0)
+    factors = {f"adapters.{of}.lora_B": draw(of, *own.lora_B.shape) for of, own in layer.adapters.items()}
+    layer.load_state_dict(factors, strict=False)
 
 
 def step(layer, x, dy):
@@ -90,30 +113,46 @@ def step(layer, x, dy):
     return {"y": y.detach(), "x": x.grad, "dropped": routing.plan.dropped}
 
 
-def alone(router, mesh, x, dy, sizes, dtype):
+def gradients(layer):
+    return {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.requires_grad}
+
+
+def alone(router, adapted, mesh, x, dy, sizes, dtype):
     """One process's layer on each rank's tokens in turn: this rank's results, and the parameters' gradients."""
-    layer = make_layer(router).to(dtype)
+    layer = make_layer(router, adapted=adapted).to(dtype)
     steps = [step(layer, *pair) for pair in zip(x.to(dtype).split(sizes), dy.to(dtype).split(sizes), strict=True)]
-    return steps[mesh.get_local_rank()] | {name: p.grad for name, p in layer.named_parameters()}
+    return steps[mesh.get_local_rank()] | gradients(layer)
 
 
-def layer_equals_one_process(mesh, router):
+def layer_equals_one_process(mesh, router, adapted):
     sizes = TOKENS[: mesh.size()]
     x, dy = (draw(name, sum(sizes), D) for name in ("x", "dy"))
-    layer = make_layer(router, mesh)
+    layer = make_layer(router, mesh, adapted)
     actual = step(layer, part(mesh, x, sizes), part(mesh, dy, sizes))
-    for name, parameter in layer.named_parameters():
-        if name in ("gate_up_proj", "down_proj"):
-            actual[name] = parameter.grad.full_tensor()
+    for name, grad in gradients(layer).items():
+        if isinstance(grad, DTensor):
+            actual[name] = grad.full_tensor()
         else:
-            dist.all_reduce(parameter.grad, group=mesh.get_group())
-            actual[name] = parameter.grad
-    exact, plain = (alone(router, mesh, x, dy, sizes, dtype) for dtype in (torch.float64, torch.float32))
+            dist.all_reduce(grad, group=mesh.get_group())
+            actual[name] = grad
+    exact, plain = (alone(router, adapted, mesh, x, dy, sizes, dtype) for dtype in (torch.float64, torch.float32))
     dropped = [result.pop("dropped") for result in (actual, exact, plain)]
     assert torch.equal(dropped[0], dropped[1])
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
         assert_within_factor_two(name, value, exact[name], plain[name])
+
+
+def quantized_experts_take_adapters(mesh):
+    layers = [make_layer(nn.TopKRouter, of) for of in (mesh, None)]
+    for name in ("gate_up_proj", "down_proj"):
+        whole = quant.quantize_nf4(getattr(layers[1], name).detach())
+        for layer, weight in zip(layers, (part(mesh, whole, E // mesh.size()), whole), strict=True):
+            setattr(layer, name, torch.nn.Parameter(weight, requires_grad=False))
+    x = draw("x", 9, D)
+    for layer in layers:
+        adapt(layer)
+    torch.testing.assert_close(*(layer(x)[0] for layer in layers))
 
 
 class Model(torch.nn.Module):
@@ -205,14 +244,14 @@ def dropout_is_the_same_in_backward(mesh):
 
 
 def state_dict_loads_on_any_number_of_ranks(mesh, folder):
-    layer, single = make_layer(nn.TopKRouter, mesh), make_layer(nn.TopKRouter)
+    layer, single = (make_layer(nn.TopKRouter, of, adapted=True) for of in (mesh, None))
     same_state(get_model_state_dict(layer, options=StateDictOptions(full_state_dict=True)), single.state_dict())
     checkpoint.save(layer.state_dict(), checkpoint_id=folder)
     zero(layer)
     layer.load_state_dict(single.state_dict())
     same_state(whole_state(layer), single.state_dict())
     fewer = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("copies", "experts"))["experts"]
-    other = make_layer(nn.TopKRouter, fewer)
+    other = make_layer(nn.TopKRouter, fewer, adapted=True)
     zero(other)
     state = other.state_dict()
     checkpoint.load(state, checkpoint_id=folder)
@@ -243,6 +282,8 @@ def ranks_that_differ_are_told_all(mesh):
         nn.MoE(router, D, N, expert_mesh=mesh)
     with pytest.raises(ValueError, match="activation: the ranks of expert_mesh differ: silu, nothing"):
         nn.MoE(nn.TopKRouter(D, E, K), D, N, ("silu", "nothing")[rank % 2], expert_mesh=mesh)
+    with pytest.raises(ValueError, match="alpha: the ranks of expert_mesh differ: 8, None"):
+        make_layer(nn.TopKRouter, mesh).adapt(2, **{"alpha": 8} if rank % 2 == 0 else {})
     with pytest.raises(ValueError, match=r"num_experts: expected a multiple of the \d ranks of expert_mesh, got 7"):
         nn.SwitchFFN(D, N, 7, expert_mesh=mesh)
     layer, x = make_layer(nn.TopKRouter, mesh), draw("x", 4, D)
@@ -253,7 +294,7 @@ def ranks_that_differ_are_told_all(mesh):
     with differing, pytest.raises(ValueError, match=r"differ in its dtype: torch.bfloat16, torch.float32"):
         layer(x)
     for wrong, error in (
-        (torch.full_like(x, torch.nan), "logits: expected numbers, got NaN"),
+        (torch.full_like(x, torch.nan), "logits: expected finite numbers, got NaN"),
         (x[:, :5], r"x: expected shape \(..., 16\)"),
         (x.double(), "w_gate_up: expected torch.float64"),
     ):
@@ -384,8 +425,16 @@ def all_cases(folder):
     for own_experts in (1, 3):
         experts = own_experts * mesh.size()
         bit_for_bit(mesh, torch.float32, True, True, experts, None, num_experts=experts)
+    for adapted in (
+        {"recompute": True}, {"recompute": False, "dtype": torch.bfloat16}, {"recompute": True, "nf4": True},
+        {"recompute": True, "autocast": True, "experts": 3},
+    ):  # fmt: skip
+        options = {"dtype": torch.float32, "gated": True, "experts": E, "capacity": None} | adapted
+        bit_for_bit(mesh, **options, adapted=True)
     for router in (nn.TopKRouter, nn.SwitchRouter, nn.ExpertChoiceRouter):
-        layer_equals_one_process(mesh, router)
+        for adapted in (False, True):
+            layer_equals_one_process(mesh, router, adapted)
+    quantized_experts_take_adapters(mesh)
     training_equals_one_process(mesh)
     checkpointing_sends_again(mesh)
     padding_and_inference(mesh)

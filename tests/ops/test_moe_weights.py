@@ -334,6 +334,9 @@ def test_a_layer_with_adapters_starts_as_it_was_and_learns_by_them_alone():
         setattr(layer, name, torch.nn.Parameter(quant.quantize_nf4(getattr(layer, name).detach()), requires_grad=False))
     x = random_tensor(9, 64, dtype=torch.bfloat16)
     before, _ = layer(x)
+    with pytest.raises(ValueError, match=r"^r: expected"):
+        layer.adapt(0)
+    assert not layer.adapters
     layer.adapt(3, alpha=6.0)
     after, _ = layer(x)
     assert torch.equal(after, before)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memkernels.ops.autocast import as_product_dtype
+from memkernels.ops.autocast import as_product_dtype, is_autocast
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.gradient_sum import GradientSum
 from memkernels.ops.moe import operators  # noqa: F401  defines the operators
@@ -60,9 +60,18 @@ class ExpertsLoRAWeight:
     def as_product_dtype(self, name: str, x: Tensor, dtype: torch.dtype) -> ExpertsLoRAWeight:
         """With its tensors cast under autocast, else its weight checked to be of x's dtype."""
         weight = as_product_dtype(x, dtype, **{name: self.weight})[name]
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if is_autocast(x):
             return replace(self, weight=weight, lora_a=self.lora_a.to(dtype), lora_b=self.lora_b.to(dtype))
         return self
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(tensor.requires_grad for tensor in (self.weight, self.lora_a, self.lora_b))
+
+    def split(self, sizes: Sequence[int]) -> list[ExpertsLoRAWeight]:
+        """In parts of so many experts, as `torch.Tensor.split`."""
+        parts = zip(*(tensor.split(sizes) for tensor in (self.weight, self.lora_a, self.lora_b)), strict=True)
+        return [ExpertsLoRAWeight(weight, a, b, self.scaling) for weight, a, b in parts]
 
 
 @dataclass(frozen=True)

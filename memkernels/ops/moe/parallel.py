@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.compiler.disable, which imports the compiler at once
 
-from memkernels.ops.autocast import as_product_dtype, check_product_dtype, product_dtype
-from memkernels.ops.checks import check_shape
+from memkernels.ops.autocast import check_product_dtype, product_dtype
+from memkernels.ops.checks import check_flag, check_shape
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.moe.dispatch import check_tokens, check_weights, dispatch_rows, moe_combine
 from memkernels.ops.moe.exchange import agree, failing_together, tell
 from memkernels.ops.moe.journey import Journey, SentAgain
+from memkernels.ops.moe.lora import ExpertsLoRAWeight
 from memkernels.ops.moe.op import moe_mlp
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
+from memkernels.ops.moe.weights import as_product_weights, stand_in
 from memkernels.ops.once_differentiable import once_differentiable
 
 Result = TypeVar("Result")
@@ -183,8 +185,8 @@ def start_moe_mlp(
     x: Tensor,
     plan: DispatchPlan,
     expert_weights: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
+    w_gate_up: Tensor | ExpertsLoRAWeight,
+    w_down: Tensor | ExpertsLoRAWeight,
     group: dist.ProcessGroup,
     *,
     activation: str = "silu",
@@ -206,8 +208,8 @@ def start_moe_mlp(
         plan: that of all E experts for this rank's tokens; a capacity is of these tokens.
         expert_weights: (T, k).
         w_gate_up: (E / ranks, 2 n, d), or (E / ranks, n, d): rank r's are of the experts r E / ranks to
-            (r + 1) E / ranks.
-        w_down: (E / ranks, d, n).
+            (r + 1) E / ranks. Dense, or quantised and frozen; either in an `ExpertsLoRAWeight`.
+        w_down: (E / ranks, d, n), likewise.
         group: its ranks hold E experts in equal parts.
         activation, dropout_p: as `ops.moe_mlp`; each half of a rank's experts draws a seed of its own.
         recompute: keep x alone; else what each rank received and its pre-activation.
@@ -231,17 +233,19 @@ def start_moe_mlp(
     Saved for backward: with `recompute` x (d elements a token), which is sent again, 12 bytes a choice here and 12 a
     row received. Without it, for each row received, d and n or 2 n elements and 12 bytes, and 12 bytes a choice here.
     """
-    with failing_together(group, plan.num_experts, w_down.device):
+    gate_up_like, down_like = stand_in("w_gate_up", w_gate_up), stand_in("w_down", w_down)
+    with failing_together(group, plan.num_experts, down_like.device):
         check_activation(activation)
-        size = w_down.shape[-1]
+        check_flag("recompute", recompute)
+        size = down_like.shape[-1]
         check_tokens("x", x, plan)
         check_weights("expert_weights", expert_weights, plan)
         experts = plan.num_experts // dist.get_world_size(group)
-        check_shape("w_down", w_down, (experts, x.shape[1], size), "experts of the rank, the last dimension of x, n")
-        width = size if w_gate_up.shape[1] == size else 2 * size
-        check_shape("w_gate_up", w_gate_up, (experts, width, x.shape[1]), "that of w_down, n or 2 n in the middle")
+        check_shape("w_down", down_like, (experts, x.shape[1], size), "experts of the rank, the last dimension of x, n")
+        width = size if gate_up_like.shape[1] == size else 2 * size
+        check_shape("w_gate_up", gate_up_like, (experts, width, x.shape[1]), "that of w_down, n or 2 n in the middle")
         dtype = product_dtype(x)
-        check_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
+        check_product_dtype(x, dtype, w_gate_up=gate_up_like, w_down=down_like)
         narrow, expert_weights = x.to(dtype), expert_weights.float()
         trained = [tensor.requires_grad for tensor in (x, expert_weights, w_gate_up, w_down)]
         sent = dispatch_rows(narrow, plan), _WeightsOfRows.apply(expert_weights, plan.row_of_pair, plan.pair_of_row)
@@ -254,7 +258,7 @@ def start_moe_mlp(
     del sent
     try:
         plans = [moe_plan(expert[:, None], size) for expert, size in zip(expert_of_row, sizes, strict=True)]
-        weights = as_product_dtype(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
+        weights = as_product_weights(x, dtype, w_gate_up=w_gate_up, w_down=w_down)
         of_parts = zip(plans, *(_parts(weight, sizes) for weight in weights.values()), strict=True)
         for part, (local, *weights_of_part) in enumerate(of_parts):
             received, received_weights = _AtExperts.apply(journey, part, needed, start)
@@ -271,6 +275,6 @@ def start_moe_mlp(
     return PendingMoE(journey, group, ends, narrow, plan, recompute)
 
 
-def _parts(weight: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+def _parts(weight: Tensor | ExpertsLoRAWeight, sizes: Sequence[int]) -> Sequence[Tensor | ExpertsLoRAWeight]:
     """Of a weight (E / ranks, ...), that of each part; a whole one as it is, since `split` copies in backward."""
     return (weight,) if len(sizes) == 1 else weight.split(sizes)
