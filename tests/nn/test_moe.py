@@ -219,19 +219,20 @@ def test_padding_goes_nowhere_and_counts_in_no_loss(make):
 
 
 @every_router
-def test_nan_among_the_logits_is_named_unless_it_is_padding(make):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])  # of which softmax makes NaN
+def test_logits_that_are_not_finite_are_named_unless_they_are_of_padding(make, value):
     router, padding = with_weight(make()), torch.arange(T) == 3
     x = tokens().detach()
-    x[3, 5] = torch.nan
-    with pytest.raises(RuntimeError, match="logits: expected numbers, got NaN: x or the weight of the router holds"):
+    x[3, 5] = value
+    with pytest.raises(RuntimeError, match="logits: expected finite numbers, got NaN or an infinity: x or the weight"):
         router(x)
     x.requires_grad_()
     routing = router(x, padding)
     loss = routing.expert_weights.sum() + routing.load_balance_loss + routing.z_loss
     for gradient in torch.autograd.grad(loss, (x, router.weight)):
         assert gradient.isfinite().all()
-    router.weight.data[2, 1] = torch.nan
-    with pytest.raises(RuntimeError, match="logits: expected numbers, got NaN"):
+    router.weight.data[2, 1] = value
+    with pytest.raises(RuntimeError, match="logits: expected finite numbers"):
         router(tokens(), padding)
 
 

@@ -52,7 +52,7 @@ class ExpertChoiceRouter(Router):
 
         Raises:
             TypeError, ValueError: a shape or dtype other than those.
-            RuntimeError: NaN among the logits; on a GPU a device-side assertion.
+            RuntimeError: logits that are not finite; on a GPU a device-side assertion.
         """
         logits = self.logits(x, padding_mask)
         scores = logits.softmax(1)

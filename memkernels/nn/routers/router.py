@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memkernels.ops.checks import check_floating, check_integer, check_number
+from memkernels.ops.checks import check_floating, check_integer, check_number, check_parameter_dtype
 from memkernels.ops.moe.plan import DispatchPlan, moe_plan
 from memkernels.ops.philox import seed_tensor
 from memkernels.ops.router_logits.op import router_logits
@@ -50,7 +50,7 @@ class Router(torch.nn.Module):
         jitter: the noise's half width; 0: none.
 
     Raises:
-        TypeError: hidden_size or num_experts is no integer, or jitter no number.
+        TypeError: hidden_size or num_experts is no integer, jitter no number, or dtype not floating.
         ValueError: hidden_size is not positive, no expert, or a jitter outside [0, 1).
 
     Saved for backward: x as it is, where weight has a gradient, the seed of the noise, and, by autograd, a few tensors
@@ -62,6 +62,7 @@ class Router(torch.nn.Module):
         check_integer("hidden_size", hidden_size)
         check_integer("num_experts", num_experts, "at least 1")
         check_number("jitter", jitter, "at least 0 and less than 1", lambda number: 0 <= number < 1)
+        check_parameter_dtype(dtype)
         self.num_experts = num_experts
         self.jitter = jitter
         self.weight = torch.nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
@@ -78,7 +79,7 @@ class Router(torch.nn.Module):
         Raises:
             TypeError: x is not of a floating dtype, or padding_mask no tensor.
             ValueError: another shape; a padding_mask that is not so.
-            RuntimeError: a token's logits are NaN, padding aside; on a GPU a device-side assertion.
+            RuntimeError: a token's logits are not finite, padding aside; on a GPU a device-side assertion.
         """
         check_floating("x", x)
         if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
@@ -87,8 +88,8 @@ class Router(torch.nn.Module):
         seed = seed_tensor(None, x.device) if self.training and self.jitter > 0 else None
         logits = router_logits(x, self.weight, jitter=self.jitter, seed=seed, padding_mask=padding_mask)
         torch._assert_async(
-            ~logits.isnan().any(),
-            "logits: expected numbers, got NaN: x or the weight of the router holds one, or an infinity.",
+            logits.isfinite().all(),
+            "logits: expected finite numbers, got NaN or an infinity: x or the weight of the router holds one.",
         )
         return logits
 

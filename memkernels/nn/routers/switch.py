@@ -58,7 +58,7 @@ class SwitchRouter(Router):
 
         Raises:
             TypeError, ValueError: a shape or dtype other than those.
-            RuntimeError: NaN among the logits; on a GPU a device-side assertion.
+            RuntimeError: logits that are not finite; on a GPU a device-side assertion.
         """
         logits = self.logits(x, padding_mask)
         probabilities = logits.softmax(1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels.nn.routers.router import Router, Routing, largest
-from memkernels.ops.checks import check_finite, check_integer
+from memkernels.ops.checks import check_finite, check_flag, check_integer
 
 SCORES = ("softmax", "softmax_of_top_k", "sigmoid")
 
@@ -39,7 +39,7 @@ class TopKRouter(Router):
 
     Raises:
         TypeError, ValueError: as `Router`; unknown scores; groups that do not divide the experts; k or top_groups out
-            of range; a scaling that is not finite.
+            of range; a scaling that is not finite; normalize or score_bias is no bool.
 
     Saved for backward: as `Router`.
     """
@@ -65,6 +65,8 @@ class TopKRouter(Router):
             raise ValueError(f"scores: expected one of {', '.join(SCORES)}, got {scores!r}.")
         for name, value in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
             check_integer(name, value)
+        for name, flag in (("normalize", normalize), ("score_bias", score_bias)):
+            check_flag(name, flag)
         check_finite("scaling", scaling)
         if num_experts % num_groups:
             raise ValueError(f"num_groups: expected a divisor of num_experts = {num_experts}, got {num_groups}.")
@@ -101,7 +103,7 @@ class TopKRouter(Router):
 
         Raises:
             TypeError, ValueError: a shape or dtype other than those.
-            RuntimeError: NaN among the logits; on a GPU a device-side assertion.
+            RuntimeError: logits that are not finite; on a GPU a device-side assertion.
         """
         logits = self.logits(x, padding_mask)
         scores = logits.sigmoid() if self.scores == "sigmoid" else logits.softmax(1)

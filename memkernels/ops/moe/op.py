@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memkernels._library import has_kernel
 from memkernels.ops.autocast import product_dtype
-from memkernels.ops.checks import check_dropout_p, check_shape
+from memkernels.ops.checks import check_dropout_p, check_flag, check_shape
 from memkernels.ops.distinct import distinct
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.gradient_sum import gradient_sums, results
@@ -172,7 +172,7 @@ def moe_mlp(
         y, like x (under autocast, of autocast's dtype). A token that goes nowhere is zero.
 
     Raises:
-        TypeError: a dtype other than those above.
+        TypeError: a dtype other than those above; recompute is no bool.
         ValueError: a shape, device, activation, capacity, dropout_p, seed or backend that does not fit; a capacity
             beside a plan; quantised weights that require a gradient.
         RuntimeError: an expert id out of range, or more of a token's choices than experts, as `moe_plan` has it.
@@ -194,6 +194,7 @@ def moe_mlp(
     else:
         plan = moe_plan(expert_ids, down_like.shape[0], capacity=capacity)
     check_dropout_p(dropout_p)
+    check_flag("recompute", recompute)
     check_tokens("x", x, plan)
     check_weights("expert_weights", expert_weights, plan)
     check_expert_weights("w_gate_up", gate_up_like, "x", x, plan)
