@@ -84,13 +84,14 @@ class RotaryEmbedding(torch.nn.Module):
         check_dense("positions", positions)
         check_dtype("dtype", dtype)
         axis = self.axis
-        if axis is not None and positions.shape[0] != 3:
+        if axis is not None and positions.shape[:1] != (3,):
             raise ValueError(f"positions: expected shape (3, ..., S) with sections, got {tuple(positions.shape)}.")
         # No buffer: a model's `.to(torch.bfloat16)` would round it, and turn late positions by whole radians.
         exponents = torch.arange(0, self.rotated_size, 2, device=positions.device).float() / self.rotated_size
         frequencies, factor = 1.0 / self.base**exponents, 1.0
         if self.scaling is not None:
-            frequencies = self.scaling.frequencies(frequencies, self.base, positions.max() + 1)
+            length = positions.max() + 1 if positions.numel() else positions.new_zeros(())
+            frequencies = self.scaling.frequencies(frequencies, self.base, length)
             factor = self.scaling.attention_factor
         if axis is None:
             angles = positions[..., None].float() * frequencies

@@ -56,9 +56,9 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return torch.randint(0, 2**63 - 1, (), device=device, dtype=torch.int64)
     if isinstance(seed, Tensor):
         has_value = seed.numel() == 1 and seed.device.type != "meta" and seed.layout == torch.strided
-        fits = has_value and not seed.is_floating_point()
+        fits = has_value and not (seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool)
     else:
-        fits = hasattr(seed, "__index__") and -(2**63) <= seed < 2**63
+        fits = hasattr(seed, "__index__") and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
     if not fits:
         raise ValueError(f"seed: expected an integer of 64 bits, or a tensor of one, got {seed!r}.")
     return torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())

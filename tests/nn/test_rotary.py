@@ -129,8 +129,15 @@ def test_bad_options_are_named(options, error, message):
 
 
 def test_positions_without_three_axes_are_named():
-    with pytest.raises(ValueError, match=r"positions: expected shape \(3, ..., S\)"):
-        RotaryEmbedding(16, sections=(4, 2, 2))(torch.arange(4)[None])
+    for positions in (torch.arange(4)[None], torch.tensor(4)):
+        with pytest.raises(ValueError, match=r"positions: expected shape \(3, ..., S\)"):
+            RotaryEmbedding(16, sections=(4, 2, 2))(positions)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_positions_have_no_angles(name):
+    cos, sin = RotaryEmbedding(32, scaling=CASES[name][1])(torch.zeros(2, 0, dtype=torch.int64))
+    assert cos.shape == sin.shape == (2, 0, 32)
 
 
 @pytest.mark.parametrize(

@@ -387,6 +387,13 @@ def test_gradcheck_of_the_reference_path(gated):
         ({"post_norm_weight": torch.zeros(7)}, ValueError, r"post_norm_weight: expected shape \(8,\)"),
         ({"activation": "swish"}, ValueError, "activation: expected one of silu, .*got 'swish'"),
         ({"dropout_p": -0.1}, ValueError, r"dropout_p: expected a number in \[0, 1\), got -0.1"),
+        (
+            {"dropout_p": 0.1, "seed": True},
+            ValueError,
+            "seed: expected an integer of 64 bits, or a tensor of one, got True",
+        ),
+        ({"dropout_p": 0.1, "seed": torch.tensor(True)}, ValueError, "seed: expected an integer of 64 bits"),
+        ({"dropout_p": 0.1, "seed": torch.tensor(1j)}, ValueError, "seed: expected an integer of 64 bits"),
         ({"tile_tokens": 0}, ValueError, "tile_tokens: expected a positive integer or None, got 0"),
         ({"tile_tokens": 2.5}, TypeError, "tile_tokens: expected a positive integer or None, got 2.5"),
         ({"x": None, "dropout_p": 0.1}, TypeError, "x: expected a tensor, got NoneType"),

@@ -398,6 +398,7 @@ NESTED_TARGET = torch.nested.nested_tensor([torch.zeros(4, dtype=torch.int64)])
     [
         ({"x": torch.zeros(4, 8, dtype=torch.int32)}, TypeError, "x: expected float32"),
         ({"x": torch.tensor(1.0)}, ValueError, "x: expected at least one dimension"),
+        ({"x": torch.zeros(4, 0)}, ValueError, r"x: expected shape \(..., d\), d > 0, got \(4, 0\)"),
         ({"x": torch.zeros(4, 7)}, ValueError, r"weight: expected shape \(V, 7\).*got \(10, 8\)"),
         ({"weight": torch.zeros(0, 8)}, ValueError, r"weight: expected shape \(V, 8\), V > 0, got \(0, 8\)"),
         ({"weight": torch.zeros(10, 8, dtype=torch.bfloat16)}, TypeError, "weight: expected torch.float32, as x"),

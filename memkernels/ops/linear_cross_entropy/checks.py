@@ -19,6 +19,8 @@ def check_tensors(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
     check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar.")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape (..., d), d > 0, got {tuple(x.shape)}.")
     check_floating("weight", weight)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {x.shape[-1]}), V > 0, got {tuple(weight.shape)}.")
