@@ -1,12 +1,16 @@
-// Adafactor's second moment, of which a matrix keeps a row and a column, and its step. Of matrices (B, M, N):
+// Adafactor's second moment, of which a matrix keeps a row and a column, and its step (common/adafactor.h). Of s g,
+// where s = grad_scale grad_factor:
 //   factored_squares      rows_bi = sum_j (s g_bij)^2        columns_bj = sum_i (s g_bij)^2
-//   factored_square_sum   the sum of all u^2                 u_bij = s g_bij min(rows_bi columns_bj, most)
-//   adafactor_            m = beta1 m + (1 - beta1) u        p -= lr weight_decay p + m, without a moment u
+//   factored_square_sum   the sum of all u^2
+//   adafactor_            the step of a parameter
 // Each reads the gradient once; none makes a tensor of its size.
+#include "common/adafactor.h"
+
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
+#include "common/adafactor_tensors.h"
 #include "common/kernel_table.h"
 #include "cpu/optimizer.h"
 #include "cpu/row_sums.h"
@@ -15,10 +19,6 @@ namespace memkernels::cpu {
 namespace {
 
 constexpr int64_t kLargeMatrix = 1 << 16;  // elements, from which on threads share one matrix
-
-struct Matrices {
-  int64_t count, rows, width;
-};
 
 // Adds a row's squares to the columns' sums, and returns their sum.
 template <typename T>
@@ -54,41 +54,22 @@ void squares_of(const Matrices& of, const T* grad, float scale, float* rows, flo
   }
 }
 
-std::tuple<Tensor, Tensor> factored_squares(Tensor grad, double scale) {
-  check_dim("grad", grad, 3);
+// grad_scale grad_factor.
+float scale_of(const Tensor& grad, double grad_scale, const std::optional<Tensor>& grad_factor) {
+  const float* factor = make_grad_factor(grad_factor, grad);
+  return static_cast<float>(grad_scale) * (factor == nullptr ? 1.0f : *factor);
+}
+
+std::tuple<Tensor, Tensor> factored_squares(Tensor grad, double grad_scale, std::optional<Tensor> grad_factor) {
+  const Matrices of = make_matrices(grad);
+  const float scale = scale_of(grad, grad_scale, grad_factor);
   grad = as_contiguous(grad);
-  const Matrices of{grad.size(0), grad.size(1), grad.size(2)};
   Tensor rows = torch::stable::new_empty(grad, {of.count, of.rows, 1}, ScalarType::Float);
   Tensor columns = torch::stable::new_empty(grad, {of.count, 1, of.width}, ScalarType::Float);
   dispatch_floating("grad", grad, [&]<typename T>() {
-    squares_of(of, grad.const_data_ptr<T>(), static_cast<float>(scale), rows.mutable_data_ptr<float>(),
-               columns.mutable_data_ptr<float>());
+    squares_of(of, grad.const_data_ptr<T>(), scale, rows.mutable_data_ptr<float>(), columns.mutable_data_ptr<float>());
   });
   return {rows, columns};
-}
-
-// What the elements of matrices, one after the other, are multiplied by.
-struct Factors {
-  const float *rows, *columns;
-  Matrices of;
-  float most;
-};
-
-// The columns' factors have one dimension at least where there are several; what precedes it counts the matrices.
-Factors make_factors(const Tensor& rows, const Tensor& columns, double most, int64_t size) {
-  for (const auto& [name, tensor] : {std::pair("rows", rows), std::pair("columns", columns)}) {
-    check_dtype(name, tensor, ScalarType::Float);
-    STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-  }
-  const int64_t width = columns.dim() == 0 ? 1 : columns.size(-1);
-  const int64_t count = width == 0 ? 0 : columns.numel() / width;
-  STD_TORCH_CHECK(size == 0 || rows.numel() * width == size, "rows: expected ", width == 0 ? 0 : size / width,
-                  " elements, got ", rows.numel());
-  STD_TORCH_CHECK(size == 0 || rows.numel() % count == 0, "columns: expected those of whole matrices, got ", count,
-                  " rows of them");
-  const int64_t of_each = count == 0 ? 0 : rows.numel() / count;
-  return {
-      rows.const_data_ptr<float>(), columns.const_data_ptr<float>(), {count, of_each, width}, static_cast<float>(most)};
 }
 
 // Calls body(grad, columns, row's factor, offset in the range, how many) for the rows of a range of elements.
@@ -119,9 +100,11 @@ struct Scaled {
   }
 };
 
-Tensor factored_square_sum(Tensor grad, Tensor rows, Tensor columns, double scale, double most) {
+Tensor factored_square_sum(Tensor grad, Tensor rows, Tensor columns, double most, double grad_scale,
+                           std::optional<Tensor> grad_factor) {
+  const float scale = scale_of(grad, grad_scale, grad_factor);
   grad = as_contiguous(grad);
-  const Factors factors = make_factors(rows, columns, most, grad.numel());
+  const Factors factors = make_factors(rows, columns, most, grad);
   const int64_t size = grad.numel(), tasks = (size + kElementsPerTask - 1) / kElementsPerTask;
   std::vector<double> sums(tasks);
   dispatch_floating("grad", grad, [&]<typename T>() {
@@ -131,8 +114,7 @@ Tensor factored_square_sum(Tensor grad, Tensor rows, Tensor columns, double scal
         const int64_t first = task * kElementsPerTask, count = std::min(kElementsPerTask, size - first);
         for_each_row(factors, first, count, [&](const float* columns, float row, int64_t done, int64_t n) {
           const auto [sum] = sum_each_vec<1>(n, [=, &factors](auto at, auto, Vec* totals) {
-            const Vec u =
-                at(data + first + done) * static_cast<float>(scale) * min(at(columns) * row, broadcast(factors.most));
+            const Vec u = at(data + first + done) * scale * min(at(columns) * row, broadcast(factors.most));
             totals[0] += u * u;
           });
           sums[task] += sum;
@@ -147,31 +129,6 @@ Tensor factored_square_sum(Tensor grad, Tensor rows, Tensor columns, double scal
   return result;
 }
 
-struct AdafactorUpdate {
-  float decay, beta1, fresh;
-
-  template <typename Lanes>
-  void apply(Vec& p, Vec u) const {
-    p -= decay * p + u;
-  }
-
-  template <typename Lanes>
-  void apply(Vec& p, Vec u, Vec& m) const {
-    m = beta1 * m + fresh * u;
-    p -= decay * p + m;
-  }
-
-  AdafactorUpdate scaled(float factor) const { return {decay * factor, beta1, fresh}; }
-};
-
-struct Adafactor {
-  double lr, beta1, weight_decay;
-
-  AdafactorUpdate at(uint32_t) const {
-    return {static_cast<float>(lr * weight_decay), static_cast<float>(beta1), static_cast<float>(1 - beta1)};
-  }
-};
-
 // Of one parameter.
 void adafactor_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> moments,
                 std::vector<Tensor> absmax, std::vector<Tensor> remainders, std::vector<int64_t> steps,
@@ -182,7 +139,7 @@ void adafactor_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
   const bool has_moment = !moments.empty();
   const Group group = make_group(params, grads, moments, absmax, remainders, steps, indices, origins, seed, state_bits,
                                  grad_scale, grad_factor, lr_factor, has_moment ? 1 : 0);
-  const Factors factors = make_factors(rows, columns, most, params[0].numel());
+  const Factors factors = make_factors(rows, columns, most, params[0]);
   const auto scaled = [&]<typename T>(const T* grad) { return Scaled<T>{grad, factors}; };
   const Adafactor rule{lr, beta1, weight_decay};
   if (has_moment) {

@@ -34,9 +34,9 @@ struct SlotTable {
   float grad_scale;
 };
 
-// A warp's step of a run. `moments` are theirs, in order.
-template <typename Update, typename Grad, typename Parameter, typename... Moments>
-__device__ __forceinline__ void update_run(const Update& update, const Run& run, float grad_scale, const Grad* grad,
+// A warp's step of a run. `moments` are theirs, in order; load_values(grad, run, values) gives the gradient.
+template <typename Update, typename Gradient, typename Parameter, typename... Moments>
+__device__ __forceinline__ void update_run(const Update& update, const Run& run, float grad_scale, const Gradient& grad,
                                            const Parameter& parameter, const Moments&... moments) {
   Values p, g, m[sizeof...(Moments) + 1];
   load_values(grad, run, g);

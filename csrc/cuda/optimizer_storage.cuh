@@ -305,12 +305,12 @@ __device__ __forceinline__ Storage moment_of(const Slot& slot, uint64_t seed, in
 
 template <typename Storage>
 __device__ __forceinline__ Storage parameter_of(const Slot& slot, uint64_t seed) {
-  if constexpr (std::is_same_v<Storage, PlainFloat>) {
-    return {static_cast<float*>(slot.parameter)};
+  if constexpr (std::is_same_v<Storage, SplitFloat>) {
+    return {static_cast<uint16_t*>(slot.parameter), reinterpret_cast<uint16_t*>(slot.remainder)};
   } else if constexpr (std::is_same_v<Storage, StochasticBFloat16>) {
     return {static_cast<uint16_t*>(slot.parameter), random_place(slot, seed, 0)};
   } else {
-    return {static_cast<uint16_t*>(slot.parameter), reinterpret_cast<uint16_t*>(slot.remainder)};
+    return {static_cast<decltype(Storage::data)>(slot.parameter)};
   }
 }
 

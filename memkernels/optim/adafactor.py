@@ -14,7 +14,7 @@ from memkernels._library import has_kernel
 from memkernels.optim.checks import check_number
 from memkernels.optim.clipping import as_number
 from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, step_arguments, through_moment
-from memkernels.optim.operators import factored_squares, square_sum, step_group
+from memkernels.optim.operators import factored_square_sum, factored_squares, square_sum, step_group
 from memkernels.optim.optimizer import Moment
 from memkernels.optim.rows import sum_over_ranks
 
@@ -34,8 +34,8 @@ class Adafactor(DirectedOptimizer):
 
     R and C take 4 (1 / M + 1 / N) bytes a parameter of a matrix (M, N), V of a vector 4, in float32; m takes 4, 2,
     1 + 4 / 256 or 1/2 + 4 / 128 bytes at 32, 16, 8 or 4 state_bits, stored as `AdamW` stores its first moment, and
-    nothing without beta1. A step on a CPU reads the gradient three times and makes nothing of a parameter's size; on a
-    GPU it takes three tensors of that size in float32, one parameter at a time, and waits for none. Of DTensors, as
+    nothing without beta1. A step reads the gradient three times, makes nothing of a parameter's size, and on a GPU
+    waits for no number; without the native library it takes three tensors of that size in float32. Of DTensors, as
     FSDP2 makes them, each rank has rows of R, V and m, and all of C.
     Checkpoints of `torch.optim.Adafactor` load, and torch's loads those without beta1. `params`, `maximize`,
     `state_bits`, `rounding` and `seed`, the step's arguments and what is raised are those of `AdamW`.
@@ -104,11 +104,11 @@ class Adafactor(DirectedOptimizer):
         lr, (least, least_rms) = as_number(group["lr"]), group["eps"]
         least = torch.finfo(of.param.dtype).eps if least is None else least
         native = has_kernel("adafactor_", of.param)
-        grad, scale = (of.grad, float(of.scale)) if native else (of.grad.float() * of.scale, 1.0)
+        grad, scale = (of.grad, of.scale) if native else (of.grad.float() * of.scale, 1.0)
         rows, columns = factors(grad, scale, of, of.step ** group["beta2_decay"], least)
         most = 1 / least if least else math.inf
         if native:
-            square = torch.ops.memkernels.factored_square_sum(grad, rows, columns, scale, most)
+            square = factored_square_sum(grad, rows, columns, most, scale)
         else:
             square = square_sum([grad.mul_((rows * columns).clamp_(max=most))])
         alpha = rms(square_sum([of.param]), of.whole).clamp(min=least_rms) * _smaller(lr, of.step**-0.5)
@@ -131,7 +131,7 @@ class Adafactor(DirectedOptimizer):
         step_along(of, grad, group, lr=lr, size=size / lr)
 
 
-def factors(grad: Tensor, scale: float, of: Stored, c: float, least: float) -> tuple[Tensor, Tensor]:
+def factors(grad: Tensor, scale: float | Tensor, of: Stored, c: float, least: float) -> tuple[Tensor, Tensor]:
     """What the rows of (scale g) are multiplied by, and what its columns, for those of g / sqrt(V), with the new V of
     the state; of a vector 1, and what its elements are. What is larger than 1 / least counts as that.
 

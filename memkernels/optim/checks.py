@@ -28,6 +28,12 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, b
         raise ValueError(f"{name}: expected a number from {low} to {high}{' exclusively' * below}, got {number}.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}.")
+
+
 def check_step(max_norm: Any, loss_scale: Any) -> None:
     """The arguments of a step, above 0; max_norm may be None."""
     if max_norm is not None:
@@ -50,8 +56,9 @@ def check_betas(betas: Any) -> None:
         check_number("betas", beta, 0.0, 1.0, below=True)
 
 
-def check_storage(options: dict[str, Any]) -> None:
-    """The options that say how states are kept: state_bits, rounding, seed."""
+def check_shared(options: dict[str, Any]) -> None:
+    """What all optimizers have: maximize, and how states are kept by state_bits, rounding and seed."""
+    check_flag("maximize", options["maximize"])
     if not isinstance(options["state_bits"], int) or options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits: expected one of {STATE_BITS}, got {options['state_bits']!r}.")
     if options["rounding"] not in ROUNDINGS:

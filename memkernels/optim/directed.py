@@ -99,17 +99,24 @@ def through_moment(
     """b = momentum b + (1 - dampening) scale values, the moment `key`; returns it, or with nesterov scale values +
     momentum b. In float32."""
     result = torch.zeros_like(values, dtype=torch.float32)
-    absmax = [of.state[f"{key}_absmax"]] if f"{key}_absmax" in of.state else []
     numbers = {
         "lr": -1.0, "momentum": momentum, "dampening": dampening, "weight_decay": 0.0, "nesterov": nesterov,
     }  # fmt: skip
-    # SGD's first step has no dampening; the moment is zero before it, so a later step says the same with it.
-    arguments: tuple[Any, ...] = (
-        [result], [values.float()], [of.state[key]], absmax, [], [of.step + 1], [of.place], [of.origin], group["seed"],
-        group["state_bits"], scale,
-    )  # fmt: skip
-    step_group("sgd", [True], arguments, numbers)
+    grads, moments, absmax, *others = moment_arguments(of, key, values.float(), group, scale)
+    step_group("sgd", [True], ([result], grads, moments, absmax, [], *others), numbers)
     return result
+
+
+def moment_arguments(
+    of: Stored, key: str, values: Tensor, group: dict[str, Any], scale: float | Tensor
+) -> tuple[Any, ...]:
+    """Those of an operator from grads to the scale, without remainders, for the moment `key` of scale values."""
+    absmax = [of.state[f"{key}_absmax"]] if f"{key}_absmax" in of.state else []
+    # SGD's first step has no dampening; the moment is zero before it, so a later step says the same with it.
+    return (
+        [values], [of.state[key]], absmax, [of.step + 1], [of.place], [of.origin], group["seed"], group["state_bits"],
+        scale,
+    )  # fmt: skip
 
 
 def step_along(

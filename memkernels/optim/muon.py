@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from memkernels.optim.checks import check_number
+from memkernels._library import has_kernel
+from memkernels.optim.checks import check_flag, check_number
 from memkernels.optim.clipping import as_number
-from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, through_moment
+from memkernels.optim.directed import DirectedOptimizer, Stored, moment_arguments, step_along, through_moment
 from memkernels.optim.local import is_distributed
+from memkernels.optim.operators import muon_momentum
 from memkernels.optim.optimizer import Moment
 from memkernels.optim.rows import through_whole, waves
 
@@ -95,6 +97,7 @@ class Muon(DirectedOptimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay", "momentum", "eps"):
             check_number(name, group[name], 0.0)
+        check_flag("nesterov", group["nesterov"])
         coefficients, steps = group["ns_coefficients"], group["ns_steps"]
         if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
             raise ValueError(f"ns_coefficients: expected three numbers, got {coefficients!r}.")
@@ -138,11 +141,15 @@ class Muon(DirectedOptimizer):
 
     def _ahead(self, of: Stored, group: dict[str, Any]) -> Tensor:
         """u, in the dtype of the products."""
+        momentum, nesterov = float(group["momentum"]), group["nesterov"]
+        scale, dtype = of.scale * (1 - momentum), _PRODUCTS.get(of.grad.device.type, torch.bfloat16)
+        if dtype == torch.bfloat16 and has_kernel("muon_momentum_", of.grad):
+            arguments = moment_arguments(of, "momentum_buffer", of.grad, group, scale)
+            return muon_momentum(arguments, momentum, nesterov)
         u = through_moment(
-            of, "momentum_buffer", of.grad, group, scale=of.scale * (1 - group["momentum"]),
-            momentum=group["momentum"], dampening=0.0, nesterov=group["nesterov"],
-        )  # fmt: skip
-        return u.to(_PRODUCTS.get(u.device.type, torch.bfloat16))
+            of, "momentum_buffer", of.grad, group, scale=scale, momentum=momentum, dampening=0.0, nesterov=nesterov
+        )
+        return u.to(dtype)
 
     def _along(self, of: Stored, direction: Tensor, group: dict[str, Any]) -> None:
         size = adjustment(group["adjust_lr_fn"], of.whole.shape)
@@ -157,12 +164,13 @@ def _largest_first(place: int, matrix: Tensor) -> tuple[int, int]:
 def orthogonal(u: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """O(u), in u's dtype."""
     a, b, c = coefficients
-    x = u.t() if u.shape[0] > u.shape[1] else u
-    x = x / x.norm().clamp(min=eps)
+    x = u / u.norm().clamp(min=eps)
+    is_tall = u.shape[0] > u.shape[1]
     for _ in range(steps):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.t() if u.shape[0] > u.shape[1] else x
+        gram = x.t() @ x if is_tall else x @ x.t()
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, x, polynomial, beta=a) if is_tall else torch.addmm(x, polynomial, x, beta=a)
+    return x
 
 
 def adjustment(rule: str | None, shape: torch.Size) -> float:

@@ -31,20 +31,27 @@ _GROUP = (
 define(f"adamw_({_GROUP}, float beta1, float beta2, float eps, float weight_decay) -> ()")
 define(f"lion_({_GROUP}, float beta1, float beta2, float weight_decay) -> ()")
 define(f"sgd_({_GROUP}, float momentum, float dampening, float weight_decay, bool nesterov) -> ()")
-# Of matrices (B, M, N): csrc/cpu/adafactor.cpp.
+# Of matrices (B, M, N): csrc/common/adafactor.h.
 define(
-    "factored_squares(Tensor grad, float scale) -> (Tensor, Tensor)",
-    lambda grad, scale: (
+    "factored_squares(Tensor grad, float grad_scale, Tensor? grad_factor) -> (Tensor, Tensor)",
+    lambda grad, grad_scale, grad_factor: (
         grad.new_empty((*grad.shape[:2], 1), dtype=torch.float32),
         grad.new_empty((grad.shape[0], 1, grad.shape[2]), dtype=torch.float32),
     ),
 )
 define(
-    "factored_square_sum(Tensor grad, Tensor rows, Tensor columns, float scale, float most) -> Tensor",
-    lambda grad, rows, columns, scale, most: grad.new_empty((), dtype=torch.float64),
+    "factored_square_sum(Tensor grad, Tensor rows, Tensor columns, float most, float grad_scale, Tensor? grad_factor)"
+    " -> Tensor",
+    lambda grad, rows, columns, most, grad_scale, grad_factor: grad.new_empty((), dtype=torch.float64),
 )
 # Of one parameter, with a moment or none.
 define(f"adafactor_({_GROUP}, float beta1, float weight_decay, Tensor rows, Tensor columns, float most) -> ()")
+# Of one matrix, on GPUs: the direction, bfloat16, of SGD's step without dampening at lr 1, and the momentum.
+define(
+    "muon_momentum_(Tensor(a!) direction, Tensor[] grads, Tensor(b!)[] moments, Tensor(c!)[] absmax, int[] steps,"
+    " int[] indices, int[] origins, int seed, int state_bits, float grad_scale, Tensor? grad_factor, float momentum,"
+    " bool nesterov) -> ()"
+)
 # The sum of the squares of all elements, float64.
 define("square_sum(Tensor[] tensors) -> Tensor", lambda tensors: tensors[0].new_empty((), dtype=torch.float64))
 
@@ -56,7 +63,8 @@ def step_group(name: str, signed: Sequence[bool], group: Sequence[Any], options:
     """
     *tensors, scale = group
     lr = options["lr"]
-    scales = (*((1.0, scale) if isinstance(scale, Tensor) else (scale, None)), lr if isinstance(lr, Tensor) else None)
+    number, factor = _number_and_factor(scale)
+    scales = number, factor, lr if isinstance(lr, Tensor) else None
     if isinstance(lr, Tensor):
         options = options | {"lr": 1.0}
     if has_kernel(f"{name}_", group[0][0]):
@@ -72,10 +80,29 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()
 
 
-def factored_squares(grad: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def factored_squares(grad: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """The sums of (scale g)^2 over the last dimension of grad (B, M, N), and over the one before it, as (B, M, 1) and
     (B, 1, N) in float32."""
     if has_kernel("factored_squares", grad):
-        return torch.ops.memkernels.factored_squares(grad, scale)
+        return torch.ops.memkernels.factored_squares(grad, *_number_and_factor(scale))
     by_rows, by_columns = (torch.linalg.vector_norm(grad, dim=dim, keepdim=True) for dim in (-1, -2))
     return by_rows.mul_(scale).square_(), by_columns.mul_(scale).square_()
+
+
+def factored_square_sum(grad: Tensor, rows: Tensor, columns: Tensor, most: float, scale: float | Tensor) -> Tensor:
+    """The sum of the squares of scale g min(rows columns, most), where there is a kernel."""
+    return torch.ops.memkernels.factored_square_sum(grad, rows, columns, most, *_number_and_factor(scale))
+
+
+def muon_momentum(arguments: Sequence[Any], momentum: float, nesterov: bool) -> Tensor:
+    """A direction in bfloat16, where there is a kernel; `arguments` are the operator's from grads on, the last of them
+    the scale, a number or a tensor."""
+    *tensors, scale = arguments
+    direction = torch.empty_like(tensors[0][0], dtype=torch.bfloat16)
+    torch.ops.memkernels.muon_momentum_(direction, *tensors, *_number_and_factor(scale), momentum, nesterov)
+    return direction
+
+
+def _number_and_factor(scale: float | Tensor) -> tuple[float, Tensor | None]:
+    """What an operator takes as grad_scale and grad_factor."""
+    return (1.0, scale) if isinstance(scale, Tensor) else (scale, None)

@@ -43,6 +43,12 @@ least. e bytes an element.
 | `moe_scan_kernel` | 4 an expert and 1024 choices | as many, 8 an expert |
 | `moe_place_kernel` | 4 or 8 a choice, 4 an expert and 1024 choices | 8 a choice |
 | `optimizer_kernel` | e a gradient, p a parameter, s for all of its moments | p and s a parameter |
+| `optimizer_kernel` with `Direction` | e a gradient, s for the momentum | 2 and s a gradient |
+| `factored_squares_kernel` | e an element | 4 a row of a tile, 4 a column of a tile |
+| `small_squares_kernel` | e an element | 4 a row, 4 a column |
+| `part_sums_kernel` | 4 a row or a column of a tile | 4 a row or a column |
+| `factored_square_sum_kernel` | e an element, 4 a row and 256 columns, 4 a column and 64 rows | 8 per 65,536 elements |
+| `adafactor_kernel` | the former, 4 a column and 32 rows, p a parameter, s for its moment | p and s a parameter |
 | `square_sum_kernel` | e an element | 8 per 8192 elements |
 | `wide_norm_fwd_kernel` | e an element of x and of the residual | e an element of y and of residual_out, 4 or 8 a row |
 | `wide_norm_bwd_kernel` | e an element of dy, h and dresidual_out, 4 or 8 a row | e an element of dx |
@@ -50,6 +56,11 @@ least. e bytes an element.
 A choice's weight adds 4 bytes. The plan's ids are read twice, since no choice can be placed before all are counted: 8
 bytes beside a row of thousands. p is 4 of float32 and of bfloat16 with the remainder, and 2 of bfloat16 that is
 rounded; s is, for each moment, 4, 2, 1 + 4 / 256 or 1/2 + 4 / 128.
+
+A tile of Adafactor's squares has 128 columns of float32 or 256 of bfloat16, and 256 rows, of tall matrices so many that
+a column has at most 64 tiles. Its sums, written and read again where a row or a column has several, are below 3.5% of a
+gradient of 1,000 rows and columns; the factors of rows and columns are below 4% of it in the sum of squares, and 3% of
+what the step moves. Where rows are no multiple of 256 elements, an element's factors come from caches.
 
 The norms of wide rows take those above 8,192 elements, and above 4,096 where they are no multiple of 16. A block holds
 16,384 elements; longer rows, up to 524,288 elements or 16,384 a multiprocessor, are held by teams of blocks, which send

@@ -24,21 +24,25 @@ MAX_REGISTERS = 64
 MORE_REGISTERS = {
     # Five blocks of 128 of the optimizers' threads, none of which waits for another warp.
     "optimizer_kernel": 96,
+    # Four of them, whose threads hold the columns' factors too; and seven, of which each reads four runs at a time.
+    "adafactor_kernel": 128,
+    "factored_square_sum_kernel": 72,
     # A block of 256 threads holds a row in all registers of a multiprocessor, which is what it reads the row once for.
     "wide_norm": 255,
 }
 MAX_SHARED_BYTES = 4096
 # For rectangles and rows that no 16-byte boundary fits; the plan of a dispatch, of single ids and counts; the sum of
-# few partial sums; and optimizers whose parameters and states have 16 bits at most, of which lanes have quads.
+# few partial sums, and of squares of matrices of a few elements; and optimizers whose parameters and states have 16
+# bits at most, of which lanes have quads.
 UNALIGNED = re.compile(
-    "nf4_dequantize_kernelI.*Lb0E|moe_.*Li1E|moe_(count|scan|place)_kernel|square_sum_total_kernel"
+    "nf4_dequantize_kernelI.*Lb0E|moe_.*Li1E|moe_(count|scan|place)_kernel|square_sum_total_kernel|part_sums_kernel|small_squares_kernel"
     "|optimizer_kernelI(?!.*PlainFloat)|wide_norm_.*Li1E"
 )
 SOURCES = sorted(Path(__file__).parent.glob("*.cu"))
 # What the gate compiles for; `make test-slow` for all. Of optimizers that is AdamW, where it takes the most registers:
 # Lion's and SGD's kernels differ from it by a moment less and a shorter formula. The norms of wide rows are as many
 # instructions as a thread has elements, half a minute an architecture.
-IN_GATE = {"adamw": ("120",), "lion": (), "sgd": (), "square_sum": (), "wide_norm": ()}
+IN_GATE = {"adafactor": (), "adamw": ("120",), "lion": (), "muon": (), "sgd": (), "square_sum": (), "wide_norm": ()}
 USUALLY_IN_GATE = ("80", "90a", "120")
 
 

@@ -17,7 +17,8 @@ CUDA_OPERATORS = (
     *("nf4_quantize", "nf4_dequantize_"),
     *("moe_plan", "moe_dispatch", "moe_combine", "moe_combine_bwd"),
     *("adamw_", "lion_", "sgd_", "square_sum"),
-    *("wide_norm_fwd", "wide_norm_bwd"),
+    *("adafactor_", "factored_square_sum", "factored_squares"),
+    *("wide_norm_fwd", "wide_norm_bwd", "muon_momentum_"),
 )
 
 
@@ -387,18 +388,31 @@ def _adafactor(of_sgd: Call) -> list[Call]:
     grad = {"grad": _floats(2, 30, 5)}
     first = {name: value[:1] if isinstance(value, list) else value for name, value in of_sgd.arguments.items()}
     step = first | {"absmax": [torch.zeros(2)], "beta1": 0.9, "most": 1e3} | factors
+    scale, of_scale = {"grad_scale": 0.5, "grad_factor": torch.ones(())}, {"grad_factor": [(2,), DOUBLE]}
     for name in ("momentum", "dampening", "nesterov"):
         del step[name]
     wrong = {name: _spoilt(step[name]) for name in ("params", "grads", "moments", "absmax")}
     return [
-        Call("factored_squares", grad | {"scale": 0.5}, {"grad": [(30, 5), DOUBLE]}),
-        Call("factored_square_sum", grad | factors | {"scale": 0.5, "most": 1e3}, {"grad": [DOUBLE]} | of_factors),
+        Call("factored_squares", grad | scale, {"grad": [(30, 5), DOUBLE]} | of_scale),
+        Call("factored_square_sum", grad | factors | {"most": 1e3} | scale, {"grad": [DOUBLE]} | of_factors | of_scale),
         Call("adafactor_", step, wrong | of_factors | {"origins": [[], [1], [-256], [0, 256]], "steps": [[], [1, 2]]}),
     ]
+
+
+def _muon_momentum() -> Call:
+    """Of one matrix of two blocks."""
+    lists = {"grads": [_floats(20, 15)], "moments": [torch.zeros(300, dtype=torch.uint8)], "absmax": [torch.zeros(2)]}
+    places = {"steps": [1], "indices": [0], "origins": [256]}
+    numbers = {"seed": 3, "state_bits": 8, "grad_scale": 0.1, "grad_factor": torch.ones(())}
+    right = {"direction": torch.zeros(20, 15, dtype=BFLOAT16), **lists, **places, **numbers}
+    wrong = {name: _spoilt(of) for name, of in lists.items()} | {name: [[], [1, 2]] for name in places}
+    wrong["direction"] = [(20, 14), (300,), torch.zeros(15, 20, dtype=BFLOAT16).t(), torch.float32]
+    wrong |= {"origins": [[1], [-256]], "state_bits": [0, 2], "grad_factor": [(2,), DOUBLE]}
+    return Call("muon_momentum_", right | {"momentum": 0.9, "nesterov": True}, wrong)
 
 
 CALLS = [
     *(*_moe(), *_expert_activation(), *_gated_activation(), *_norms(), *_rotary(), *_attention(), *_cross_entropy()),
     *(*_nf4(), *_fp8_blocks(), *_row_words(), *_huge_pages(), *_optimizers()),
 ]
-CUDA_CALLS = [*(call for call in CALLS if call.operator in CUDA_OPERATORS), *_wide_norm()]
+CUDA_CALLS = [*(call for call in CALLS if call.operator in CUDA_OPERATORS), *_wide_norm(), _muon_momentum()]

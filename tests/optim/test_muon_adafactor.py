@@ -119,7 +119,7 @@ def test_two_steps_against_float64(implementation, rule, bits):
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    """Adafactor as on a GPU."""
+    """Adafactor as where the library is not built."""
     for module in (adafactor, operators):
         monkeypatch.setattr(module, "has_kernel", lambda *_: False)
 
@@ -340,6 +340,7 @@ def test_they_step_within_backward():
         (optim.Muon, {"ns_steps": 100}, "ns_steps: expected an integer from 0 to 99"),
         (optim.Muon, {"ns_coefficients": (1, 2)}, "ns_coefficients: expected three numbers"),
         (optim.Muon, {"ns_coefficients": (1, 2, "c")}, "ns_coefficients: expected a number"),
+        (optim.Muon, {"nesterov": 1}, "nesterov: expected True or False, got 1"),
         (optim.Muon, {"state_bits": 8.0}, "state_bits: expected one of"),
         (optim.Muon, {"adjust_lr_fn": "mine"}, "adjust_lr_fn: expected one of"),
         (optim.Muon, {"momentum": -1}, "momentum: expected a number from 0"),

@@ -82,6 +82,12 @@ def test_optimizer_kernels(run_program: Run, build: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("build", ["thread", "address"])  # test_adafactor.py has the plain one
+def test_adafactor_kernels(run_program: Run, build: str) -> None:
+    result = run_program("adafactor", build, *(["float32", "bfloat16"] if build != "thread" else ["bfloat16"]))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("barrier", [0, 1])
 def test_removed_syncthreads_is_a_race(run_program: Run, barrier: int) -> None:
     result = run_program("block_reduce", "thread", define=f"REMOVE_SYNC={barrier}")
