@@ -30,7 +30,10 @@ class PackedSequences:
 
     def __init__(self, batch: Mapping[str, Any]) -> None:
         self.batch = batch
-        self.starts = batch[STARTS].tolist()
+        starts = batch[STARTS]
+        if not isinstance(starts, Tensor) or starts.dim() != 1 or starts.is_floating_point():
+            raise ValueError(f"batch[{STARTS!r}]: expected a tensor of integers of one dimension, got {starts!r}.")
+        self.starts = starts.tolist()
         self.count = self.starts[-1] if self.starts else 0
         if len(self.starts) < 2 or self.starts[0] != 0 or sorted(set(self.starts)) != self.starts:
             raise ValueError(

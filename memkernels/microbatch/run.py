@@ -105,17 +105,18 @@ def micro_batch(
             Gradients are then those from before the call, as after any other error; those that `no_sync` left on the
             ranks, where memory runs out while they are exchanged, are dropped.
     """
-    if process_group is None:
-        process_group = getattr(optimizer, "process_group", None)
-    if process_group is not None:
-        check_member(process_group)
+    listening = _listening(process_group, optimizer)
     try:
+        if process_group is None:
+            process_group = listening
+        if process_group is not None:
+            check_member(process_group)
         _check(step, size, targets, memory_limit, process_group, optimizer)
         cut = parts.split(batch)
         total = float(parts.count_targets(batch, cut.count) if targets is None else targets(batch))
     except Exception:
-        if process_group is not None:
-            _reduced(True, dist.ReduceOp.MAX, process_group)
+        if listening is not None:
+            _reduced(True, dist.ReduceOp.MAX, listening)
         raise
     found = known(step, (memory_limit, *parts.signature(batch)))
     agreed, count, least = Fitting(found.fits, found.fails), cut.count, cut.least
@@ -154,6 +155,12 @@ def micro_batch(
         for record in (agreed, found):
             record.failed(tried)
         tried = agreed.size_after_failure(count)
+
+
+def _listening(*candidates: Any) -> dist.ProcessGroup | None:
+    """The ranks that are to hear of an error of this one: of a process group, or else of an optimizer's."""
+    groups = (getattr(of, "process_group", of) for of in candidates)
+    return next((of for of in groups if isinstance(of, dist.ProcessGroup) and dist.get_rank(of) >= 0), None)
 
 
 def _check(

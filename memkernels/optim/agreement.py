@@ -37,6 +37,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_left_out(group: Any) -> bool:
+    """Whether it is what `torch.distributed.new_group` gives a rank that is not in the group."""
+    return group is dist.GroupMember.NON_GROUP_MEMBER
+
+
 def check_member(group: dist.ProcessGroup) -> None:
     """Raises ValueError where this rank is not in the group."""
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from memkernels.optim.checks import check_shared
 from memkernels.optim.codes import BLOCK_SIZE, STATE_BITS, decode, encode
 from memkernels.optim.local import as_parameter, local_of
 
@@ -36,6 +37,11 @@ def prepare(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
     for number, (group, theirs) in enumerate(zip(own, saved, strict=True)):
         if theirs.get("amsgrad"):
             raise ValueError(f"param_groups[{number}]: amsgrad=True, whose maxima have no place here.")
+        if theirs.get("decoupled_weight_decay") is False and theirs["weight_decay"]:
+            raise ValueError(
+                f"param_groups[{number}]: a weight decay within the gradient, as torch.optim.Adam has it; here it is"
+                " decoupled."
+            )
         kept = {key: value for key, value in theirs.items() if key not in _TORCH_ONLY}
         own_only = {key: group[key] for key in optimizer.not_in_torch}
         groups.append(own_only | kept | {key: group[key] for key in STORAGE})
@@ -45,6 +51,7 @@ def prepare(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
                 f"param_groups[{number}]: expected {', '.join(missing)}; a checkpoint of another optimizer?"
             )
         optimizer._check_options(groups[-1])
+        check_shared(groups[-1])
         for key, param in zip(theirs["params"], group["params"], strict=True):
             if key in state_dict["state"]:
                 name = f"state[{key}]"
@@ -62,7 +69,11 @@ def _converted(
         raise ValueError(f"{name}: state_bits: expected one of {STATE_BITS}, got {saved_bits!r}.")
     step = _entry(name, saved, "step") if optimizer.saves_step else saved.get("step", 1.0)
     state: dict[str, Any] = {"step": torch.tensor(float(step))}
-    for key, signed in optimizer.moments(group | theirs):
+    moments, apart = optimizer.moments(group | theirs), optimizer.float_states(own.shape)
+    known = {"step", "remainder", *apart, *(f"{key}{of}" for key, _ in moments for of in ("", "_absmax"))}
+    if moments and not saved.keys() <= known:  # without moments there may be some of an earlier momentum
+        raise ValueError(f"{name}: expected no {min(saved.keys() - known)!r}; a checkpoint of another optimizer?")
+    for key, signed in moments:
         stored, absmax = _local_entry(name, saved, key), None
         expected = own.shape
         if saved_bits < 16:
@@ -80,7 +91,7 @@ def _converted(
             state[key] = as_parameter(state[key], param)
         else:
             state[f"{key}_absmax"] = absmax.clone()
-    for key, shape in optimizer.float_states(own.shape).items():
+    for key, shape in apart.items():
         value = _entry(name, saved, key)
         _check_shape(f"{name}[{key}]", value, torch.Size(shape))
         state[key] = value.to(param.device, torch.float32).clone(memory_format=torch.contiguous_format)

@@ -63,8 +63,7 @@ def step_group(name: str, signed: Sequence[bool], group: Sequence[Any], options:
     """
     *tensors, scale = group
     lr = options["lr"]
-    number, factor = _number_and_factor(scale)
-    scales = number, factor, lr if isinstance(lr, Tensor) else None
+    scales: tuple[Any, ...] = (*_number_and_factor(scale), lr if isinstance(lr, Tensor) else None)
     if isinstance(lr, Tensor):
         options = options | {"lr": 1.0}
     if has_kernel(f"{name}_", group[0][0]):

@@ -59,7 +59,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_options(self.param_groups[-1])
-            checks.check_storage(self.param_groups[-1])
+            checks.check_shared(self.param_groups[-1])
             params = [p for group in self.param_groups for p in group["params"]]
             checks.check_parameters(self._names(), params, self.takes_division)
         except (TypeError, ValueError):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from memkernels.optim.checks import check_number
+from memkernels.optim.checks import check_flag, check_number
 from memkernels.optim.optimizer import LowMemoryOptimizer, Moment
 
 
@@ -61,6 +61,7 @@ class SGD(LowMemoryOptimizer):
         check_number("momentum", group["momentum"], 0.0)
         check_number("dampening", group["dampening"], 0.0, 1.0)
         check_number("weight_decay", group["weight_decay"], 0.0)
+        check_flag("nesterov", group["nesterov"])
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError("nesterov: expected momentum above 0, and dampening of 0.")
 

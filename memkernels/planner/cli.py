@@ -55,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, TypeError, ValueError) as error:
         return _refuse(str(error))
     print(found)
-    print(found.save_plot(args.output))
+    try:
+        print(found.save_plot(args.output))
+    except (OSError, ValueError) as error:  # no such folder, or no format of that name
+        return _refuse(f"--output: {error}")
     return int(found.best is None)
 
 

@@ -14,8 +14,8 @@ import torch
 
 from memkernels.adapters.base import check_base
 from memkernels.integrations.patching import RECOMPUTE
-from memkernels.nn.lora_linear import check_adapter
 from memkernels.ops.checks import check_integer
+from memkernels.optim.checks import check_flag
 from memkernels.optim.codes import STATE_BITS
 from memkernels.planner.memory_size import parse_bytes
 from memkernels.planner.optimizers import OPTIMIZERS
@@ -147,7 +147,7 @@ def plan(
     for name, value in (("seq", seq), ("batch", batch), ("ranks", ranks)):
         check_integer(name, value)
     if lora is not None:
-        check_adapter(lora)
+        check_integer("lora", lora)
     check_base(base)
     if base is not None and lora is None:
         raise ValueError(f"base: {base!r} is what adapters are put on; give lora.")
@@ -165,7 +165,9 @@ def plan(
     halves = [math.ceil(batch / 2**i) for i in range(batch.bit_length() + 1)]
     rows = dict.fromkeys(halves) if micro_batch is None else [micro_batch]
     recomputes = _choices("recompute", recompute, (*RECOMPUTE, PLAIN), (*RECOMPUTE, PLAIN))
-    in_backward = (False, True) if step_in_backward is None else (bool(step_in_backward),)
+    if step_in_backward is not None:
+        check_flag("step_in_backward", step_in_backward)
+    in_backward = (False, True) if step_in_backward is None else (step_in_backward,)
     kind_of_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind_of_device not in ("cpu", "cuda") or (kind_of_device == "cuda" and torch.version.cuda is None):
         raise ValueError(f"device: expected cpu, or cuda with a torch that has it, got {device!r}.")
@@ -234,7 +236,7 @@ def _choices(name: str, given: Any, known: Sequence, tried: Sequence) -> Sequenc
 
 
 def _check_choice(name: str, given: Any, known: Any) -> None:
-    if given not in known:
+    if isinstance(given, (bool, float)) or given not in list(known):
         raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {given!r}.")
 
 

@@ -331,6 +331,7 @@ def test_a_sequence_that_does_not_fit_is_not_tried_again_and_again():
         ),
         ({"batch": {"labels": torch.full((4, 2), -100)}}, ValueError, "batch: expected one target at least, got 0"),
         ({"batch": {"cu_seqlens": torch.tensor([0, 3, 3])}}, ValueError, "expected ascending starts"),
+        ({"batch": {"cu_seqlens": [0, 3]}}, ValueError, r"batch\['cu_seqlens'\]: expected a tensor of integers"),
         ({"step": lambda part, targets: part["x"].sum(1)}, ValueError, "step: expected a loss without dimensions"),
     ],
 )

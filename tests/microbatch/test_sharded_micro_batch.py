@@ -282,6 +282,9 @@ def memory_limit(stage, rank, rows, expected):
     wrong = {"optimizer": model} if rank == 0 else {"optimizer": optimizer}
     with pytest.raises((TypeError, RuntimeError), match=r"optimizer: expected a Sharded|another rank failed"):
         again(process_group=dist.group.WORLD, **wrong)
+    wrong = {"process_group": "gloo"} if rank == 0 else {}
+    with pytest.raises((ValueError, RuntimeError), match=r"process_group: expected one|another rank failed"):
+        again(optimizer=optimizer, **wrong)
 
 
 def test_parts_of_a_batch_at_every_stage(tmp_path):

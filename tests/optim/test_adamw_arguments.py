@@ -18,6 +18,7 @@ BAD = [
     ({"betas": (0.9, 1.0)}, ValueError, "betas: expected a number from 0.0 to 1.0 exclusively"),
     ({"betas": 0.9}, ValueError, "betas: expected two numbers"),
     ({"eps": -1e-8}, ValueError, "eps: expected"),
+    ({"maximize": 2}, TypeError, "maximize: expected True or False, got 2"),
     ({"weight_decay": float("nan")}, ValueError, "weight_decay: expected"),
 ]
 

@@ -158,10 +158,11 @@ def test_bytes_of_state_for_each_parameter(bits, expected):
         (optim.SGD, {"momentum": -0.1}, "momentum: expected"),
         (optim.SGD, {"dampening": 2.0}, "dampening: expected"),
         (optim.SGD, {"nesterov": True}, "nesterov: expected momentum above 0"),
+        (optim.SGD, {"nesterov": None}, "nesterov: expected True or False, got None"),
     ],
 )
 def test_bad_options_are_named(cls, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         cls([torch.nn.Parameter(torch.ones(3))], **options)
 
 
@@ -171,6 +172,11 @@ def test_a_checkpoint_of_another_optimizer_is_refused():
     train(other, params, 1)
     with pytest.raises(ValueError, match=r"param_groups\[0\]: expected dampening, momentum, nesterov"):
         optimizer.load_state_dict(other.state_dict())
+    lion, adam = optim.Lion(params), torch.optim.Adam(params, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"state\[0\]: expected no 'exp_avg_sq'; a checkpoint of another optimizer"):
+        lion.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: a weight decay within the gradient, as torch.optim.Adam"):
+        optim.AdamW(params).load_state_dict(adam.state_dict())
 
 
 @pytest.mark.parametrize("operator", ["lion_", "sgd_"])

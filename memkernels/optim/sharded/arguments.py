@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from memkernels.optim.agreement import check_agreement, check_member, start, wait_for
+from memkernels.optim.agreement import check_agreement, check_member, is_left_out, start, wait_for
 from memkernels.optim.local import is_distributed
 from memkernels.optim.optimizer import LowMemoryOptimizer
 
@@ -28,7 +28,10 @@ def group_of(
     group that other ranks are likely to be in, and the error, which they are to hear of."""
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed has no process group: call torch.distributed.init_process_group first.")
-    group = process_group or dist.distributed_c10d._get_default_group()
+    everyone = dist.distributed_c10d._get_default_group()
+    if not isinstance(process_group, (dist.ProcessGroup, type(None))) and not is_left_out(process_group):
+        return everyone, ValueError(f"process_group: expected a ProcessGroup, got {process_group!r}.")
+    group = everyone if process_group is None else process_group
     check_member(group)
     if mesh is None:
         return group, None
