@@ -1,6 +1,7 @@
 """ops.lora_linear: against the float64 reference and PEFT, and what it saves, rejects, compiles to."""
 
 import itertools
+import math
 from functools import partial
 
 import peft
@@ -377,6 +378,11 @@ def test_non_contiguous_tensors():
         ({"magnitude": torch.zeros(11)}, ValueError, "magnitude: expected shape"),
         ({"magnitude": torch.zeros(12).half()}, TypeError, "magnitude of weight"),
         ({"row_squares": torch.zeros(12)}, ValueError, "row_squares: expected None"),
+        *(
+            ({"scaling": value}, TypeError, "scaling: expected a finite number")
+            for value in ("1", None, True, torch.ones(()))
+        ),
+        *(({"scaling": value}, ValueError, "scaling: expected a finite number") for value in (math.nan, -math.inf)),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: expected"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p: expected"),
         ({"lora_b": torch.zeros(12, 3, device="meta")}, ValueError, "lora_b: expected device"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -400,6 +401,11 @@ def test_opcheck_of_products_with_factors(implementation):
         ({"lora_a": torch.zeros(4, 3, 8).half()}, TypeError, "lora_a: expected torch.float32, as weight, or"),
         ({"lora_b": torch.zeros(4, 6, 3).half()}, TypeError, "lora_b: expected torch.float32, as lora_a"),
         ({"lora_b": [1.0]}, TypeError, "lora_b: expected a tensor"),
+        *(
+            ({"scaling": value}, TypeError, "scaling: expected a finite number")
+            for value in ("1", None, True, torch.ones(()))
+        ),
+        *(({"scaling": value}, ValueError, "scaling: expected a finite number") for value in (math.nan, -math.inf)),
     ],
 )  # fmt: skip
 def test_a_bad_adapter_is_named(change, error, message):

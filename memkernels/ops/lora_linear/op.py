@@ -68,7 +68,7 @@ def lora_linear(
         weight: W, (N, K), x's dtype; frozen or not.
         lora_a: A, (r, K), x's dtype or float32; any r from 1 up.
         lora_b: B, (N, r), A's dtype. In float32 the adapter computes in float32, as PEFT's does.
-        scaling: s: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        scaling: s, a finite number: alpha / r, or alpha / sqrt(r) for rsLoRA.
         bias: (N,), x's dtype.
         dropout_p: probability with which an element of A's input is dropped, in [0, 1).
         seed: of the mask, an integer or a 0-dim int64 tensor; None: drawn from torch's generator. An element's mask is
@@ -80,8 +80,8 @@ def lora_linear(
         y, (..., N), of x's dtype (under autocast, of autocast's).
 
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: a shape, device or probability that does not fit.
+        TypeError: a dtype other than those above; a scaling or probability that is no number.
+        ValueError: a shape, device, scaling or probability that does not fit.
 
     Saved for backward, beside the parameters: x, K elements a token, and (m * x) A^T, r elements of A's dtype; with
     dropout its seed, 8 bytes. x only if A, W or magnitude has a gradient, and (m * x) A^T only if B or magnitude has.

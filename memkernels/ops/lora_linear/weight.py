@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.autocast import as_product_dtype, is_autocast
-from memkernels.ops.checks import check_dropout_p, check_floating, check_same_device, check_shape
+from memkernels.ops.checks import check_dropout_p, check_finite, check_floating, check_same_device, check_shape
 from memkernels.ops.lora_linear import reference
 from memkernels.ops.lora_linear.norm import adapted_row_norms
 from memkernels.ops.lora_linear.projection import LoRA, LoRAProjection, Tensors
@@ -31,7 +31,7 @@ class LoRAWeight:
         weight: W, (N, K); dense, or quantised (`memkernels.quant`) and frozen.
         lora_a: A, (r, K), of weight's dtype or float32; any r from 1 up.
         lora_b: B, (N, r), of A's dtype.
-        scaling: s.
+        scaling: s, a finite number.
         dropout_p: probability with which an element of A's input is dropped, in [0, 1).
         seed: of the dropout mask, an integer or a 0-dim int64 tensor; None: drawn from torch's generator at each use.
             An element's mask is a function of the seed, its row and its column.
@@ -40,8 +40,8 @@ class LoRAWeight:
             computed at each use.
 
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: a shape, device or probability that does not fit.
+        TypeError: a dtype other than those above; a scaling or probability that is no number.
+        ValueError: a shape, device, scaling or probability that does not fit.
     """
 
     weight: Tensor
@@ -67,6 +67,7 @@ class LoRAWeight:
         check_shape("lora_b", lora_b, (weight.shape[0], lora_a.shape[0]), "weight's rows and lora_a's")
         if lora_b.dtype != lora_a.dtype:
             raise TypeError(f"lora_b: expected {lora_a.dtype}, as lora_a, got {lora_b.dtype}.")
+        check_finite("scaling", self.scaling)
         check_dropout_p(self.dropout_p)
         for name in ("magnitude", "row_squares"):
             tensor = getattr(self, name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.autocast import as_product_dtype, is_autocast
-from memkernels.ops.checks import check_floating, check_same_device, check_shape
+from memkernels.ops.checks import check_finite, check_floating, check_same_device, check_shape
 from memkernels.ops.gradient_sum import GradientSum
 from memkernels.ops.moe import operators  # noqa: F401  defines the operators
 from memkernels.ops.moe.projection import GroupedDescription, GroupedProjection, Groups
@@ -26,11 +26,11 @@ class ExpertsLoRAWeight:
         weight: W, (E, out, in); dense, or quantised (`memkernels.quant`) and frozen.
         lora_a: A, (E, r, in), of weight's dtype or float32; any r from 1 up.
         lora_b: B, (E, out, r), of A's dtype.
-        scaling: s.
+        scaling: s, a finite number.
 
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: a shape or device that does not fit.
+        TypeError: a dtype other than those above; a scaling that is no number.
+        ValueError: a shape, device or scaling that does not fit.
     """
 
     weight: Tensor
@@ -55,6 +55,7 @@ class ExpertsLoRAWeight:
             raise TypeError(f"lora_a: expected {weight.dtype}, as weight, or float32, got {lora_a.dtype}.")
         if lora_b.dtype != lora_a.dtype:
             raise TypeError(f"lora_b: expected {lora_a.dtype}, as lora_a, got {lora_b.dtype}.")
+        check_finite("scaling", self.scaling)
         check_same_device("weight", weight, lora_a=lora_a, lora_b=lora_b)
 
     def as_product_dtype(self, name: str, x: Tensor, dtype: torch.dtype) -> ExpertsLoRAWeight:
