@@ -49,18 +49,19 @@ class DroppedProjection:
         return self.inner.out_features
 
     def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
-        return self.inner.forward(self._dropped(x, first_row), first_row)
+        return self.inner.forward(self.dropped(x, first_row), first_row)
 
     def input_grad(self, dy: Tensor, into: Tensor | None = None, first_row: int = 0) -> Tensor:
         through = self.inner.input_grad(dy, None, first_row)
         if into is None:
-            return self._dropped(through, first_row)
+            return self.dropped(through, first_row)
         row_dropout_add_(into, through, self.seed, self.dropout_p, first_row)
         return into
 
     def add_gradients(self, dy: Tensor, x: Tensor, sums: Sequence[GradientSum | None], first_row: int = 0) -> None:
         if any(total is not None for total in sums):
-            self.inner.add_gradients(dy, self._dropped(x, first_row), sums[1:], first_row)
+            self.inner.add_gradients(dy, self.dropped(x, first_row), sums[1:], first_row)
 
-    def _dropped(self, rows: Tensor, first_row: int) -> Tensor:
+    def dropped(self, rows: Tensor, first_row: int) -> Tensor:
+        """m * rows / (1 - p)."""
         return row_dropout(rows, self.seed, self.dropout_p, first_row, rows.dtype)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from memkernels.ops.dropped_projection import Dropped, DroppedProjection
 from memkernels.ops.gradient_sum import GradientSum
 from memkernels.ops.lora_linear.projection import LoRA, LoRAProjection
 from memkernels.ops.projection import Description, Projection
@@ -16,17 +17,23 @@ from memkernels.ops.projection import Description, Projection
 
 def needs_low_rank(description: Description, needed: Sequence[bool]) -> bool:
     """Whether backward takes s, given which of the tensors have a gradient."""
+    if isinstance(description, Dropped):
+        return needs_low_rank(description.inner, needed[1:])
     if not isinstance(description, LoRA):
         return False
     wanted = description.named(needed)
     return bool(wanted.lora_b or wanted.out_scale)
 
 
-def forward_and_low_rank(projection: Projection, x: Tensor, first_row: int) -> tuple[Tensor, Tensor | None]:
-    """y, and s of an adapter."""
+def forward_and_low_rank(
+    projection: Projection, x: Tensor, first_row: int, s: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """y, and s of an adapter, made from x unless it is given."""
+    if isinstance(projection, DroppedProjection):
+        return forward_and_low_rank(projection.inner, projection.dropped(x, first_row), first_row, s)
     if not isinstance(projection, LoRAProjection):
         return projection.forward(x, first_row), None
-    s = projection.down(x, first_row)
+    s = projection.down(x, first_row) if s is None else s
     return projection.up(x, s, first_row), s
 
 
@@ -34,6 +41,9 @@ def input_grad_and_p(
     projection: Projection, dy: Tensor, s: Tensor | None, sums: Sequence[GradientSum | None], first_row: int
 ) -> tuple[Tensor, Tensor | None]:
     """dx, and p of an adapter, whose gradient of B is added to its sum."""
+    if isinstance(projection, DroppedProjection):
+        through, p = input_grad_and_p(projection.inner, dy, s, sums[1:], first_row)
+        return projection.dropped(through, first_row), p
     if not isinstance(projection, LoRAProjection):
         return projection.input_grad(dy, None, first_row), None
     p = projection.add_b_gradient(dy, s, sums)
@@ -50,7 +60,12 @@ def add_other_gradients(
     first_row: int,
 ) -> None:
     """Adds the gradients of the tensors; given p, all but that of B, which `input_grad_and_p` has added."""
-    if isinstance(projection, LoRAProjection):
+    if all(total is None for total in sums):
+        return
+    if isinstance(projection, DroppedProjection):
+        dropped = projection.dropped(x, first_row)
+        add_other_gradients(projection.inner, dy, dropped, s, p, sums[1:], first_row)
+    elif isinstance(projection, LoRAProjection):
         projection.add_gradients_of(dy, x, s, sums, first_row, p, p_needed=False, but_b=p is not None)
     else:
         projection.add_gradients(dy, x, sums, first_row)

@@ -1,5 +1,6 @@
 """Adapted weights through the block ops: against their references in float64, tiled or not, and PEFT's layers."""
 
+import functools
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from adapted_blocks import ATTENTION, F_SIZE, HEADS, MLP, RANK, D, assembled, layer, make_inputs, over_flat
 from autocast import check_autocast
+from calls import Calls
 from compilers import check_compiled, on_every_compiler
 
 from memkernels import ops
@@ -30,6 +32,50 @@ def test_gated_mlp(dtype, tile_tokens, dropout_p, magnitude):
         over_flat(mlp_reference.gated_mlp, dropout_p),
         make_inputs((3, 7), MLP, dtype, magnitude=magnitude),
     )
+
+
+BEHIND = {"norm": {}, "dropout": {"dropout_p": 0.4, "seed": 5}}  # around the down product
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("tile_tokens", [None, 8])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+def test_gated_mlp_with_a_norm_behind_it_or_dropout_within(behind, tile_tokens, dropout_p, magnitude):
+    inputs = make_inputs((3, 7), MLP, torch.float32, magnitude=magnitude)
+    if behind == "norm":
+        inputs["post_norm_weight"] = random_tensor(D, dtype=torch.float32, seed=77)
+    check_op(
+        over_flat(functools.partial(ops.gated_mlp, **BEHIND[behind]), dropout_p, tile_tokens=tile_tokens),
+        over_flat(functools.partial(mlp_reference.gated_mlp, **seeded(BEHIND[behind])), dropout_p),
+        inputs,
+    )
+
+
+def seeded(options):
+    return options | ({"seed": torch.tensor(options["seed"])} if "seed" in options else {})
+
+
+def lora_downs(block, inputs):
+    """How often backward makes what an adapter's B multiplies, for one adapter by itself."""
+    y = block(**inputs)
+    with Calls() as calls:
+        y.sum().backward()
+    return calls.names.count("lora_down")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_what_b_multiplies_is_made_once_or_kept(dropout_p):
+    norm = {"post_norm_weight": random_tensor(D, dtype=torch.float32, seed=77)}
+    mlp = make_inputs((9,), MLP, torch.float32)
+    for behind, options in BEHIND.items():
+        block = over_flat(functools.partial(ops.gated_mlp, **options), dropout_p)
+        assert lora_downs(block, mlp | (norm if behind == "norm" else {})) == 0
+    attention = over_flat(ops.attention_block, dropout_p, **CAUSAL)
+    assert lora_downs(attention, make_inputs((2, 9), ATTENTION, torch.float32) | norm) == 1
+    inputs = make_inputs((2, 9), ATTENTION + MLP, torch.float32)
+    for of_attention in (CAUSAL, CAUSAL | norm):
+        assert lora_downs(layer(ops.decoder_layer, dropout_p, of_attention), inputs) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,9 +165,11 @@ def test_an_adapter_is_the_merged_weight():
 def test_the_block_saves_its_input_what_b_of_down_multiplies_and_seeds(dropout_p, tile_tokens):
     inputs = make_inputs((64,), MLP, torch.bfloat16)
     block = over_flat(ops.gated_mlp, dropout_p, tile_tokens=tile_tokens)
+    within = over_flat(functools.partial(ops.gated_mlp, **BEHIND["dropout"]), dropout_p, tile_tokens=tile_tokens)
     seeds = 3 * 8 if dropout_p else 0
     for low_rank in (2 * RANK * 64, 0):
         assert saved_bytes(lambda: block(**inputs), exclude=tuple(inputs.values())) == low_rank + seeds
+        assert saved_bytes(lambda: within(**inputs), exclude=tuple(inputs.values())) == low_rank + seeds + 8
         inputs["w_down.b"].requires_grad_(False)
 
 

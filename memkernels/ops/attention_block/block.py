@@ -13,6 +13,7 @@ from memkernels.ops.attention.backends import operators
 from memkernels.ops.block_norm import Norm, NormDescription
 from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
+from memkernels.ops.input_grad_first import forward_and_low_rank
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.projection import Description, Projection, split_by
 from memkernels.ops.saved import compressible
@@ -113,20 +114,26 @@ class Layer:
         attention_fwd, _ = operators(self.plan.attention)
         out, lse = attention_fwd(*self._attended(heads), *self._masks(), *self._options())
         del heads
-        return self.project(out), out, lse
+        return self.project(out)[0], out, lse
 
-    def project(self, out: Tensor) -> Tensor:
-        """y (B S, d) of the attention's output."""
-        return self.post_norm.forward(self.o.forward(self._rows(out)))[0]
+    def project(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """y (B S, d) of the attention's output, and s of o's adapter."""
+        y, s = forward_and_low_rank(self.o, self._rows(out), 0)
+        return self.post_norm.forward(y)[0], s
 
-    def backward(self, dy: Tensor, x: Tensor, out: Tensor, lse: Tensor, gradients: Gradients) -> Tensor | None:
-        """dx (B, S, d) of dy (B S, d), None where it is not wanted; adds the others to their sums."""
+    def backward(
+        self, dy: Tensor, x: Tensor, out: Tensor, lse: Tensor, gradients: Gradients, s: Tensor | None = None
+    ) -> Tensor | None:
+        """dx (B, S, d) of dy (B S, d), None where it is not wanted; adds the others to their sums.
+
+        s of o's adapter is made again unless it is given.
+        """
         if self.post_norm.weight is not None:
-            y = self.o.forward(self._rows(out))
+            y, s = forward_and_low_rank(self.o, self._rows(out), 0, s)
             dy = self.post_norm.backward(dy, y, self.post_norm.forward(y)[1], gradients.post_norm)
             del y
-        through = gradients.through_attention
-        p = add_gradients_all([self.o], [dy], self._rows(out), [gradients.o], input_grad=through, s={})
+        through, of_o = gradients.through_attention, {} if s is None else {0: s}
+        p = add_gradients_all([self.o], [dy], self._rows(out), [gradients.o], input_grad=through, s=of_o)
         if not through:
             return None
         dout = input_grad_all([self.o], [dy], p).view(out.shape)

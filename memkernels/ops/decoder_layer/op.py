@@ -79,7 +79,9 @@ class _DecoderLayer(torch.autograd.Function):
             attention, mlp = plan.bind(context, tensors)
             rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             of_mlp = gated_mlp.Gradients(plan.mlp, tensors[first:], attention_needed, needed[first:], rows.shape[0])
-            h = _added(attention.project(out), rows)
+            projected, s_of_o = attention.project(out)
+            h = _added(projected, rows)
+            del projected
             dh = mlp.backward(dy.to(plan.mlp.dtype), h, s, of_mlp)
             del h
             of_attention = attention_block.Gradients(
@@ -88,7 +90,7 @@ class _DecoderLayer(torch.autograd.Function):
             dx = None
             if attention_needed and dh is not None:
                 dh = _added(dh, dy)
-                dx = attention.backward(dh.to(plan.attention.dtype), x, out, lse, of_attention)
+                dx = attention.backward(dh.to(plan.attention.dtype), x, out, lse, of_attention, s_of_o)
                 if x_needed and dx is not None:
                     dx = _added(dx, dh.view(x.shape))
         gradients = (*results(of_attention.sums), *results(of_mlp.sums))

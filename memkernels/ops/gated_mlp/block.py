@@ -119,7 +119,7 @@ class Layer:
         n = n.to(self.plan.dtype)
         if not gradients.through_hidden:
             h = self._hidden(n, first)
-            dy = self._through_post_norm(dy, h, first, gradients)
+            dy = self._through_post_norm(dy, h, s, first, gradients)
             add_other_gradients(self.down, dy, h, s, None, gradients.down, first)
             return None
         dy, h, dys, p, low_rank = self._hidden_backward(dy, n, s, first, gradients)
@@ -159,11 +159,11 @@ class Layer:
         (up, *gate), low_rank = forward_all(self._in_front, n, first)
         return ((gate[0], up) if gate else (up, None)), low_rank
 
-    def _through_post_norm(self, dy: Tensor, h: Tensor, first: int, gradients: Gradients) -> Tensor:
+    def _through_post_norm(self, dy: Tensor, h: Tensor, s: Tensor | None, first: int, gradients: Gradients) -> Tensor:
         """The gradient of the down product, which is recomputed where a norm follows it."""
         if self.post_norm.weight is None:
             return dy
-        y = self.down.forward(h, first)
+        y, _ = forward_and_low_rank(self.down, h, first, s)
         return self.post_norm.backward(dy, y, self.post_norm.forward(y)[1], gradients.post_norm)
 
     def _hidden_backward(
@@ -173,7 +173,7 @@ class Layer:
         if self.plan.fused:
             assert isinstance(self.down, DenseProjection)
             if self.post_norm.weight is not None:
-                dy = self._through_post_norm(dy, self._hidden(n, first), first, gradients)
+                dy = self._through_post_norm(dy, self._hidden(n, first), s, first, gradients)
             h, dgate, dup = torch.ops.memkernels.gated_hidden_bwd(
                 dy, self.down.weight, n, *self._dense_hidden(), self.plan.activation
             )
@@ -181,7 +181,7 @@ class Layer:
         pair, low_rank = self._pair(n, first)
         if self.post_norm.weight is not None:
             h = torch.ops.memkernels.gated_activation_fwd(*pair, self.plan.activation)
-            dy = self._through_post_norm(dy, h, first, gradients)
+            dy = self._through_post_norm(dy, h, s, first, gradients)
             del h
         dh, p = input_grad_and_p(self.down, dy, s, gradients.down, first)
         torch.ops.memkernels.gated_activation_bwd_(dh, *pair, self.plan.activation)
