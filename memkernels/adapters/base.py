@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memkernels._library import FLOATING
 from memkernels.integrations import bitsandbytes
@@ -30,18 +30,23 @@ def check_quantizable(layers: Mapping[str, Any]) -> None:
         TypeError, ValueError: one is not; it is named.
     """
     for name, layer in layers.items():
-        weight = layer.weight
-        if _is_quantized(layer):
-            continue
-        if type(weight) not in PLAIN_TENSORS:
-            raise TypeError(f"base: {name}.weight: expected a plain tensor, got {type(weight).__name__}.")
-        if weight.dtype not in FLOATING:
-            raise TypeError(f"base: {name}.weight: expected float32, bfloat16 or float16, got {weight.dtype}.")
-        if weight.is_meta:
-            raise ValueError(f"base: {name}.weight: expected values, got a tensor on the meta device.")
-        # Not isfinite(), which makes several tensors of the weight's size.
-        if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
-            raise ValueError(f"base: {name}.weight: expected finite values.")
+        if not bitsandbytes.is_layer(layer):
+            check_quantizable_weight(f"{name}.weight", layer.weight)
+
+
+def check_quantizable_weight(name: str, weight: Tensor) -> None:
+    """`check_quantizable` of one weight."""
+    if isinstance(weight, QuantizedTensor):
+        return
+    if type(weight) not in PLAIN_TENSORS:
+        raise TypeError(f"base: {name}: expected a plain tensor, got {type(weight).__name__}.")
+    if weight.dtype not in FLOATING:
+        raise TypeError(f"base: {name}: expected float32, bfloat16 or float16, got {weight.dtype}.")
+    if weight.is_meta:
+        raise ValueError(f"base: {name}: expected values, got a tensor on the meta device.")
+    # Not isfinite(), which makes several tensors of the weight's size.
+    if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+        raise ValueError(f"base: {name}: expected finite values.")
 
 
 def quantize_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
@@ -53,24 +58,31 @@ def quantize_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
         if _is_quantized(layer):
             continue
         if is_conv1d(layer):
-            linear = _as_linear(layer)
-            for parent, name in list(_places(model, layer)):
-                setattr(parent, name, linear)
-            del layer.weight
+            replace_conv1d(model, layer, quantize_nf4(layer.weight.detach().t().contiguous()))
         else:
             layer.weight = nn.Parameter(quantize_nf4(layer.weight.detach()), requires_grad=False)
+
+
+def quantize_experts(owner: Any, name: str) -> None:
+    """A weight of experts in NF4, in place, if it is not quantised yet."""
+    weight = getattr(owner, name)
+    if not isinstance(weight, QuantizedTensor):
+        setattr(owner, name, nn.Parameter(quantize_nf4(weight.detach()), requires_grad=False))
 
 
 def _is_quantized(layer: Any) -> bool:
     return bitsandbytes.is_layer(layer) or isinstance(layer.weight, QuantizedTensor)
 
 
-def _as_linear(layer: Any) -> nn.Linear:
-    k, n = layer.weight.shape
+def replace_conv1d(model: nn.Module, layer: Any, weight: QuantizedTensor) -> None:
+    """Puts in a Conv1D's place the torch.nn.Linear with its bias that computes the same with a weight (N, K)."""
+    n, k = weight.shape
     linear = nn.Linear(k, n, bias=False, device="meta").train(layer.training)
-    linear.weight = nn.Parameter(quantize_nf4(layer.weight.detach().t().contiguous()), requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = layer.bias
-    return linear
+    for parent, name in list(_places(model, layer)):
+        setattr(parent, name, linear)
+    del layer.weight
 
 
 def _places(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:

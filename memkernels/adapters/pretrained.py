@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from memkernels._library import FLOATING
-from memkernels.adapters.base import check_base
+from memkernels.adapters.base import check_base, replace_conv1d
 from memkernels.adapters.layers import ALL_LINEAR, chosen_layers
 from memkernels.adapters.shards import Shards, find_shards
+from memkernels.nn.lora_linear import is_conv1d
 from memkernels.ops.checks import check_module
 from memkernels.quant.checkpoint import from_plain, keys_of
 from memkernels.quant.nf4 import quantize_nf4
@@ -52,9 +53,10 @@ def load_base(
     """Fills a model without storage from the files of a Hugging Face model, a tensor at a time, and freezes it.
 
     Each is read through its file's memory map, which is closed after it, and the weights of `targets` are quantised
-    from there: beside the model as it is then, memory holds one tensor of the file. `lora` with the same targets puts
-    adapters on them. Weights that the files have in bitsandbytes' NF4 or 8 bits stay so, whatever `targets` and `base`
-    are. Keys of the files that the model has not are passed over.
+    from there: beside the model as it is then, memory holds one tensor of the file, of a Conv1D two, which becomes the
+    torch.nn.Linear that computes the same. `lora` with the same targets puts adapters on them. Weights that the files
+    have in bitsandbytes' NF4 or 8 bits stay so, whatever `targets` and `base` are. Keys of the files that the model has
+    not are passed over.
 
     Args:
         model: built within `parameters_on_meta()`.
@@ -77,7 +79,7 @@ def load_base(
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}.")
     quantized = set() if base is None else {f"{name}.weight" for name in chosen_layers(model, targets)}
     shards = find_shards(Path(directory))
-    wanted = [_found(of, shards, quantized) for of in _tensors(model)]
+    wanted = [_found(model, of, shards, quantized) for of in _tensors(model)]
     # Dense ones first: memory holds two of one, and is emptiest then.
     values = [(of, _read(of, shards, dtype)) for of in sorted(wanted, key=lambda of: of.quantized)]
     for of, value in values:
@@ -93,7 +95,7 @@ _WHOLE = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 class _Wanted:
     """A tensor of the model, under all its names, with the key by which the files have it.
 
-    `stored`: the keys by which they have it quantised, if they do.
+    `stored`: the keys by which they have it quantised, if they do. `conv1d`: quantised, it becomes a Linear's.
     """
 
     names: list[str]
@@ -102,6 +104,7 @@ class _Wanted:
     is_buffer: bool
     quantized: bool
     stored: list[str]
+    conv1d: bool = False
 
 
 def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
@@ -118,7 +121,7 @@ def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     return list(names.values())
 
 
-def _found(of: tuple[list[str], Tensor], shards: Shards, quantized: set[str]) -> _Wanted:
+def _found(model: nn.Module, of: tuple[list[str], Tensor], shards: Shards, quantized: set[str]) -> _Wanted:
     names, tensor = of
     is_buffer = not isinstance(tensor, nn.Parameter)
     if not tensor.is_meta and not is_buffer:
@@ -136,7 +139,8 @@ def _found(of: tuple[list[str], Tensor], shards: Shards, quantized: set[str]) ->
     quantizes = quantized.issuperset(names)
     if dtype not in _FLOATS and not (dtype == "F64" and not quantizes) and not (is_buffer and dtype in _WHOLE):
         raise ValueError(f"{shards.files[key]}: {key}: expected float32, bfloat16 or float16, got {dtype}.")
-    return _Wanted(names, key, whole, is_buffer, quantizes, [])
+    conv1d = quantizes and is_conv1d(model.get_submodule(names[0].rpartition(".")[0]))
+    return _Wanted(names, key, whole, is_buffer, quantizes, [], conv1d)
 
 
 def _read(of: _Wanted, shards: Shards, dtype: torch.dtype) -> Tensor:
@@ -147,7 +151,9 @@ def _read(of: _Wanted, shards: Shards, dtype: torch.dtype) -> Tensor:
             return stored.clone()
         if stored.numel() and not torch.stack(stored.aminmax()).isfinite().all():
             raise ValueError(f"{shards.files[of.key]}: {of.key}: expected finite values.")
-        return quantize_nf4(stored).to(dtype) if of.quantized else stored.to(dtype, copy=True)
+        if not of.quantized:
+            return stored.to(dtype, copy=True)
+        return quantize_nf4(stored.t().contiguous() if of.conv1d else stored).to(dtype)
 
 
 def _read_quantized(of: _Wanted, shards: Shards, dtype: torch.dtype) -> Tensor:
@@ -161,7 +167,10 @@ def _read_quantized(of: _Wanted, shards: Shards, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
-def _assign(model: nn.Module, of: _Wanted, value: Tensor) -> None:
+def _assign(model: nn.Module, of: _Wanted, value: Any) -> None:
+    if of.conv1d:
+        replace_conv1d(model, model.get_submodule(of.names[0].rpartition(".")[0]), value)
+        return
     tensor: Any = value if of.is_buffer else nn.Parameter(value, requires_grad=False)
     for name in of.names:
         parent, _, attribute = name.rpartition(".")

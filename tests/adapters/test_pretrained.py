@@ -72,6 +72,24 @@ def test_it_is_the_model_that_lora_quantises(kind, tied, shard, tmp_path):
     assert torch.equal(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
 
 
+def test_conv1d_becomes_linear(tmp_path):
+    """GPT-2's weights are (K, N)."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=101, n_positions=64, **dropouts)
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(sizes).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="50KB")
+    with memkernels.parameters_on_meta():
+        model = transformers.GPT2LMHeadModel(sizes).eval()
+    memkernels.load_base(model, tmp_path)
+    other = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    for each in (model, other):
+        torch.manual_seed(0)
+        report = memkernels.lora(each, 3, base="nf4")
+        assert report.quantized == report.adapted and len(report.adapted) == 8
+    assert_same(model, other)
+    assert torch.equal(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
+
+
 def test_dtypes_targets_and_dense_bases(tmp_path):
     save(tmp_path, dtype=torch.float32)
     model = empty()
