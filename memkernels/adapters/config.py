@@ -88,6 +88,9 @@ def _adapter_config(file: Path, values: dict[str, Any]) -> AdapterConfig:
     for key, allowed in expected.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{file}: {key}: expected {' or '.join(map(repr, allowed))}, got {values[key]!r}.")
+    for key in ("lora_dropout", "use_dora") if values.get("target_parameters") else ():
+        if fields[key]:
+            raise ValueError(f"{file}: {key}: expected none beside target_parameters, got {fields[key]!r}.")
     for key, value in values.items():
         if value and key not in (*fields, *patterns, *expected, *_SILENT, *vars(Targets())):
             raise ValueError(f"{file}: {key}: memkernels has no adapter with this option, got {value!r}.")
@@ -104,6 +107,8 @@ def _targets(file: Path, values: dict[str, Any]) -> Targets:
         if isinstance(value, str) or (key == "layers_pattern" and value):
             for each in listed:
                 _expression(file, key, each)
+    if isinstance(options["target_parameters"], str):
+        raise ValueError(f"{file}: target_parameters: expected a list, got {options['target_parameters']!r}.")
     return Targets(**options)
 
 

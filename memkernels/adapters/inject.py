@@ -7,16 +7,25 @@ from typing import Any
 
 from torch import nn
 
-from memkernels.adapters.base import check_base, check_quantizable, quantize_layers
+from memkernels.adapters.base import (
+    check_base,
+    check_quantizable,
+    check_quantizable_weight,
+    quantize_experts,
+    quantize_layers,
+)
+from memkernels.adapters.experts import ExpertsPlace, add_adapter, targeted_places
 from memkernels.adapters.layers import (
     ALL_LINEAR,
     bases,
     check_layers,
     chosen_layers,
+    names_of,
     other_linears,
     replace_layers,
 )
 from memkernels.adapters.report import LoRAReport, report_of
+from memkernels.adapters.targets import matches
 from memkernels.nn.lora_linear import LoRALinear, check_adapter
 from memkernels.ops.checks import check_module
 
@@ -29,6 +38,7 @@ def lora(
     targets: str | Iterable[str] = ALL_LINEAR,
     base: str | None = None,
     *,
+    target_parameters: Iterable[str] = (),
     use_dora: bool = False,
     use_rslora: bool = False,
 ) -> LoRAReport:
@@ -44,22 +54,27 @@ def lora(
         alpha: scaling is alpha / r, with use_rslora alpha / sqrt(r).
         dropout: probability with which an element of A's input is dropped in training, in [0, 1).
         targets: names of layers, or what their names end in after a dot ("q_proj"); "all-linear": every one but a
-            language model's output head. Experts whose weights are one parameter are in the report, as left.
-        base: "nf4" quantises the weights of these layers (QLoRA: Dettmers et al. 2023, arXiv 2305.14314), by
+            language model's output head.
+        target_parameters: names of experts' weights that are one parameter, or what they end in after a dot
+            ("experts.down_proj"), of `nn.MoE` or of a module of transformers, which becomes an `nn.AdaptedExperts`.
+            Their adapters have no dropout and no use_dora. Those that are not named are in the report, as left.
+        base: "nf4" quantises the weights under the adapters (QLoRA: Dettmers et al. 2023, arXiv 2305.14314), by
             `quant.quantize_nf4`, one after the other: each dense weight is freed before the next is quantised, unless
             something else holds it. A weight that is quantised already stays as it is. None: the weights as they are.
         use_dora: weight-decomposed adapters.
         use_rslora: rank-stabilised scaling.
 
     Returns:
-        A report: the names of the layers that now carry an adapter, what their weights take, and what was left.
+        A report: the names of the layers, and of the experts' weights, that now carry an adapter, what their weights
+        take, and what was left.
 
     Raises:
-        TypeError: model is not a torch.nn.Module; r is no int, or alpha or dropout no number; a layer's weight is not
-            of a floating dtype or, with base, not a plain tensor of float32, bfloat16 or float16; one of bitsandbytes
-            that cannot be read where it is, as one in FP4 or not quantised yet.
-        ValueError: r, alpha or dropout is out of its range, or base unknown; a target that matches no layer, or no
-            layer at all; a layer with hooks or a forward of its own, which its adapter would drop; a model with
+        TypeError: model is not a torch.nn.Module; r is no int, alpha or dropout no number, or a target no name; a
+            layer's weight is not of a floating dtype or, with base, not a plain tensor of float32, bfloat16 or float16;
+            one of bitsandbytes that cannot be read where it is, as one in FP4 or not quantised yet.
+        ValueError: r, alpha or dropout is out of its range, or base unknown; a target that matches no layer or no
+            weight of experts, or no layer at all; dropout or use_dora beside target_parameters; a layer with hooks or a
+            forward of its own, which its adapter would drop; experts that `ops.moe_mlp` does not compute; a model with
             adapters already; with base, a weight that is not finite. The model is unchanged.
     """
     check_module(model)
@@ -67,12 +82,18 @@ def lora(
     check_base(base)
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has adapters already.")
-    targets = targets if isinstance(targets, str) else list(targets)
+    targets = targets if targets == ALL_LINEAR else names_of("targets", targets)
+    parameters = names_of("target_parameters", target_parameters)
+    if not targets and not parameters:
+        raise ValueError("targets: expected at least one name, got none.")
     layers, left = chosen_layers(model, targets), other_linears(model, targets)
     check_layers(layers)
+    places = _chosen_experts(model, parameters, dropout, use_dora)
     options: dict[str, Any] = {"alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
     if base is not None:
         check_quantizable(layers)
+        for place in places:
+            check_quantizable_weight(place.name, place.value(model))
         quantize_layers(model, layers)
         layers = {name: model.get_submodule(name) for name in layers}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -84,5 +105,24 @@ def lora(
         raise
     for layer, of in adapted.items():
         of.train(layer.training)
+    for place in places:
+        add_adapter(model, place, r, alpha=alpha, use_rslora=use_rslora)
+        if base is not None:
+            quantize_experts(place.module(model), place.weight)
     replace_layers(model, adapted)
     return report_of(model, {name: adapted[layer] for name, layer in layers.items()}, left)
+
+
+def _chosen_experts(model: nn.Module, targets: list[str], dropout: float, use_dora: bool) -> list[ExpertsPlace]:
+    for name, value in (("dropout", dropout), ("use_dora", use_dora)) if targets else ():
+        if value:
+            raise ValueError(f"{name}: expected none beside target_parameters, as adapters of experts have none.")
+    places = targeted_places(model, targets)
+    for target in targets:
+        if not any(matches(place.name, [target]) for place in places):
+            raise ValueError(f"target_parameters: {type(model).__name__} has no parameter {target!r}.")
+    for place in places:
+        reason = place.why_not(model)
+        if reason is not None:
+            raise ValueError(f"target_parameters: {place.name} carries no adapter: {reason}.")
+    return places

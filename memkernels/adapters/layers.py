@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from memkernels.adapters.experts import adapted_experts
 from memkernels.adapters.targets import matches
 from memkernels.integrations import bitsandbytes
 from memkernels.integrations.plain import is_own
+from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.lora_linear import LoRALinear, check_base_weight, is_adaptable
 from memkernels.ops.checks import PLAIN_TENSORS, check_module
 
@@ -17,15 +19,15 @@ ALL_LINEAR = "all-linear"
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """By name, the layers that carry an adapter.
+    """By name, the linear layers that carry an adapter.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: there is none.
+        ValueError: there is none, and none on experts.
     """
     check_module(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    if not layers:
+    if not layers and not adapted_experts(model):
         raise ValueError(f"model: found no LoRALinear in {type(model).__name__}; memkernels.lora puts them into one.")
     return layers
 
@@ -38,6 +40,19 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         if name and is_adaptable(module) and not name.startswith(inside)
     }
+
+
+def names_of(argument: str, names: Any) -> list[str]:
+    """One name or several, as a list.
+
+    Raises:
+        TypeError: something else.
+    """
+    listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+    for name in listed:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument}: expected names, got {name!r}.")
+    return listed
 
 
 def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Any]:
@@ -54,7 +69,7 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, A
         if not chosen:
             raise ValueError(f"targets: {type(model).__name__} has no linear layer.")
         return chosen
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    wanted = names_of("targets", targets)
     for target in wanted:
         if not any(matches(name, [target]) for name in layers):
             raise ValueError(f"targets: {type(model).__name__} has no linear layer {target!r}.")
@@ -69,7 +84,7 @@ def other_linears(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
         if hasattr(module, "in_features")
         and hasattr(module, "out_features")
         and not is_adaptable(module)
-        and (targets == ALL_LINEAR or matches(name, [targets] if isinstance(targets, str) else targets))
+        and (targets == ALL_LINEAR or matches(name, names_of("targets", targets)))
     ]
 
 
@@ -111,3 +126,5 @@ def replace_layers(model: nn.Module, adapted: Mapping[nn.Module, LoRALinear]) ->
         if isinstance(module, LoRALinear):
             for parameter in module.adapter.values():
                 parameter.requires_grad_(True)
+        elif isinstance(module, ExpertsLoRA):
+            module.requires_grad_(True)

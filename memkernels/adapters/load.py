@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from memkernels.adapters.config import AdapterConfig, read_config
+from memkernels.adapters.experts import ExpertsPlace, adapted_experts, add_adapter, from_peft, targeted_places
 from memkernels.adapters.layers import bases, check_layers, linear_layers, replace_layers
+from memkernels.adapters.targets import Targets
 from memkernels.adapters.tensors import WEIGHTS, check_tensors, key_of, read_tensors
+from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.lora_linear import LoRALinear, shape_of
 from memkernels.ops.checks import check_module
 
@@ -24,52 +28,117 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
 
     Args:
         model: without adapters: they are put where the file has them, on layers that `memkernels.lora` takes,
-            bitsandbytes' among them, and everything else is frozen. With adapters of
-            `memkernels.lora`: on the same layers and of the same ranks as the file's, which take their place.
+            bitsandbytes' among them, and by target_parameters on weights of experts, those of `nn.MoE` or of a module
+            of transformers, which becomes an `nn.AdaptedExperts`; everything else is frozen. With adapters: on the same
+            layers and of the same ranks as the file's, which take their place.
         directory: holds adapter_config.json and adapter_model.safetensors.
 
     Returns:
-        The names of the layers that carry an adapter.
+        The names of the layers, and of the experts' weights, that carry an adapter.
 
     Raises:
         TypeError: model is not a torch.nn.Module; a layer whose weight cannot carry an adapter, as one in FP4.
         FileNotFoundError: a file is missing.
         ValueError: a file that is damaged, of another kind of adapter or of another model, has values that are not
-            finite, or lacks tensors of a layer that target_modules name; file and key are named. A layer with hooks or
-            a forward of its own, which its adapter would drop. The model is as it was.
+            finite, or lacks tensors of a layer that target_modules name, or of a weight that target_parameters do; file
+            and key are named. A layer with hooks or a forward of its own, which its adapter would drop; a parameter
+            that is no weight of experts, or of experts that `ops.moe_mlp` does not compute. The model is as it was.
     """
     check_module(model)
-    (config, targets), file = read_config(Path(directory)), Path(directory) / WEIGHTS
-    tensors = read_tensors(file)
+    given = _read(Path(directory))
+    config, tensors = given.config, given.tensors
+    has_adapters = any(isinstance(module, (LoRALinear, ExpertsLoRA)) for module in model.modules())
+    places = _checked_experts(model, given, has_adapters)
+    layers = _checked_linears(model, given, [name for name in tensors if name not in places], has_adapters)
+    if not has_adapters:
+        read = bases(model, layers.values())
+        adapted = {layer: _adapted(read[layer], config, name) for name, layer in layers.items()}
+        for place in places.values():
+            add_adapter(model, place, config.rank_of(place.name))
+        replace_layers(model, adapted)
+        layers = {name: adapted[layer] for name, layer in layers.items()}
+    for name, layer in layers.items():
+        _fill_linear(layer, config, name, tensors[name])
+    for place, adapter in adapted_experts(model).items():
+        _fill_experts(adapter, config, place.name, place.value(model), tensors[place.layer])
+    return [*layers, *(place.name for place in places.values())]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the files say; `tensors` by their names of layers."""
+
+    config: AdapterConfig
+    targets: Targets
+    file: Path
+    tensors: dict[str, dict[str, Tensor]]
+
+    def at(self, layer: str, kind: str = "lora_A") -> str:
+        """File and key, for errors."""
+        return f"{self.file}: {key_of(layer, kind)}"
+
+
+def _read(directory: Path) -> _Given:
+    config, targets = read_config(directory)
+    return _Given(config, targets, directory / WEIGHTS, read_tensors(directory / WEIGHTS))
+
+
+def _checked_linears(model: nn.Module, given: _Given, names: list[str], has_adapters: bool) -> dict[str, Any]:
+    """By name, the layers that the file has adapters of: `names`."""
+    config = given.config
     present = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     plain = linear_layers(model)
-    layers: dict[str, Any] = present or plain
-    for name, of in tensors.items():
+    layers: dict[str, Any] = present if has_adapters else plain
+    for name in names:
         if name not in layers:
-            kind = "layer with an adapter" if present else "linear layer"
-            raise ValueError(f"{file}: {key_of(name, next(iter(of)))}: {type(model).__name__} has no {kind} {name!r}.")
-        check_tensors(file, name, of, _shapes(config, name, layers[name]))
+            kind = "layer with an adapter" if has_adapters else "linear layer"
+            at = given.at(name, next(iter(given.tensors[name])))
+            raise ValueError(f"{at}: {type(model).__name__} has no {kind} {name!r}.")
+        check_tensors(given.file, name, given.tensors[name], _shapes(config, name, layers[name]))
     for name, layer in present.items():
-        if name not in tensors:
-            raise ValueError(f"{file}: {key_of(name, 'lora_A')}: missing.")
-        if layer.r != config.rank_of(name):
-            raise ValueError(
-                f"model: {name}: expected an adapter of rank {config.rank_of(name)}, as the file's, got {layer.r}."
-            )
+        if name not in names:
+            raise ValueError(f"{given.at(name)}: missing.")
+        _check_rank(name, layer, config)
         if layer.use_dora != config.use_dora or layer.merged:
             raise ValueError(f"model: {name}: expected an adapter with use_dora={config.use_dora} that is not merged.")
     for name in plain:
-        if name not in tensors and targets.have(name):
-            raise ValueError(f"{file}: {key_of(name, 'lora_A')}: missing, though target_modules names the layer.")
-    if not present:
-        check_layers({name: layers[name] for name in tensors})
-        read = bases(model, (layers[name] for name in tensors))
-        adapted = {layers[name]: _adapted(read[layers[name]], config, name) for name in tensors}
-        replace_layers(model, adapted)
-        layers = {name: adapted[layers[name]] for name in tensors}
-    for name, of in tensors.items():
-        _fill(layers[name], config, name, of)
-    return list(tensors)
+        if name not in names and given.targets.have(name):
+            raise ValueError(f"{given.at(name)}: missing, though target_modules names the layer.")
+    layers = {name: layers[name] for name in names}
+    if not has_adapters:
+        check_layers(layers)
+    return layers
+
+
+def _checked_experts(model: nn.Module, given: _Given, has_adapters: bool) -> dict[str, ExpertsPlace]:
+    """By the file's names of layers, the weights of experts that it has adapters of."""
+    config = given.config
+    present = {place.name: adapter for place, adapter in adapted_experts(model).items()}
+    places = {place.layer: place for place in targeted_places(model, given.targets.target_parameters or ())}
+    for layer, place in places.items():
+        reason = place.why_not(model)
+        if reason is not None:
+            raise ValueError(f"{given.at(layer)}: {place.name} carries no adapter: {reason}.")
+        if layer not in given.tensors:
+            raise ValueError(f"{given.at(layer)}: missing, though target_parameters has {place.name}.")
+        check_tensors(given.file, layer, given.tensors[layer], place.shapes(model, config.rank_of(place.name)))
+        adapter = present.pop(place.name, None)
+        if adapter is not None:
+            _check_rank(place.name, adapter, config)
+            if adapter.merged:
+                raise ValueError(f"model: {place.name}: expected an adapter that is not merged.")
+        elif has_adapters:
+            raise ValueError(f"{given.at(layer)}: the model has no adapter of {place.name}.")
+    for name in present:
+        raise ValueError(f"{given.file}: expected an adapter of {name}, as the model has, found none.")
+    return places
+
+
+def _check_rank(name: str, adapter: LoRALinear | ExpertsLoRA, config: AdapterConfig) -> None:
+    if adapter.r != config.rank_of(name):
+        raise ValueError(
+            f"model: {name}: expected an adapter of rank {config.rank_of(name)}, as the file's, got {adapter.r}."
+        )
 
 
 def _shapes(config: AdapterConfig, name: str, layer: Any) -> dict[str, tuple[int, ...]]:
@@ -82,13 +151,24 @@ def _adapted(layer: Any, config: AdapterConfig, name: str) -> LoRALinear:
     return LoRALinear(layer, config.rank_of(name), use_dora=config.use_dora).train(layer.training)
 
 
-@torch.no_grad()
-def _fill(layer: LoRALinear, config: AdapterConfig, name: str, tensors: dict[str, Tensor]) -> None:
+def _fill_linear(layer: LoRALinear, config: AdapterConfig, name: str, tensors: dict[str, Tensor]) -> None:
     layer.alpha, layer.dropout_p, layer.use_rslora = config.alpha_of(name), config.lora_dropout, config.use_rslora
-    for kind, parameter in layer.adapter.items():
+    _fill(layer.adapter, tensors, layer.weight.dtype)
+
+
+def _fill_experts(
+    adapter: ExpertsLoRA, config: AdapterConfig, name: str, weight: Tensor, tensors: dict[str, Tensor]
+) -> None:
+    adapter.alpha, adapter.use_rslora = config.alpha_of(name), config.use_rslora
+    _fill(dict(adapter.named_parameters()), from_peft(len(weight), adapter.r, tensors), weight.dtype)
+
+
+@torch.no_grad()
+def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], base_dtype: torch.dtype) -> None:
+    for kind, parameter in parameters.items():
         dtype = tensors[kind].dtype
-        if dtype not in (layer.weight.dtype, torch.float32):
-            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        if dtype not in (base_dtype, torch.float32):
+            dtype = torch.promote_types(base_dtype, torch.float32)
         if dtype != parameter.dtype:
             parameter.data = parameter.data.to(dtype)
         parameter.copy_(tensors[kind])

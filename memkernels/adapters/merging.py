@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
+from memkernels.adapters.experts import adapted_experts
 from memkernels.adapters.layers import adapted_layers
-from memkernels.nn.lora_linear import LoRALinear
+from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
 def merge_adapter(model: nn.Module) -> None:
     """Merges every adapter of a model into its layer's weight: W = g (W + scaling B A), rounded to W's dtype once.
 
-    In place, by `nn.LoRALinear.merge`; above the model are needed a tile of rows and, with DoRA, a few rows a layer. A
-    quantised weight becomes a dense one, layer by layer, so that the model grows to its dense size, and is kept beside.
+    In place, by `nn.LoRALinear.merge` and `nn.ExpertsLoRA.merge`; above the model are needed a tile of rows and, with
+    DoRA, a few rows a layer. A linear layer's quantised weight becomes a dense one, layer by layer, so that the model
+    grows to its dense size, and is kept beside.
 
     Raises:
-        TypeError: model is not a torch.nn.Module.
+        TypeError: model is not a torch.nn.Module; quantised experts have an adapter.
         ValueError: it has no adapter, one that is merged already, or one that is not finite; a dense weight that is
             also another layer's, as that of a head which is tied to the embedding is. The layers are named. The model
             is unchanged.
     """
-    layers = adapted_layers(model)
-    for name, layer in layers.items():
+    layers, experts = adapted_layers(model), _experts(model)
+    checks: dict[str, Callable] = {name: layer.merged_scale for name, layer in layers.items()}
+    checks |= {name: partial(adapter.check_merge, weight) for name, (adapter, weight) in experts.items()}
+    for name, check in checks.items():
         try:
-            layer.merged_scale()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    _check_own_weights(model, layers)
+            check()
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    adapted = [layer.base_layer.weight for layer in layers.values()] + [weight for _, weight in experts.values()]
+    _check_own_weights(model, adapted)
     for layer in layers.values():
         layer.merge()
+    for adapter, weight in experts.values():
+        adapter.merge(weight)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -43,23 +51,29 @@ def unmerge_adapter(model: nn.Module) -> None:
         TypeError: model is not a torch.nn.Module.
         ValueError: it has no adapter, or one that is not merged; the layer is named. The model is unchanged.
     """
-    layers = adapted_layers(model)
-    for name, layer in layers.items():
-        if not layer.merged:
+    layers, experts = adapted_layers(model), _experts(model)
+    for name, of in [*layers.items(), *((name, adapter) for name, (adapter, _) in experts.items())]:
+        if not of.merged:
             raise ValueError(f"{name}: its adapter is not merged.")
     for layer in layers.values():
         layer.unmerge()
+    for adapter, weight in experts.values():
+        adapter.unmerge(weight)
 
 
-def _check_own_weights(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+def _experts(model: nn.Module) -> dict[str, tuple[ExpertsLoRA, Tensor]]:
+    """By its name, the adapter of each adapted weight of experts, and the weight."""
+    return {place.name: (adapter, place.value(model)) for place, adapter in adapted_experts(model).items()}
+
+
+def _check_own_weights(model: nn.Module, weights: Iterable[Tensor]) -> None:
     """That no dense weight under an adapter, which a merge writes in place, is also another module's."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(name, recurse=False):
             if not isinstance(parameter, QuantizedTensor) and parameter.numel():
                 holders.setdefault(parameter.data_ptr(), []).append(key)
-    for layer in layers.values():
-        weight = layer.base_layer.weight
+    for weight in weights:
         names = [] if isinstance(weight, QuantizedTensor) else holders.get(weight.data_ptr(), [])
         if len(names) > 1:
             raise ValueError(

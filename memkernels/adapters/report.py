@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from memkernels.adapters.experts import adapted_experts
+from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.lora_linear import LoRALinear
 from memkernels.ops.quantized.tensor import QuantizedTensor
 
@@ -17,9 +19,9 @@ class LoRAReport:
 
     Args:
         model: class of the model.
-        adapted: the names of the layers that now carry an adapter.
+        adapted: the names of the layers, and of the experts' weights, that now carry an adapter.
         trained: the adapters' parameters, which alone are trained.
-        quantized: the names of those layers whose weight is quantised.
+        quantized: the names of those whose weight is quantised.
         stored_bytes: that their weights take.
         dense_bytes: that they would take as dense ones.
         left: what carries no adapter and is stored as it was: the names of targets that look like linear layers and are
@@ -46,10 +48,20 @@ class LoRAReport:
 
 
 def report_of(model: nn.Module, adapted: Mapping[str, LoRALinear], left: Sequence[str]) -> LoRAReport:
-    """`left`: layers, beside parameters of more than two dimensions."""
-    trained = sum(parameter.numel() for layer in adapted.values() for parameter in layer.adapter.values())
-    weights = {name: layer.weight for name, layer in adapted.items() if isinstance(layer.weight, QuantizedTensor)}
+    """`adapted`, `left`: layers. Experts' weights, adapted or not, are found in the model."""
+    experts = adapted_experts(model)
+    adapters = [*(layer.adapter.values() for layer in adapted.values()), *(of.parameters() for of in experts.values())]
+    trained = sum(parameter.numel() for of in adapters for parameter in of)
+    bases = {name: layer.weight for name, layer in adapted.items()}
+    bases |= {place.name: place.value(model) for place in experts}
+    weights = {name: weight for name, weight in bases.items() if isinstance(weight, QuantizedTensor)}
     stored = sum(part.nbytes for weight in weights.values() for part in weight.parts)
     dense = sum(weight.numel() * weight.dtype.itemsize for weight in weights.values())
-    stacked = [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
-    return LoRAReport(type(model).__name__, list(adapted), trained, list(weights), stored, dense, [*left, *stacked])
+    stacked = [
+        name
+        for owner, module in model.named_modules()
+        if not isinstance(module, ExpertsLoRA)
+        for name, parameter in module.named_parameters(owner, recurse=False)
+        if parameter.dim() > 2 and name not in bases
+    ]
+    return LoRAReport(type(model).__name__, list(bases), trained, list(weights), stored, dense, [*left, *stacked])

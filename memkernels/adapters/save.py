@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import nn
 
 from memkernels.adapters.config import FILE, AdapterConfig
+from memkernels.adapters.experts import ExpertsPlace, adapted_experts, to_peft
 from memkernels.adapters.layers import adapted_layers
 from memkernels.adapters.targets import Targets, matches
 from memkernels.adapters.tensors import WEIGHTS, key_of
 from memkernels.atomic import write_together
+from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.lora_linear import LoRALinear
 
 
@@ -32,14 +35,22 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """
     from safetensors.torch import save_file
 
-    layers = adapted_layers(model)
-    config = _config(layers)
+    layers, experts = adapted_layers(model), adapted_experts(model)
+    config = _config({**layers, **{place.name: adapter for place, adapter in experts.items()}})
     conv = any(type(layer.base_layer) is not nn.Linear for layer in layers.values())
-    text = config.to_json(Targets(_targets(model, layers)), fan_in_fan_out=conv, base_model=_name(model))
+    for place, adapter in experts.items():
+        if adapter.expert_mesh is not None:
+            raise ValueError(f"{place.name}: expected experts of one process, got those of several ranks.")
+    targets = Targets(_targets(model, layers), target_parameters=_parameters(model, experts, conv) or None)
+    text = config.to_json(targets, fan_in_fan_out=conv, base_model=_name(model))
     tensors = {
         key_of(name, kind): parameter.detach().contiguous()
         for name, layer in layers.items()
         for kind, parameter in layer.adapter.items()
+    } | {
+        key_of(place.layer, kind): tensor.contiguous()
+        for place, adapter in experts.items()
+        for kind, tensor in to_peft(adapter).items()
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -49,8 +60,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     })  # fmt: skip
 
 
-def _config(layers: dict[str, LoRALinear]) -> AdapterConfig:
-    """One configuration of every layer, with patterns where rank or alpha are not the first one's."""
+def _config(layers: Mapping[str, LoRALinear | ExpertsLoRA]) -> AdapterConfig:
+    """One configuration of every adapter, with patterns where rank or alpha are not the first one's."""
     (first_name, first), *_ = layers.items()
     for name, layer in layers.items():
         for option in ("dropout_p", "use_dora", "use_rslora"):
@@ -74,6 +85,20 @@ def _targets(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str
     inside = tuple(f"{name}." for name in names)
     others = {name for name, _ in model.named_modules() if not name.startswith(inside)} - layers.keys()
     return "|".join(map(re.escape, names)) if any(matches(other, names) for other in others) else names
+
+
+def _parameters(model: nn.Module, places: Iterable[ExpertsPlace], conv: bool) -> list[str]:
+    """The names of experts' weights, by which PEFT finds these and no others."""
+    names = sorted(place.name for place in places)
+    if any(not place.owner for place in places):
+        raise ValueError(f"{names[0]}: expected experts within a model, since PEFT wraps their module, got the model.")
+    if names and conv:
+        raise ValueError(f"{names[0]}: expected no adapter of a Conv1D beside it, for which PEFT has fan_in_fan_out.")
+    others = {name for name, _ in model.named_parameters()} - set(names)
+    for name in names:
+        if any(matches(other, [name]) for other in others):
+            raise ValueError(f"{name}: expected a name that is no other's end, by which PEFT can find the parameter.")
+    return names
 
 
 def _name(model: nn.Module) -> str | None:

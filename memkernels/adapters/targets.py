@@ -13,13 +13,14 @@ class Targets:
 
     A name in a list is that of a layer, or its end after a dot. With `layers_to_transform`, what a list finds by the
     end counts in those layers of a model's stack alone: the number is behind a name in `layers_pattern`, or without it
-    the first in the layer's name.
+    the first in the layer's name. `target_parameters` are names of parameters, or their ends after a dot.
     """
 
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
+    target_parameters: list[str] | None = None
 
     def have(self, name: str) -> bool:
         """Whether the layer of this name has an adapter."""

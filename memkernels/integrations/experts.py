@@ -15,13 +15,16 @@ from memkernels import ops
 from memkernels.integrations.mlp import activation_name
 from memkernels.integrations.plain import has_hooks
 from memkernels.integrations.replacement import Replacement, bind
+from memkernels.nn.adapted_experts import AdaptedExperts
 from memkernels.ops.checks import PLAIN_TENSORS
 from memkernels.ops.moe.weights import ExpertsWeight
 from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
 def plan_experts(experts: Any, recompute: bool) -> Replacement:
-    left = _why_not(experts)
+    if type(experts) is AdaptedExperts:
+        return Replacement("experts", bind(adapted_forward, experts, recompute=recompute))
+    left = why_not(experts)
     if left is not None:
         return Replacement("experts", left=left)
     forward = bind(experts_forward, experts, activation=activation_name(experts.act_fn), recompute=recompute)
@@ -38,9 +41,14 @@ def experts_forward(
     recompute: bool,
 ) -> Tensor:
     """`ops.moe_mlp`; where it cannot, what the class has: by `experts_implementation` an error."""
-    if _why_not(experts) is not None:
+    if why_not(experts) is not None:
         return type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
     return _moe_mlp(experts, hidden_states, top_k_index, top_k_weights, activation, recompute)
+
+
+def adapted_forward(experts: AdaptedExperts, *args, recompute: bool, **kwargs) -> Tensor:
+    """That of `nn.AdaptedExperts`, with the recomputation that `patch` was given."""
+    return AdaptedExperts.forward(experts, *args, recompute=recompute, **kwargs)
 
 
 def experts_implementation(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -49,7 +57,7 @@ def experts_implementation(experts: Any, hidden_states: Tensor, top_k_index: Ten
     Raises:
         ValueError: experts that it cannot compute.
     """
-    left = _why_not(experts)
+    left = why_not(experts)
     if left is not None:
         raise ValueError(f"experts_implementation: memkernels does not compute {type(experts).__name__}: {left}.")
     activation = activation_name(experts.act_fn)
@@ -69,7 +77,7 @@ def _moe_mlp(
     return y.to(hidden_states.dtype)
 
 
-def _why_not(experts: Any) -> str | None:
+def why_not(experts: Any) -> str | None:
     """Why `ops.moe_mlp` cannot compute the experts; None where it can."""
     if experts.has_bias or experts.is_transposed or not experts.is_concatenated or experts.has_post_expert_norm:
         return "experts with biases, norms or weights of another layout"

@@ -176,13 +176,18 @@ def release() -> tuple[int, ...]:
     return tuple(int(part) for part in sys.modules["transformers"].__version__.split(".")[:2])
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Its class, or that of the module whose place an `nn.AdaptedExperts` has taken."""
+    return getattr(module, "replaced_class", None) or type(module)
+
+
 def family_of(module: nn.Module) -> Family | CustomFamily | None:
     """The family whose file in transformers or PEFT defines the module's class. No other family's code is imported.
 
     Raises:
         ValueError: it is one of a release older than those tested.
     """
-    place = type(module).__module__.split(".")
+    place = class_of(module).__module__.split(".")
     if place[:2] == ["peft", "tuners"]:
         return importlib.import_module("memkernels.integrations.peft").FAMILY
     if place[:2] != ["transformers", "models"] or place[2] not in FAMILIES:

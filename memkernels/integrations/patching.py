@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from memkernels.integrations.family import FAMILIES, CustomFamily, Family, family_of
+from memkernels.integrations.family import FAMILIES, CustomFamily, Family, class_of, family_of
 from memkernels.integrations.norm import plan_norm
 from memkernels.integrations.plain import has_foreign_forward, replaced_slot, slot
 from memkernels.integrations.replacement import Replacement
@@ -190,7 +190,7 @@ def _plan(module: nn.Module, family: Family | CustomFamily, recompute: str, loss
     vision = None if family.vision is None else plan_vision(module, family.vision, recompute)
     if vision is not None:
         return vision
-    kind = type(module)
+    kind = class_of(module)
     if kind is family.norm:
         return plan_norm(module, family)
     if kind is family.attention:

@@ -35,7 +35,7 @@ def why_not(layer: Any, x: Tensor | None = None) -> str | None:
     """Why a LoRA layer's adapter in this call with x is none that `adapted` takes; None where it is."""
     if layer.disable_adapters and layer.merged:
         return "a merged adapter that PEFT has yet to take out"
-    names = _active(layer)
+    names = active(layer)
     if len(names) > 1:
         return "several active adapters"
     return None if not names else _why_not(layer, names[0], x)
@@ -43,7 +43,7 @@ def why_not(layer: Any, x: Tensor | None = None) -> str | None:
 
 def adapted(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Weight, Tensor | None]:
     """The weight (out, in) and bias of a LoRA layer's base with the adapter that is active, if one is."""
-    names = _active(layer)
+    names = active(layer)
     if not names:
         return weight, bias
     (name,) = names
@@ -101,7 +101,7 @@ def saved_module(module: Any) -> Any:
     return copies[name] if name in copies else module  # noqa: SIM401  a ModuleDict has no get
 
 
-def _active(layer: Any) -> list[str]:
+def active(layer: Any) -> list[str]:
     """The adapters that a call of the layer applies."""
     if layer.disable_adapters or layer.merged:
         return []

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers, and the adapter of their experts."""
+"""Mixture-of-experts layers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
+from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.expert_mesh import (
     check_mesh,
     check_settings,
@@ -18,68 +19,12 @@ from memkernels.nn.expert_mesh import (
     held,
     take_shards,
 )
-from memkernels.nn.lora_linear import check_adapter
 from memkernels.nn.routers import Router, Routing, SwitchRouter
 from memkernels.nn.routers.router import check_padding_mask
 from memkernels.ops.checks import check_flag, check_floating, check_integer, check_number, check_parameter_dtype
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.moe.exchange import failing_together
 from memkernels.ops.moe.parallel import start_moe_mlp
-
-
-class ExpertsLoRA(torch.nn.Module):
-    """A low-rank adapter of experts' weights (E, out, in): lora_A, (E, r, in), and lora_B, (E, out, r).
-
-    The weights with it are W[e] + scaling lora_B[e] lora_A[e]; nothing is saved for it but itself. Each expert's A is
-    drawn as torch.nn.Linear draws its weight, and B is zero, so that at first it changes nothing.
-
-    Args:
-        weight: the weights, which it does not keep; with `expert_mesh` (E / ranks, out, in), those of this rank.
-        r: rank, from 1 up.
-        alpha: scaling is alpha / r.
-        use_rslora: scaling is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
-        expert_mesh: the ranks that hold the experts, as `MoE` has it: lora_A and lora_B are DTensors of all of them.
-        dtype: the adapter's; None: float32, or float64 if weight's is.
-
-    Raises:
-        TypeError: r is no int, alpha no number, or dtype not floating.
-        ValueError: r or alpha is out of its range.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        r: int = 16,
-        *,
-        alpha: float = 32.0,
-        use_rslora: bool = False,
-        expert_mesh=None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        check_adapter(r, alpha)
-        check_parameter_dtype(dtype)
-        experts, out, size = weight.shape
-        self.scaling = alpha / (r**0.5 if use_rslora else r)
-        self.expert_mesh = expert_mesh
-        options: dict[str, Any] = {
-            "device": weight.device, "dtype": dtype or torch.promote_types(weight.dtype, torch.float32)
-        }  # fmt: skip
-        self.lora_A = experts_parameter(torch.empty(experts, r, size, **options), expert_mesh)
-        self.lora_B = experts_parameter(torch.zeros(experts, out, r, **options), expert_mesh)
-        draw_experts(self.lora_A, expert_mesh, partial(torch.nn.init.uniform_, a=-(size**-0.5), b=size**-0.5))
-
-    def adapted(self, weight: Tensor) -> ops.ExpertsLoRAWeight:
-        """The weights with it, as `ops.moe_mlp` takes them; of the experts that this rank holds."""
-        lora_a, lora_b = (held(factor, self.expert_mesh) for factor in (self.lora_A, self.lora_B))
-        return ops.ExpertsLoRAWeight(weight, lora_a, lora_b, self.scaling)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        take_shards(self, ("lora_A", "lora_B"), self.expert_mesh, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        return f"r={self.lora_A.shape[1]}, scaling={self.scaling}"
 
 
 class MoE(torch.nn.Module):

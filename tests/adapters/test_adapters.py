@@ -424,6 +424,10 @@ def test_bad_input(tmp_path):
         ({"alpha": float("nan")}, ValueError, "alpha: expected a finite number"),
         ({"dropout": 1.0}, ValueError, "dropout: expected"),
         ({"dropout": None}, TypeError, "dropout: expected a number, got None"),
+        ({"targets": []}, ValueError, "targets: expected at least one name, got none"),
+        ({"targets": None}, TypeError, "targets: expected names, got None"),
+        ({"targets": [2]}, TypeError, "targets: expected names, got 2"),
+        ({"target_parameters": 2}, TypeError, "target_parameters: expected names, got 2"),
         ({"targets": ["q_proj", "x_proj"]}, ValueError, "targets: LlamaForCausalLM has no linear layer 'x_proj'"),
     ):
         with pytest.raises(error, match=message):
