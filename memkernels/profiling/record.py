@@ -65,7 +65,7 @@ def read(tree: list[Any]) -> Record:
     """The record of a profiler's `experimental_event_tree()`."""
     events = sorted(_flat(tree), key=lambda event: event.time)
     if not events:
-        raise RuntimeError("profile: the profiler recorded nothing; does another one run?")
+        raise RuntimeError("profile: nothing was recorded: nothing ran, or another profiler was begun meanwhile.")
     record = Record(events[0].time, max(event.end for event in events))
     alive: dict[tuple[str, int], Allocation] = {}
     modules: list[str] = []

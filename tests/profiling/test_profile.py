@@ -289,6 +289,11 @@ def test_another_profiler_goes_on(tmp_path, monkeypatch):
             pass
         torch.empty(MB)
     assert recorded.timelines[0].peak >= FLOAT * MB
+    begun = pytest.raises(
+        RuntimeError, match="profile: nothing was recorded: nothing ran, or another profiler was begun"
+    )
+    with begun, memkernels.profile(), torch.profiler.profile():
+        pass
     begin, loop = SCRIPT.split("for i", 1)
     loop = textwrap.indent(f"for i{loop}", "    ")
     (tmp_path / "train.py").write_text(f"{begin}with torch.profiler.profile():\n{loop}")
