@@ -113,15 +113,15 @@ def sequences(mask: Tensor) -> tuple[Tensor, int] | None:
 def without_padding(model: Any, family: Family, kwargs: dict, target: Tensor, ignore_index: int) -> tuple[dict, Tensor]:
     """The arguments of a base model and its target as one row of packed sequences, told by position_ids.
 
-    As they are where nothing is padded, where it is not on the right, where a padded position has a target, or where
-    every row is padded and the rotary embedding is stretched by the longest, padding included.
+    As they are where nothing is padded or all is, where it is not on the right, where a padded position has a target,
+    or where every row is padded and the rotary embedding is stretched by the longest, padding included.
     """
     mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
     others = (kwargs.get(name) is not None for name in ("position_ids", "inputs_embeds"))
     if not _is_of_tokens(mask) or ids is None or any(others) or torch.compiler.is_compiling():
         return kwargs, target
     visible = mask.to(ids.device, torch.bool)
-    padded_right = (visible[:, 1:] <= visible[:, :-1]).all() & ~visible.all()
+    padded_right = (visible[:, 1:] <= visible[:, :-1]).all() & visible.any() & ~visible.all()
     if not bool(padded_right & ((target == ignore_index) | visible).all()):
         return kwargs, target
     if _stretches_by_length(stack_of(model)) and not bool(visible[:, -1].any()):
