@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -40,6 +42,16 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         if name and is_adaptable(module) and not name.startswith(inside)
     }
+
+
+def folder_of(directory: Any) -> Path:
+    """
+    Raises:
+        TypeError: it is no path.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory: expected a folder's path, got {directory!r}.")
+    return Path(directory)
 
 
 def names_of(argument: str, names: Any) -> list[str]:

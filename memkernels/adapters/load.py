@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from memkernels.adapters.config import AdapterConfig, read_config
 from memkernels.adapters.experts import ExpertsPlace, adapted_experts, add_adapter, from_peft, targeted_places
-from memkernels.adapters.layers import bases, check_layers, linear_layers, replace_layers
+from memkernels.adapters.layers import bases, check_layers, folder_of, linear_layers, replace_layers
 from memkernels.adapters.targets import Targets
 from memkernels.adapters.tensors import WEIGHTS, check_tensors, key_of, read_tensors
 from memkernels.nn.adapted_experts import ExpertsLoRA
@@ -37,7 +37,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         The names of the layers, and of the experts' weights, that carry an adapter.
 
     Raises:
-        TypeError: model is not a torch.nn.Module; a layer whose weight cannot carry an adapter, as one in FP4.
+        TypeError: model is not a torch.nn.Module, or directory no path; a layer whose weight cannot carry an adapter,
+            as one in FP4.
         FileNotFoundError: a file is missing.
         ValueError: a file that is damaged, of another kind of adapter or of another model, has values that are not
             finite, or lacks tensors of a layer that target_modules name, or of a weight that target_parameters do; file
@@ -45,7 +46,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             that is no weight of experts, or of experts that `ops.moe_mlp` does not compute. The model is as it was.
     """
     check_module(model)
-    given = _read(Path(directory))
+    given = _read(folder_of(directory))
     config, tensors = given.config, given.tensors
     has_adapters = any(isinstance(module, (LoRALinear, ExpertsLoRA)) for module in model.modules())
     places = _checked_experts(model, given, has_adapters)

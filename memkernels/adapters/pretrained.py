@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from memkernels._library import FLOATING
 from memkernels.adapters.base import check_base, replace_conv1d
-from memkernels.adapters.layers import ALL_LINEAR, chosen_layers
+from memkernels.adapters.layers import ALL_LINEAR, chosen_layers, folder_of
 from memkernels.adapters.shards import Shards, find_shards
 from memkernels.nn.lora_linear import is_conv1d
 from memkernels.ops.checks import check_module
@@ -66,7 +65,7 @@ def load_base(
         dtype: of the model; quantised weights have their values in it.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, or dtype is not float32, bfloat16 or float16.
+        TypeError: model is not a torch.nn.Module, directory no path, or dtype is not float32, bfloat16 or float16.
         FileNotFoundError: a file is missing.
         ValueError: base is unknown; a target that matches no layer; a tensor of the model that has storage already, or
             a buffer on the meta device that no file holds; a file that is damaged or cut off, lacks a tensor, or has
@@ -78,7 +77,7 @@ def load_base(
     if dtype not in FLOATING:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}.")
     quantized = set() if base is None else {f"{name}.weight" for name in chosen_layers(model, targets)}
-    shards = find_shards(Path(directory))
+    shards = find_shards(folder_of(directory))
     wanted = [_found(model, of, shards, quantized) for of in _tensors(model)]
     # Dense ones first: memory holds two of one, and is emptiest then.
     values = [(of, _read(of, shards, dtype)) for of in sorted(wanted, key=lambda of: of.quantized)]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from torch import nn
 
 from memkernels.adapters.config import FILE, AdapterConfig
 from memkernels.adapters.experts import ExpertsPlace, adapted_experts, to_peft
-from memkernels.adapters.layers import adapted_layers
+from memkernels.adapters.layers import adapted_layers, folder_of
 from memkernels.adapters.targets import Targets, matches
 from memkernels.adapters.tensors import WEIGHTS, key_of
 from memkernels.atomic import write_together
@@ -30,11 +29,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         directory: where to; made if there is none.
 
     Raises:
-        TypeError: model is not a torch.nn.Module.
+        TypeError: model is not a torch.nn.Module, or directory no path.
         ValueError: it has no adapter, or adapters that one configuration of PEFT's cannot tell. Nothing is written.
     """
     from safetensors.torch import save_file
 
+    folder = folder_of(directory)
     layers, experts = adapted_layers(model), adapted_experts(model)
     config = _config({**layers, **{place.name: adapter for place, adapter in experts.items()}})
     conv = any(type(layer.base_layer) is not nn.Linear for layer in layers.values())
@@ -52,11 +52,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         for place, adapter in experts.items()
         for kind, tensor in to_peft(adapter).items()
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_together({
-        directory / WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
-        directory / FILE: lambda file: file.write_text(text, encoding="utf-8"),
+        folder / WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+        folder / FILE: lambda file: file.write_text(text, encoding="utf-8"),
     })  # fmt: skip
 
 

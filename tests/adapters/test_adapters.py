@@ -433,6 +433,9 @@ def test_bad_input(tmp_path):
         with pytest.raises(error, match=message):
             memkernels.lora(model, base="nf4", **options)
     assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
+    for function in (memkernels.load_adapter, memkernels.load_base, memkernels.save_adapter):
+        with pytest.raises(TypeError, match="directory: expected a folder's path, got None"):
+            function(model, None)
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
         memkernels.lora({})
     with pytest.raises(ValueError, match="targets: Sequential has no linear layer"):
