@@ -93,6 +93,8 @@ class QuantizedTensor(torch.Tensor):
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """What FSDP2 gathers of this shard, and what it hands to `fsdp_post_all_gather`."""
         sharded, replicated = self.encoding.sharded_parts(self.parts)
+        if mesh.size() == 1:  # where torch takes the first tensor alone
+            sharded, replicated = sharded[:1], (*sharded[1:], *replicated)
         return sharded, (type(self), self.encoding, replicated, tuple(outer_size))
 
     @staticmethod
