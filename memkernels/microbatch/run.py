@@ -267,6 +267,8 @@ class _Run:
                 raise TypeError(f"step: expected a loss, got {type(loss).__name__}.")
             if loss.dim() != 0:
                 raise ValueError(f"step: expected a loss without dimensions, got shape {tuple(loss.shape)}.")
+            if not loss.requires_grad:
+                raise ValueError("step: expected a loss that requires a gradient.")
             for leaf in _leaves(loss, optimizer):
                 if leaf not in before and not (optimizer is not None and _is_exchanged(leaf)):
                     before[leaf], leaf.grad = leaf.grad, None

@@ -13,7 +13,7 @@ def load_config(model: Any) -> Any:
         ImportError: transformers is missing.
         OSError: there is none.
         TypeError: model is none of these.
-        ValueError: it is of another kind of model.
+        ValueError: it is of another kind of model, or transformers fails on it.
     """
     try:
         import transformers
@@ -23,7 +23,10 @@ def load_config(model: Any) -> Any:
     if isinstance(model, str | os.PathLike):
         if _is_path(model) and not os.path.exists(model):
             raise FileNotFoundError(f"model: {os.fspath(model)} does not exist.")
-        config = transformers.AutoConfig.from_pretrained(model)
+        try:
+            config = transformers.AutoConfig.from_pretrained(model)
+        except (ArithmeticError, AttributeError, KeyError) as error:  # as of no heads
+            raise ValueError(f"model: transformers makes no configuration of it: {error!r}") from error
     if not isinstance(config, transformers.PretrainedConfig):
         raise TypeError(f"model: expected a name, a path or a configuration, got {type(model).__name__}.")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -321,6 +321,7 @@ def test_a_sequence_that_does_not_fit_is_not_tried_again_and_again():
         ({"memory_limit": "1GB"}, TypeError, "memory_limit: expected a positive number of bytes, got '1GB'"),
         ({"targets": 3}, TypeError, "targets: expected a function, got int"),
         ({"step": 3}, TypeError, "step: expected a function, got int"),
+        ({"step": lambda part, targets: part["x"].sum()}, ValueError, "step: expected a loss that requires a gradient"),
         ({"step": lambda part, targets: None}, TypeError, "step: expected a loss, got NoneType"),
         ({"batch": {}}, ValueError, "batch: expected tensors of one row at least"),
         ({"batch": {"x": torch.ones(0, 6)}}, ValueError, "batch: expected tensors of one row at least"),

@@ -113,6 +113,9 @@ def test_a_model_that_is_none_is_refused(config, tmp_path, monkeypatch):
         memkernels.plan(3, memory="1GB", seq=64)
     with pytest.raises(ValueError, match="no causal language model of ViTConfig"):
         memkernels.plan(transformers.ViTConfig(), memory="1GB", seq=64)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
+    with pytest.raises(ValueError, match="model: transformers makes no configuration of it: ZeroDivisionError"):
+        memkernels.plan(tmp_path, memory="1GB", seq=64)
     for path in (str(tmp_path / "nowhere"), tmp_path / "nowhere", "./nowhere", "nowhere/config.json"):
         with pytest.raises(FileNotFoundError, match=f"model: {path} does not exist"):  # the hub is not asked
             memkernels.plan(path, memory="1GB", seq=64)
