@@ -20,8 +20,9 @@ from memkernels.testing.cuda_resources import find_nvcc
 _BUILD_INFO = Path(__file__).parent / "build_info.json"
 # What csrc/cuda implements. Where torch finds no GPU its library is not loaded, and cannot say so itself.
 CUDA_OPERATORS = (
-    "adamw_", "cross_entropy_grad_", "cross_entropy_stats", "lion_", "moe_combine", "moe_combine_bwd", "moe_dispatch",
-    "moe_plan", "nf4_dequantize_", "nf4_quantize", "sgd_", "square_sum", "wide_norm_bwd", "wide_norm_fwd",
+    "adafactor_", "adamw_", "cross_entropy_grad_", "cross_entropy_stats", "factored_square_sum", "factored_squares",
+    "lion_", "moe_combine", "moe_combine_bwd", "moe_dispatch", "moe_plan", "muon_momentum_", "nf4_dequantize_",
+    "nf4_quantize", "sgd_", "square_sum", "wide_norm_bwd", "wide_norm_fwd",
 )  # fmt: skip
 
 

@@ -371,7 +371,7 @@ def test_checkpoints_of_other_models_and_optimizers_change_nothing(tmp_path):
     wide = Model(torch.float32, width=71)
     assert_unchanged(tmp_path / "saved", wide, optim.AdamW(groups_of(wide)), "a checkpoint of another model")
     model = model_of("float32")
-    assert_unchanged(tmp_path / "saved", model, optim.SGD(groups_of(model), momentum=0.9), "momentum")
+    assert_unchanged(tmp_path / "saved", model, optim.SGD(groups_of(model), momentum=0.9), "another optimizer")
     regrouped = optim.AdamW(model.parameters())
     assert_unchanged(tmp_path / "saved", model, regrouped, "expected in one group with")
     with pytest.raises(ValueError, match=r"optimizer: expected parameters of model, got another of shape \(2, 3\)"):
