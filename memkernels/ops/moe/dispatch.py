@@ -8,7 +8,7 @@ from torch import Tensor
 from memkernels._library import define, has_kernel
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.moe import reference
-from memkernels.ops.moe.plan import DispatchPlan, moe_plan
+from memkernels.ops.moe.plan import DispatchPlan, moe_plan, num_tokens_of
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.saved import exact
 
@@ -84,7 +84,7 @@ class _Combine(torch.autograd.Function):
 def check_tokens(name: str, tensor: Tensor, plan: DispatchPlan) -> None:
     """(T, d) of a plan's T tokens, on its device."""
     _check_plan(plan)
-    _check_rows(name, tensor, plan.num_tokens, "T", plan)
+    _check_rows(name, tensor, num_tokens_of(plan), "T", plan)
 
 
 def check_grouped(name: str, tensor: Tensor, plan: DispatchPlan) -> None:

@@ -18,7 +18,7 @@ from memkernels.ops.moe import activation as _activation  # noqa: F401  defines 
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.dispatch import check_tokens, check_weights
 from memkernels.ops.moe.dropout import DroppedExpertsProjection
-from memkernels.ops.moe.plan import DispatchPlan, moe_plan
+from memkernels.ops.moe.plan import DispatchPlan, moe_plan, num_experts_of, token_of_row
 from memkernels.ops.moe.projection import GroupedDescription, GroupedProjection, Groups
 from memkernels.ops.moe.weights import (
     ExpertsWeight,
@@ -67,7 +67,7 @@ class _MoEMLP(torch.autograd.Function):
         groups = Groups(offsets, pair_of_row.shape[0])
         with torch.autocast(x.device.type, enabled=False):
             gate_up_projection, down = layer.bind(tensors)
-            gate_up = gate_up_projection.forward(x, plan.token_of_row, groups)
+            gate_up = gate_up_projection.forward(x, token_of_row(plan), groups)
             kept = None if layer.recompute else compressible(gate_up)
             ctx.save_for_backward(x, exact(expert_weights), *plan, kept, *tensors)
             h = torch.ops.memkernels.expert_activation_fwd(
@@ -86,7 +86,7 @@ class _MoEMLP(torch.autograd.Function):
         )
         plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts, token_offsets)
         groups = Groups(offsets, pair_of_row.shape[0])
-        tokens = plan.token_of_row
+        tokens = token_of_row(plan)
         x_needed, weights_needed = ctx.needs_input_grad[1:3]
         sums = gradient_sums(tensors, ctx.needs_input_grad[8:])
         gate_up_sums, down_sums = split_by((layer.gate_up, layer.down), sums)
@@ -199,10 +199,10 @@ def moe_mlp(
     check_weights("expert_weights", expert_weights, plan)
     check_expert_weights("w_gate_up", gate_up_like, "x", x, plan)
     width, size = gate_up_like.shape[1], down_like.shape[-1]
-    check_shape("w_down", down_like, (plan.num_experts, x.shape[1], size), "experts, the last dimension of x, n")
+    check_shape("w_down", down_like, (num_experts_of(plan), x.shape[1], size), "experts, the last dimension of x, n")
     if width not in (size, 2 * size):
         raise ValueError(
-            f"w_gate_up: expected shape ({plan.num_experts}, {2 * size}, {x.shape[1]}), or {size} in the middle where"
+            f"w_gate_up: expected shape ({down_like.shape[0]}, {2 * size}, {x.shape[1]}), or {size} in the middle where"
             f" there is no gate, got {tuple(gate_up_like.shape)}."
         )
     dtype = product_dtype(x)

@@ -20,7 +20,7 @@ from memkernels.ops.moe.exchange import agree, failing_together, tell
 from memkernels.ops.moe.journey import Journey, SentAgain
 from memkernels.ops.moe.lora import ExpertsLoRAWeight
 from memkernels.ops.moe.op import moe_mlp
-from memkernels.ops.moe.plan import DispatchPlan, moe_plan
+from memkernels.ops.moe.plan import DispatchPlan, moe_plan, num_experts_of
 from memkernels.ops.moe.weights import as_product_weights, stand_in
 from memkernels.ops.once_differentiable import once_differentiable
 
@@ -234,13 +234,13 @@ def start_moe_mlp(
     row received. Without it, for each row received, d and n or 2 n elements and 12 bytes, and 12 bytes a choice here.
     """
     gate_up_like, down_like = stand_in("w_gate_up", w_gate_up), stand_in("w_down", w_down)
-    with failing_together(group, plan.num_experts, down_like.device):
+    with failing_together(group, num_experts_of(plan), down_like.device):
         check_activation(activation)
         check_flag("recompute", recompute)
         size = down_like.shape[-1]
         check_tokens("x", x, plan)
         check_weights("expert_weights", expert_weights, plan)
-        experts = plan.num_experts // dist.get_world_size(group)
+        experts = num_experts_of(plan) // dist.get_world_size(group)
         check_shape("w_down", down_like, (experts, x.shape[1], size), "experts of the rank, the last dimension of x, n")
         width = size if gate_up_like.shape[1] == size else 2 * size
         check_shape("w_gate_up", gate_up_like, (experts, width, x.shape[1]), "that of w_down, n or 2 n in the middle")

@@ -53,11 +53,11 @@ class DispatchPlan(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        return self.row_of_pair.shape[0] if self.token_offsets is None else self.token_offsets.shape[0] - 1
+        return num_tokens_of(self)
 
     @property
     def num_experts(self) -> int:
-        return self.offsets.shape[0] - 1
+        return num_experts_of(self)
 
     @property
     def dropped(self) -> Tensor:
@@ -67,7 +67,22 @@ class DispatchPlan(NamedTuple):
     @property
     def token_of_row(self) -> Tensor:
         """(R,): the token of a row; -1 where the row belongs to no expert."""
-        return reference.token_of_pair(self.pair_of_row, self.row_of_pair, self.token_offsets).int()
+        return token_of_row(self)
+
+
+# What layers call in place of the properties: torch.compile of torch 2.10 cannot read those of a NamedTuple.
+
+
+def num_tokens_of(plan: DispatchPlan) -> int:
+    return plan.row_of_pair.shape[0] if plan.token_offsets is None else plan.token_offsets.shape[0] - 1
+
+
+def num_experts_of(plan: DispatchPlan) -> int:
+    return plan.offsets.shape[0] - 1
+
+
+def token_of_row(plan: DispatchPlan) -> Tensor:
+    return reference.token_of_pair(plan.pair_of_row, plan.row_of_pair, plan.token_offsets).int()
 
 
 def moe_plan(expert_ids: Tensor, num_experts: int, *, capacity: int | None = None) -> DispatchPlan:

@@ -12,7 +12,7 @@ from memkernels._library import missing, prefers_matmul
 from memkernels.ops.autocast import as_product_dtype
 from memkernels.ops.checks import check_floating, check_same_device
 from memkernels.ops.moe.lora import ExpertsLoRAWeight, LoRAExpertsProjection
-from memkernels.ops.moe.plan import DispatchPlan
+from memkernels.ops.moe.plan import DispatchPlan, num_experts_of
 from memkernels.ops.moe.projection import DenseExpertsProjection, GroupedProjection
 from memkernels.ops.moe.quantized import QuantizedExperts, QuantizedExpertsProjection
 from memkernels.ops.moe.separate import SeparateExpertsProjection, check_separate
@@ -55,9 +55,9 @@ def select_backend(backend: str, x: Tensor, *weights: ExpertsWeight) -> str:
 def check_expert_weights(name: str, weights: Tensor, x_name: str, x: Tensor, plan: DispatchPlan) -> None:
     """(E, out, in) of a plan's E experts, for x's last dimension, on its device."""
     check_floating(name, weights)
-    if weights.dim() != 3 or weights.shape[0] != plan.num_experts or weights.shape[2] != x.shape[1]:
+    if weights.dim() != 3 or weights.shape[0] != num_experts_of(plan) or weights.shape[2] != x.shape[1]:
         raise ValueError(
-            f"{name}: expected shape ({plan.num_experts}, out, {x.shape[1]}) (experts, out, the last dimension of"
+            f"{name}: expected shape ({num_experts_of(plan)}, out, {x.shape[1]}) (experts, out, the last dimension of"
             f" {x_name}), got {tuple(weights.shape)}."
         )
     check_same_device(x_name, x, **{name: weights})
