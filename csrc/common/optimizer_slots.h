@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "random_place.h"
@@ -33,6 +34,21 @@ struct Group {
   const float* grad_factor;
   const float* lr_factor;
 };
+
+// Calls body(std::integral_constant<int, bits>()) of the bits of a moment.
+template <typename Body>
+void with_state_bits(int64_t bits, const Body& body) {
+  switch (bits) {
+    case 32:
+      return body(std::integral_constant<int, 32>());
+    case 16:
+      return body(std::integral_constant<int, 16>());
+    case 8:
+      return body(std::integral_constant<int, 8>());
+    default:
+      return body(std::integral_constant<int, 4>());
+  }
+}
 
 // Of a slot's parameter (tensor 0) or its moments (from 1 on).
 MEMKERNELS_HOST_DEVICE inline RandomPlace random_place(const Slot& slot, uint64_t seed, uint32_t tensor) {

@@ -109,21 +109,11 @@ auto moment(const Group& group, const Slot& slot, int i) {
 // Calls body(moments...), one for each of kSigned, which says whether it has signs.
 template <bool... kSigned, typename Body>
 void with_moments(const Group& group, const Slot& slot, Body&& body) {
-  const auto stored = [&]<int kBits>() {
+  with_state_bits(group.state_bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
     [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
       body(moment<kBits, kSigned>(group, slot, kIndex)...);
     }(std::make_integer_sequence<int, sizeof...(kSigned)>{});
-  };
-  switch (group.state_bits) {
-    case 32:
-      return stored.template operator()<32>();
-    case 16:
-      return stored.template operator()<16>();
-    case 8:
-      return stored.template operator()<8>();
-    default:
-      return stored.template operator()<4>();
-  }
+  });
 }
 
 // Calls body(slot, first, last) for ranges of elements that together are all of the group's, in parallel.

@@ -400,16 +400,9 @@ inline void launch_adafactor(const Group& group, bool has_moment, const Adafacto
                               .lr_factor = group.lr_factor,
                               .grad_scale = group.grad_scale};
   if (!has_moment) return launch_adafactor_stored<>(step, stream);
-  switch (group.state_bits) {
-    case 32:
-      return launch_adafactor_stored<Moment<32, true>>(step, stream);
-    case 16:
-      return launch_adafactor_stored<Moment<16, true>>(step, stream);
-    case 8:
-      return launch_adafactor_stored<Moment<8, true>>(step, stream);
-    default:
-      return launch_adafactor_stored<Moment<4, true>>(step, stream);
-  }
+  with_state_bits(group.state_bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
+    launch_adafactor_stored<Moment<kBits, true>>(step, stream);
+  });
 }
 
 }  // namespace memkernels::cuda

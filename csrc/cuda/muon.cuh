@@ -36,19 +36,9 @@ template <typename Grad>
 void launch_muon_momentum(const Group& group, double momentum, bool nesterov, cudaStream_t stream) {
   if (group.slots[0].size == 0) return;
   const SGD rule{.lr = -1, .momentum = momentum, .dampening = 0, .weight_decay = 0, .nesterov = nesterov};
-  const auto stored = [&]<int kBits>(std::integral_constant<int, kBits>) {
+  with_state_bits(group.state_bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
     launch_slots<Direction<Grad>, Moment<kBits, true>>({&group.slots[0]}, group, rule, stream);
-  };
-  switch (group.state_bits) {
-    case 32:
-      return stored(std::integral_constant<int, 32>());
-    case 16:
-      return stored(std::integral_constant<int, 16>());
-    case 8:
-      return stored(std::integral_constant<int, 8>());
-    default:
-      return stored(std::integral_constant<int, 4>());
-  }
+  });
 }
 
 }  // namespace memkernels::cuda

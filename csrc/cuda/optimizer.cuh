@@ -128,16 +128,7 @@ void launch_optimizer_step(const Group& group, const Rule& rule, cudaStream_t st
     launch_slots<StochasticBFloat16, Moment<kBits, kSigned>...>(rounded, group, rule, stream);
     launch_slots<SplitFloat, Moment<kBits, kSigned>...>(split, group, rule, stream);
   };
-  switch (sizeof...(kSigned) == 0 ? 32 : group.state_bits) {
-    case 32:
-      return stored(std::integral_constant<int, 32>());
-    case 16:
-      return stored(std::integral_constant<int, 16>());
-    case 8:
-      return stored(std::integral_constant<int, 8>());
-    default:
-      return stored(std::integral_constant<int, 4>());
-  }
+  with_state_bits(sizeof...(kSigned) == 0 ? 32 : group.state_bits, stored);
 }
 
 }  // namespace memkernels::cuda
