@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,13 +80,13 @@ def replace_conv1d(model: nn.Module, layer: Any, weight: QuantizedTensor) -> Non
     linear = nn.Linear(k, n, bias=False, device="meta").train(layer.training)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = layer.bias
-    for parent, name in list(_places(model, layer)):
-        setattr(parent, name, linear)
+    replace_module(model, layer, linear)
     del layer.weight
 
 
-def _places(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is layer:
-                yield parent, name
+def replace_module(model: nn.Module, module: nn.Module, by: nn.Module) -> None:
+    """Puts another wherever the module is."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is module:
+                setattr(parent, name, by)

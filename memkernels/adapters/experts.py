@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from memkernels._library import FLOATING
+from memkernels.adapters.base import replace_module
 from memkernels.adapters.targets import matches
 from memkernels.integrations.plain import is_own
 from memkernels.nn.adapted_experts import AdaptedExperts, ExpertsLoRA
@@ -129,8 +130,5 @@ def _replace(model: nn.Module, experts: Any) -> AdaptedExperts:
     adapted = AdaptedExperts(
         gate_up, experts.down_proj, activation, gated=experts.has_gate, replaced_class=type(experts)
     ).train(experts.training)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is experts:
-                setattr(parent, name, adapted)
+    replace_module(model, experts, adapted)
     return adapted

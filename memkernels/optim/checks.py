@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from memkernels.ops.checks import check_flag
 from memkernels.optim.codes import STATE_BITS
 from memkernels.optim.local import is_distributed
 
@@ -26,12 +27,6 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, b
     number = float(value)
     if not (low <= number < high if below else low <= number <= high) or math.isinf(number):
         raise ValueError(f"{name}: expected a number from {low} to {high}{' exclusively' * below}, got {number}.")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}.")
 
 
 def check_step(max_norm: Any, loss_scale: Any) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from memkernels._library import has_kernel
-from memkernels.optim.checks import check_flag, check_number
+from memkernels.ops.checks import check_flag
+from memkernels.optim.checks import check_number
 from memkernels.optim.clipping import as_number
 from memkernels.optim.directed import DirectedOptimizer, Stored, moment_arguments, step_along, through_moment
 from memkernels.optim.local import is_distributed

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from memkernels.optim.checks import check_flag, check_number
+from memkernels.ops.checks import check_flag
+from memkernels.optim.checks import check_number
 from memkernels.optim.optimizer import LowMemoryOptimizer, Moment
 
 

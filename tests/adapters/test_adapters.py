@@ -1,7 +1,6 @@
 """lora, save_adapter, load_adapter, merge_adapter: with PEFT there and back; damaged files; memory of a merge."""
 
 import copy
-import json
 import types
 
 import peft
@@ -10,6 +9,7 @@ import safetensors.torch
 import torch
 import transformers
 from adapted_models import randomise
+from adapter_files import change_config, change_tensors
 from peft.tuners.tuners_utils import check_target_module_exists
 
 import memkernels
@@ -253,24 +253,6 @@ def test_an_end_between_the_two_files_is_seen(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == moved == ["adapter_model.safetensors"]
     with pytest.raises(FileNotFoundError, match="adapter_config"):
         memkernels.load_adapter(make_model(), tmp_path)
-
-
-def change_config(**values):
-    def change(path):
-        file = path / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-    return change
-
-
-def change_tensors(change):
-    def of(path):
-        file = path / "adapter_model.safetensors"
-        tensors = safetensors.torch.load_file(file)
-        change(tensors)
-        safetensors.torch.save_file(tensors, file)
-
-    return of
 
 
 def truncate(path):

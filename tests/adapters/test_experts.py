@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import transformers
 from adapted_models import randomise
+from adapter_files import change_config, change_tensors
 from training_step import assert_same_step, exact_step, train_step
 
 import memkernels
@@ -227,24 +228,6 @@ def test_quantised_experts_are_not_merged():
     model.moe.adapt(2)
     with pytest.raises(TypeError, match=r"moe\.gate_up_proj: ExpertsLoRA: expected dense weights .* got NF4Tensor"):
         memkernels.merge_adapter(model)
-
-
-def change_config(**values):
-    def change(path):
-        file = path / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-    return change
-
-
-def change_tensors(change):
-    def of(path):
-        file = path / "adapter_model.safetensors"
-        tensors = safetensors.torch.load_file(file)
-        change(tensors)
-        safetensors.torch.save_file(tensors, file)
-
-    return of
 
 
 KEY = "base_model.model.model.layers.1.mlp.experts"

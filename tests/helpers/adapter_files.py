@@ -1,0 +1,23 @@
+"""Changes to the two files of an adapter in a folder, for tests of what does not fit."""
+
+import json
+
+import safetensors.torch
+
+
+def change_config(**values):
+    def change(path):
+        file = path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def change_tensors(change):
+    def of(path):
+        file = path / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        change(tensors)
+        safetensors.torch.save_file(tensors, file)
+
+    return of
