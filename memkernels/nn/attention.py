@@ -11,7 +11,7 @@ from memkernels import ops
 from memkernels.nn.linears import weights_of
 from memkernels.nn.norm import RMSNorm
 from memkernels.ops.attention.checks import check_score_options
-from memkernels.ops.checks import check_flag, check_integer
+from memkernels.ops.checks import check_flag, check_integer, check_parameter_dtype
 
 
 class Attention(torch.nn.Module):
@@ -36,8 +36,8 @@ class Attention(torch.nn.Module):
         dtype: of the parameters: x's, unless autocast casts both; sinks are made, and read, in float32.
 
     Raises:
-        TypeError: a size, a number of heads, scale, softcap or dropout_p that is no number; a causal or
-            interleaved that is no bool.
+        TypeError: a size, a number of heads, scale, softcap, dropout_p or a bound of the window that is no number; a
+            bias, out_bias, head_norm, sinks, causal or interleaved that is no bool; a dtype that the op does not take.
         ValueError: one of them, or a window, that does not fit; numbers of heads that do not divide.
 
     Saved for backward, beside the parameters, cos and sin: x itself, d elements a token, out, H Dv elements, and 4 H
@@ -78,8 +78,11 @@ class Attention(torch.nn.Module):
         v_head_size = head_size if v_head_size is None else v_head_size
         check_integer("head_size", head_size)
         check_integer("v_head_size", v_head_size)
+        flags = {"bias": bias, "out_bias": out_bias, "head_norm": head_norm, "sinks": sinks, "interleaved": interleaved}
+        for name, flag in flags.items():
+            check_flag(name, flag)
         check_score_options(causal, scale, window, 0.0 if softcap is None else softcap, dropout_p)
-        check_flag("interleaved", interleaved)
+        check_parameter_dtype(dtype)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = torch.nn.Linear(hidden_size, num_heads * head_size, bias=bias, **options)
         self.k_proj = torch.nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias, **options)

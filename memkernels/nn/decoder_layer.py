@@ -11,6 +11,7 @@ from memkernels import ops
 from memkernels.nn.attention import Attention
 from memkernels.nn.mlp import GatedMLP
 from memkernels.nn.norm import RMSNorm
+from memkernels.ops.checks import check_eps
 
 
 class DecoderLayer(torch.nn.Module):
@@ -24,12 +25,21 @@ class DecoderLayer(torch.nn.Module):
         mlp: of which the norm in front is `post_attention_layernorm`.
         norm_eps: of both norms.
 
+    Raises:
+        TypeError: an attention that is no `nn.Attention`, an mlp that is no `nn.GatedMLP`, or a norm_eps that is no
+            number.
+        ValueError: a norm_eps that is negative or infinite.
+
     Saved for backward, beside the parameters, cos and sin: what attention saves, x, out and 4 bytes a head; of the
     feed-forward layer nothing but the r elements of an adapter of down_proj.
     """
 
     def __init__(self, attention: Attention, mlp: GatedMLP, norm_eps: float = 1e-6):
         super().__init__()
+        for name, layer, kind in (("attention", attention, Attention), ("mlp", mlp, GatedMLP)):
+            if not isinstance(layer, kind):
+                raise TypeError(f"{name}: expected an nn.{kind.__name__}, got {type(layer).__name__}.")
+        check_eps("norm_eps", norm_eps)
         like = attention.q_proj.weight
         options: dict[str, Any] = {"eps": norm_eps, "device": like.device, "dtype": like.dtype}
         self.self_attn = attention

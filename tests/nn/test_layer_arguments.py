@@ -12,6 +12,7 @@ CASES = [
     (nn.LayerNorm, ("hidden_size",)),
     (nn.GatedMLP, ("hidden_size", "intermediate_size")),
     (nn.LinearCrossEntropy, ("hidden_size", "vocab_size")),
+    (nn.Attention, ("hidden_size", "num_heads")),
 ]
 SIZES = [(layer, sizes, name) for layer, sizes in CASES for name in sizes]
 IDS = [f"{layer.__name__}-{name}" for layer, _, name in SIZES]
@@ -31,6 +32,7 @@ def test_sizes_are_positive_integers(layer, sizes, name, value, error):
         (nn.GatedMLP, (8, 8), "bias"),
         (nn.GatedMLP, (8, 8), "gated"),
         (nn.LinearCrossEntropy, (8, 8), "bias"),
+        *((nn.Attention, (8, 2), flag) for flag in ("bias", "out_bias", "head_norm", "sinks", "causal", "interleaved")),
     ],
 )
 @pytest.mark.parametrize("value", [2, None, "no", torch.tensor([True, False])])
@@ -52,3 +54,22 @@ def test_norms_made_on_the_meta_device_start_as_others():
         norm.reset_parameters()
         assert all(torch.equal(a, b) for a, b in zip(norm.parameters(), make(8).parameters(), strict=True))
         assert torch.equal(norm.weight, torch.full((8,), 1.0 - getattr(norm, "weight_offset", 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"attention": torch.nn.MultiheadAttention(8, 2)},
+            TypeError,
+            r"attention: expected an nn\.Attention, got Multi",
+        ),
+        ({"mlp": nn.Attention}, TypeError, r"mlp: expected an nn\.GatedMLP, got type"),
+        ({"norm_eps": "1e-6"}, TypeError, "norm_eps: expected a finite number from 0 up, got '1e-6'"),
+        ({"norm_eps": -1.0}, ValueError, "norm_eps: expected a finite number from 0 up, got -1.0"),
+        ({"norm_eps": float("nan")}, ValueError, "norm_eps: expected a finite number from 0 up, got nan"),
+    ],
+)
+def test_a_decoder_layer_names_what_it_cannot_be_made_of(change, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        nn.DecoderLayer(**{"attention": nn.Attention(8, 2), "mlp": nn.GatedMLP(8, 16)} | change)

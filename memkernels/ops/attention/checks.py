@@ -84,9 +84,11 @@ def check_score_options(
     check_flag("causal", causal)
     if scale is not None:
         check_finite("scale", scale)
-    is_pair = isinstance(window, (tuple, list)) and len(window) == 2
-    if not is_pair or not all(hasattr(bound, "__index__") and bound >= -1 for bound in window):
-        raise ValueError(f"window: expected two numbers of keys, -1 for unbounded, got {window}.")
+    expected = "two numbers of keys, -1 for unbounded"
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window: expected {expected}, got {window}.")
+    for bound in window:
+        check_integer("window", bound, expected, least=-1)
     check_number("softcap", softcap, "0 or None (off) or a positive number", lambda number: 0 <= number < math.inf)
     check_dropout_p(dropout_p)
 
