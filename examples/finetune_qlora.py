@@ -7,8 +7,9 @@
 The model has the shape of TinyLlama: d=2048, f=5632, 22 layers, 32 heads with 4 for keys, a vocabulary of 32000. Its
 weights are random, written once to a file, or those of --checkpoint. They are read through the file's memory map, a
 tensor at a time, and quantised to NF4 from there, unless bitsandbytes did that; the dense model, 2.2 GB, never exists.
-LoRA adapters of rank 16 on every linear layer learn Python's standard library, 1024 tokens a step: its bytes, or with
---checkpoint what the model's own tokenizer makes of it. They are saved as PEFT's two files.
+LoRA adapters of rank 16 on every linear layer, of which a mixture's experts are none, learn Python's standard library,
+1024 tokens a step: its bytes, or with --checkpoint what the model's own tokenizer makes of it. They are saved as PEFT's
+two files.
 
 What memory holds, in MB, of the random model:
 
@@ -124,7 +125,9 @@ def load_model(folder: Path) -> Any:
 
     with memkernels.parameters_on_meta():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    memkernels.load_base(model, folder)
+    experts = ("experts.gate_up_proj", "experts.down_proj")
+    found = [of for of in experts if any(name.endswith(of) for name, _ in model.named_parameters())]
+    memkernels.load_base(model, folder, target_parameters=found)
     print(memkernels.lora(model, r=16, alpha=32, dropout=0.05, base="nf4"))
     print(memkernels.patch(model, recompute="layer"), flush=True)
     return model.train()

@@ -85,6 +85,24 @@ def targeted_places(model: nn.Module, targets: Iterable[str]) -> list[ExpertsPla
     return _places(model, lambda owner, of, weight: matches(_name(owner, weight), targets))
 
 
+def chosen_places(model: nn.Module, targets: Iterable[str]) -> list[ExpertsPlace]:
+    """`targeted_places` of targets that each name one, where an adapter may be.
+
+    Raises:
+        ValueError: a target that names no parameter, or one that is no weight of experts that memkernels computes.
+    """
+    targets = list(targets)
+    places = targeted_places(model, targets)
+    for target in targets:
+        if not any(matches(place.name, [target]) for place in places):
+            raise ValueError(f"target_parameters: {type(model).__name__} has no parameter {target!r}.")
+    for place in places:
+        reason = place.why_not(model)
+        if reason is not None:
+            raise ValueError(f"target_parameters: {place.name} carries no adapter: {reason}.")
+    return places
+
+
 def add_adapter(model: nn.Module, place: ExpertsPlace, r: int, **options: Any) -> None:
     """Puts an adapter there; a module of transformers becomes an `nn.AdaptedExperts` with its weights.
 

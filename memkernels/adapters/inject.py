@@ -14,7 +14,7 @@ from memkernels.adapters.base import (
     quantize_experts,
     quantize_layers,
 )
-from memkernels.adapters.experts import ExpertsPlace, add_adapter, targeted_places
+from memkernels.adapters.experts import ExpertsPlace, add_adapter, chosen_places
 from memkernels.adapters.layers import (
     ALL_LINEAR,
     bases,
@@ -25,7 +25,6 @@ from memkernels.adapters.layers import (
     replace_layers,
 )
 from memkernels.adapters.report import LoRAReport, report_of
-from memkernels.adapters.targets import matches
 from memkernels.nn.lora_linear import LoRALinear, check_adapter
 from memkernels.ops.checks import check_module
 
@@ -117,12 +116,4 @@ def _chosen_experts(model: nn.Module, targets: list[str], dropout: float, use_do
     for name, value in (("dropout", dropout), ("use_dora", use_dora)) if targets else ():
         if value:
             raise ValueError(f"{name}: expected none beside target_parameters, as adapters of experts have none.")
-    places = targeted_places(model, targets)
-    for target in targets:
-        if not any(matches(place.name, [target]) for place in places):
-            raise ValueError(f"target_parameters: {type(model).__name__} has no parameter {target!r}.")
-    for place in places:
-        reason = place.why_not(model)
-        if reason is not None:
-            raise ValueError(f"target_parameters: {place.name} carries no adapter: {reason}.")
-    return places
+    return chosen_places(model, targets)

@@ -17,16 +17,11 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Shards:
-    """By key, the file that holds the tensor."""
+    """By key, the file that holds the tensor, and its shape and dtype, by safetensors' name: F32, BF16."""
 
     listing: Path
     files: dict[str, Path]
-
-    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], str]:
-        """The dtype by safetensors' name: F32, BF16."""
-        with _opened(self.files[key]) as file:
-            tensor = file.get_slice(key)
-            return tuple(tensor.get_shape()), tensor.get_dtype()
+    shapes_and_dtypes: dict[str, tuple[tuple[int, ...], str]]
 
     @contextmanager
     def read(self, key: str) -> Iterator[Tensor]:
@@ -47,12 +42,12 @@ def find_shards(directory: Path) -> Shards:
     """
     index = directory / INDEX
     if index.is_file():
-        return Shards(index, _checked(index, _weight_map(index)))
+        return _checked(index, _weight_map(index))
     single = directory / SINGLE
     if not single.is_file():
         raise FileNotFoundError(f"{directory}: it has neither {SINGLE} nor {INDEX}.")
-    with _opened(single) as file:
-        return Shards(single, dict.fromkeys(file.keys(), single))
+    header = _header(single)
+    return Shards(single, dict.fromkeys(header, single), header)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -66,16 +61,24 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weights
 
 
-def _checked(index: Path, weights: dict[str, str]) -> dict[str, Path]:
+def _checked(index: Path, weights: dict[str, str]) -> Shards:
+    headers: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in sorted(set(weights.values())):
         path = index.parent / name
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, though {index.name} names it.")
-        with _opened(path) as file:
-            missing = {key for key, of in weights.items() if of == name} - set(file.keys())
-        if missing:
-            raise ValueError(f"{path}: {min(missing)}: missing, though {index.name} says that the file has it.")
-    return {key: index.parent / name for key, name in weights.items()}
+        header = _header(path)
+        for key, of in weights.items():
+            if of == name and key not in header:
+                raise ValueError(f"{path}: {key}: missing, though {index.name} says that the file has it.")
+        headers |= {key: of for key, of in header.items() if weights.get(key) == name}
+    return Shards(index, {key: index.parent / name for key, name in weights.items()}, headers)
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+        return {key: (tuple(of.get_shape()), of.get_dtype()) for key, of in slices.items()}
 
 
 @contextmanager

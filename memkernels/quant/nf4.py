@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,10 @@ class NF4Encoding(Encoding):
         nf4_dequantize_(out, parts, self.block_size, self.row_size, first_row, first_column)
 
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        packed, absmax = nf4_quantize(values.detach(), self.block_size)
+        return self.stored(*nf4_quantize(values.detach(), self.block_size))
+
+    def stored(self, packed: Tensor, absmax: Tensor) -> tuple[Tensor, ...]:
+        """The parts of blocks with these absolute maxima, float32."""
         offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
         # One pass where the mean says it: it is finite only if they all are, and may overflow where they are.
         if not (offset.isfinite() or absmax.isfinite().all()):
@@ -142,3 +145,28 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         raise ValueError(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}.")
     encoding = NF4Encoding(tuple(weight.shape), weight.dtype, block_size, bool(double_quant))
     return NF4Tensor(encoding, encoding.encode(weight))
+
+
+def quantize_nf4_pieces(pieces: Iterable[Tensor], shape: Sequence[int], dtype: torch.dtype) -> NF4Tensor:
+    """`quantize_nf4` of a weight of `shape` whose values come in pieces, in the order of its memory.
+
+    Its values have `dtype`. Beside it memory holds a piece, and what the one before left of a block.
+    """
+    block_size = 64
+    encoding = NF4Encoding(tuple(shape), dtype, block_size, nested=True)
+    packed = torch.empty((math.prod(shape) + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(encoding.blocks)
+    rest, blocks = torch.empty(0), 0
+
+    def store(values: Tensor) -> None:
+        of_values = nf4_quantize(values, block_size)
+        first = blocks * block_size // 2
+        packed[first : first + len(of_values[0])], absmax[blocks : blocks + len(of_values[1])] = of_values
+
+    for piece in pieces:
+        values = torch.cat((rest.to(piece.dtype), piece.flatten())) if len(rest) else piece.flatten()
+        whole = len(values) // block_size
+        store(values[: whole * block_size])
+        rest, blocks = values[whole * block_size :].clone(), blocks + whole
+    store(rest)
+    return NF4Tensor(encoding, encoding.stored(packed, absmax))

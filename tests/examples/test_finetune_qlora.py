@@ -63,10 +63,14 @@ def test_a_small_model_learns_and_its_adapter_is_saved(example, small, tmp_path,
 
 def make_checkpoint(folder, example, small):
     """The random model in the user's role, with a tokenizer."""
+    importlib.import_module("random_llama").write_random_llama(folder, example._config(small))
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    importlib.import_module("random_llama").write_random_llama(folder, example._config(small))
     letters = {chr(code): code for code in range(256)} | {"?": 256}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -106,6 +110,26 @@ def test_a_checkpoint_that_bitsandbytes_quantised(example, small, tmp_path, caps
     arguments = ["--steps", "1", "--tokens", "64", "--checkpoint", str(folder), "--output", str(tmp_path / "adapter")]
     assert example.main(arguments) == 0
     assert "14 of them over quantised weights" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_mixture_of_experts(example, tmp_path, capsys, monkeypatch):
+    """Its experts are quantised, without adapters."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from memkernels import quant
+
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, vocab_size=300, num_key_value_heads=2, num_local_experts=4)
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    model = example.load_model(tmp_path / "model")
+    experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
+    assert len(experts) == 4 and all(isinstance(parameter, quant.NF4Tensor) for parameter in experts)
+    monkeypatch.setattr(example, "load_model", lambda folder: model)
+    arguments = ["--steps", "2", "--tokens", "64", "--checkpoint", str(tmp_path / "model")]
+    assert example.main([*arguments, "--output", str(tmp_path / "adapter")]) == 0
+    printed = capsys.readouterr().out
+    assert "8 layers with adapters" in printed and "2  experts" in printed
 
 
 @pytest.mark.parametrize("option", ["--steps", "--tokens"])
