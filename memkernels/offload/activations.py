@@ -82,6 +82,7 @@ class offload_activations:
         OSError: path does not exist or cannot be written. In forward: the disk is full or a write failed; in backward:
             a read failed or a checksum does not match. It names tier, path, and bytes wanted and available.
         MemoryError: in forward: a tensor does not fit into max_host_bytes.
+        RuntimeError: it is left in another thread than it was entered in.
         ImportError: `memkernels._runtime` is not built.
 
     After an error parameters and optimizer are as they were before the step; after one in backward some gradients have
@@ -124,7 +125,10 @@ class offload_activations:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        hooks, session = self._entered.stack.pop()
+        entries = vars(self._entered).get("stack")
+        if not entries:
+            raise RuntimeError("offload_activations: this thread has not entered it; leave it in the thread that did.")
+        hooks, session = entries.pop()
         hooks.__exit__()
         session.end()
         if next(self._exits) % _TRIM_EVERY == 0:

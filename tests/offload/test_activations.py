@@ -178,6 +178,25 @@ def test_threads_leave_in_any_order(tmp_path):
     assert len(found) == 3 and offload.statistics["moved"] == 1  # the exponential within
 
 
+def test_left_in_another_thread(tmp_path):
+    """Hooks are of the thread that entered, and stay until it leaves."""
+    offload, found = disk(tmp_path), []
+
+    def leave():
+        with pytest.raises(RuntimeError, match="this thread has not entered it"):
+            offload.__exit__(None, None, None)
+        found.append(True)
+
+    with offload:
+        thread = threading.Thread(target=leave)
+        thread.start()
+        thread.join()
+        y = torch.randn(64, 64, requires_grad=True).exp()
+    leave()
+    assert len(found) == 2 and offload.statistics["moved"] == 1
+    y.sum().backward()
+
+
 def test_a_second_gradient(tmp_path):
     def compute():
         x = batch().requires_grad_()
