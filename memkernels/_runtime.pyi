@@ -61,6 +61,9 @@ class SpillFile:
     def read(self, extent: Extent, block: SlabBlock) -> Transfer:
         """Begins to read an extent, whose writing is done, into a block of the same size."""
 
+    def trim(self) -> None:
+        """Gives back to the disk the steps at the end that no extent was in since this was called last."""
+
     def fileno(self) -> int: ...
     @property
     def io_uring(self) -> bool:

@@ -96,6 +96,7 @@ PYBIND11_MODULE(_runtime, m) {
            py::arg("io_uring") = true)
       .def("write", &SpillFile::write, py::arg("block"), py::arg("after") = nullptr, WithoutGil())
       .def("read", &SpillFile::read, py::arg("extent"), py::arg("block"), WithoutGil())
+      .def("trim", &SpillFile::trim)
       .def("fileno", [](const SpillFile& file) { return file.storage().descriptor(); })
       .def_property_readonly("io_uring", &SpillFile::io_uring)
       .def_property_readonly("direct", [](const SpillFile& file) { return file.storage().direct(); })

@@ -39,6 +39,7 @@ class SpillFile {
   // Queues an extent, written before, to be read into a block of its size.
   std::shared_ptr<Transfer> read(const std::shared_ptr<Extent>& extent, const std::shared_ptr<SlabBlock>& block);
 
+  void trim() { storage_->trim(); }
   const SpillStorage& storage() const { return *storage_; }
   bool io_uring() const { return pool_.io_uring(); }
   int64_t bytes_written() const { return written_; }

@@ -18,7 +18,7 @@
 namespace memkernels::runtime {
 namespace {
 
-constexpr int64_t kStep = 256 << 20;  // bytes that the file grows by where the disk has them
+constexpr int64_t kStep = 256 << 20;  // bytes that the file grows by where the disk has them, and shrinks by
 constexpr mode_t kMode = S_IRUSR | S_IWUSR;
 
 int open_unnamed(const std::string& folder) {
@@ -101,6 +101,13 @@ void SpillStorage::release(int64_t offset, int64_t bytes) {
   if (getpid() != owner_) return;  // in a forked child the mutex may be held by a thread that is not there
   const std::lock_guard lock(mutex_);
   ranges_.release(offset, bytes);
+}
+
+void SpillStorage::trim() {
+  if (getpid() != owner_) return;
+  const std::lock_guard lock(mutex_);
+  const int64_t size = round_up(ranges_.take_reached(), kStep);
+  if (size < ranges_.size() && ftruncate(descriptor_, size) == 0) ranges_.shrink(size);
 }
 
 RegionStatistics SpillStorage::statistics() const {

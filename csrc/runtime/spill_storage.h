@@ -1,4 +1,5 @@
-// A file without a name: open, preallocated in steps, divided by best fit.
+// A file without a name: open, preallocated in steps, divided by best fit. Steps at the end that are free may go back
+// to the disk.
 #pragma once
 
 #include <unistd.h>
@@ -20,6 +21,8 @@ class SpillStorage {
 
   int64_t allocate(int64_t bytes);
   void release(int64_t offset, int64_t bytes);
+  // Gives back the steps at the end that nothing was in since this was called last.
+  void trim();
   // Throw the error for which a transfer of `wanted` bytes stopped.
   [[noreturn]] void fail_to_write(int error, int64_t wanted, int64_t written) const;
   [[noreturn]] void fail_to_read(int error, int64_t wanted, int64_t available) const;

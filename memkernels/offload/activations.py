@@ -59,7 +59,8 @@ class offload_activations:
         max_host_bytes: bytes of host memory that offload may hold. "host": of the tensors, default all memory. "disk":
             of the staging blocks that tensors pass through, default 128 MiB, or one tensor where that is larger.
             "auto": of both, default half of what is available; a quarter of it is for staging. What backward is
-            using does not count. It is taken as it is needed; what 64 entries in a row did not need goes back.
+            using does not count. It is taken as it is needed, as is room on the disk, 256 MiB at a time; what 64
+            entries in a row did not need goes back.
         path: folder of the file, on a disk; default that of `tempfile`.
         min_bytes: what is smaller stays.
         keep_last_layers: what is saved from the beginning of the last so many layers until backward begins, by the

@@ -213,8 +213,11 @@ class TieredStore:
             return found
 
     def trim(self) -> None:
-        """Gives host memory back to the system that nothing needed since this was called last."""
+        """Gives host memory back to the system, and the file's end to its disk, that nothing needed since this was
+        called last."""
         self._slab.trim()
+        if self._file is not None:
+            self._file.trim()
 
     @staticmethod
     def _at_hand(stored: Stored) -> Tensor | None:

@@ -68,7 +68,10 @@ void run(std::shared_ptr<const CudaCalls> calls, CudaStream idle, const char* fo
       device.cuda->check(device.cuda->stream_create(&stream, 1), "cudaStreamCreateWithFlags");
       for (int i = 0; i < 25; ++i) {
         turn(device, *file, i % 2 ? stream : idle, 1000 * t + i);
-        if (i % 8 == 0) device.slab->trim();
+        if (i % 8 == 0) {
+          device.slab->trim();
+          file->trim();
+        }
       }
       device.slab->statistics();
       file->storage().statistics();

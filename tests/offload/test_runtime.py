@@ -197,6 +197,34 @@ def test_extents_are_reused_and_do_not_overlap(tmp_path, io_uring):
     assert file.statistics()["in_use"] == 0 and file.statistics()["size"] == 256 * MB
 
 
+def test_room_that_nothing_needed_goes_back_to_the_disk(tmp_path, io_uring):
+    slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2, io_uring=io_uring)
+
+    def on_disk():
+        size = file.statistics()["size"]
+        assert os.fstat(file.fileno()).st_size == size
+        return os.fstat(file.fileno()).st_blocks * 512, size
+
+    first, second = (file.write(filled(slab, 5000, seed)[0]) for seed in range(2))
+    assert min(on_disk()) == 256 * MB
+    for extent in (first, second):
+        extent.writing.wait()
+    del second, extent
+    for _ in range(3):  # the step holds the first
+        file.trim()
+        assert min(on_disk()) == 256 * MB
+    del first
+    file.trim()  # which was there until now
+    assert min(on_disk()) == 256 * MB
+    file.trim()
+    assert on_disk() == (0, 0)
+    block, content = filled(slab, 9 * MB, 3)
+    extent, back = file.write(block), slab.allocate(9 * MB)
+    extent.writing.wait()
+    file.read(extent, back).wait()
+    assert bytes(memoryview(back)) == content and min(on_disk()) == 256 * MB
+
+
 def test_threads_share_a_file(tmp_path, io_uring):
     slab, file = PinnedSlab(limit=64 * MB, step=MB), SpillFile(str(tmp_path), threads=2, io_uring=io_uring)
     wrong = []
