@@ -40,7 +40,8 @@ class _Hook:
 class StepInBackward:
     """What `step_in_backward` returns.
 
-    `optimizer` is the optimizer, for schedulers, `param_groups` and `state_dict`; its `step` is not to be called.
+    `optimizer` is the optimizer, for schedulers, `param_groups` and `state_dict`; its `step` is not to be called, and
+    it takes no further groups.
     `grad_norm` is the norm that the last `backward` clipped by.
     """
 
@@ -58,6 +59,7 @@ class StepInBackward:
                 if param.requires_grad:
                     self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self, number, index)))
                 index += 1
+        optimizer.steps_in_backward = True
         if max_norm is not None:
             self._on_gradient = self._refuse
 
@@ -101,6 +103,7 @@ class StepInBackward:
 
     def remove(self) -> None:
         """Takes the hooks off the parameters: backward leaves gradients as without them."""
+        self.optimizer.steps_in_backward = False
         for handle in self._handles:
             handle.remove()
 

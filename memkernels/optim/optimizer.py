@@ -48,6 +48,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
     grad_norm: Tensor | None = None
     tiers: StateTiers | None = None  # where states are between steps, by `offload_states`
     gradient_tiers: GradientTiers | None = None  # where gradients are until the step, by `offload_gradients`
+    steps_in_backward = False  # by `step_in_backward`, which has hooks on its parameters
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # Of a parameter that is a part of a larger one, which of its elements is the first: a multiple of 256.
@@ -55,7 +56,11 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch's optimizers do."""
+        """Adds a group, as torch's optimizers do; RuntimeError after `step_in_backward`, which would not step it."""
+        if self.steps_in_backward:
+            raise RuntimeError(
+                "step_in_backward: it steps the parameters it was made with; make it anew with all groups."
+            )
         super().add_param_group(param_group)
         try:
             self._check_options(self.param_groups[-1])

@@ -126,6 +126,16 @@ def test_groups_schedulers_and_checkpoints():
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_a_group_that_would_not_be_stepped_is_refused():
+    model, _ = models()
+    stepper = optim.step_in_backward([model.shared.weight], optim.AdamW)
+    with pytest.raises(RuntimeError, match="step_in_backward: it steps the parameters it was made with"):
+        stepper.optimizer.add_param_group({"params": [model.rare.weight]})
+    assert len(stepper.optimizer.param_groups) == 1
+    stepper.remove()
+    stepper.optimizer.add_param_group({"params": [model.rare.weight]})
+
+
 def test_removed_hooks_leave_gradients():
     model, _ = models()
     before = model.shared.weight.detach().clone()
