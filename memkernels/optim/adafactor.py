@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from memkernels._library import has_kernel
-from memkernels.optim.checks import check_number
+from memkernels.optim.checks import check_in_range
 from memkernels.optim.clipping import as_number
 from memkernels.optim.directed import DirectedOptimizer, Stored, step_along, step_arguments, through_moment
 from memkernels.optim.operators import factored_square_sum, factored_squares, square_sum, step_group
@@ -82,16 +82,16 @@ class Adafactor(DirectedOptimizer):
         return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        check_number("lr", group["lr"], 0.0)
-        check_number("beta2_decay", group["beta2_decay"], -math.inf, 0.0)
+        check_in_range("lr", group["lr"], 0.0)
+        check_in_range("beta2_decay", group["beta2_decay"], -math.inf, 0.0)
         if not isinstance(group["eps"], (tuple, list)) or len(group["eps"]) != 2:
             raise ValueError(f"eps: expected two numbers, the first may be None, got {group['eps']!r}.")
         for value in group["eps"][group["eps"][0] is None :]:
-            check_number("eps", value, 0.0)
-        check_number("d", group["d"], 1.0)
-        check_number("weight_decay", group["weight_decay"], 0.0)
+            check_in_range("eps", value, 0.0)
+        check_in_range("d", group["d"], 1.0)
+        check_in_range("weight_decay", group["weight_decay"], 0.0)
         if group["beta1"] is not None:
-            check_number("beta1", group["beta1"], 0.0, 1.0, below=True)
+            check_in_range("beta1", group["beta1"], 0.0, 1.0, below=True)
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         return {}

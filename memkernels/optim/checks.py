@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 ROUNDINGS = ("stochastic", "remainder")
 
 
-def check_number(name: str, value: Any, low: float, high: float = math.inf, *, below: bool = False) -> None:
+def check_in_range(name: str, value: Any, low: float, high: float = math.inf, *, below: bool = False) -> None:
     """A number, or a tensor of one, in [low, high], or [low, high) with `below`."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}.")
@@ -32,8 +32,8 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, b
 def check_step(max_norm: Any, loss_scale: Any) -> None:
     """The arguments of a step, above 0; max_norm may be None."""
     if max_norm is not None:
-        check_number("max_norm", max_norm, 1e-38)
-    check_number("loss_scale", loss_scale, 1e-38)
+        check_in_range("max_norm", max_norm, 1e-38)
+    check_in_range("loss_scale", loss_scale, 1e-38)
 
 
 def check_moving(min_bytes: Any, prefetch: Any) -> None:
@@ -48,7 +48,7 @@ def check_betas(betas: Any) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas: expected two numbers, got {betas!r}.")
     for beta in betas:
-        check_number("betas", beta, 0.0, 1.0, below=True)
+        check_in_range("betas", beta, 0.0, 1.0, below=True)
 
 
 def check_shared(options: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memkernels.optim.checks import check_number
+from memkernels.optim.checks import check_in_range
 from memkernels.optim.clipping import clip_factor, total_norm
 from memkernels.optim.operators import square_sum
 from memkernels.optim.optimizer import LowMemoryOptimizer
@@ -171,7 +171,7 @@ def step_in_backward(
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, LowMemoryOptimizer)):
         raise TypeError(f"optimizer_class: expected an optimizer of memkernels.optim, got {optimizer_class!r}.")
     if max_norm is not None:
-        check_number("max_norm", max_norm, 1e-38)
+        check_in_range("max_norm", max_norm, 1e-38)
     params = model
     if isinstance(model, torch.nn.Module):
         params = [named for named in model.named_parameters() if named[1].requires_grad]

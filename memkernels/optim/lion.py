@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from memkernels.optim.checks import check_betas, check_number
+from memkernels.optim.checks import check_betas, check_in_range
 from memkernels.optim.optimizer import LowMemoryOptimizer, Moment
 
 
@@ -50,9 +50,9 @@ class Lion(LowMemoryOptimizer):
         return (Moment("exp_avg", signed=True),)
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        check_number("lr", group["lr"], 0.0)
+        check_in_range("lr", group["lr"], 0.0)
         check_betas(group["betas"])
-        check_number("weight_decay", group["weight_decay"], 0.0)
+        check_in_range("weight_decay", group["weight_decay"], 0.0)
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from memkernels._library import has_kernel
 from memkernels.ops.checks import check_flag
-from memkernels.optim.checks import check_number
+from memkernels.optim.checks import check_in_range
 from memkernels.optim.clipping import as_number
 from memkernels.optim.directed import DirectedOptimizer, Stored, moment_arguments, step_along, through_moment
 from memkernels.optim.local import is_distributed
@@ -97,13 +97,13 @@ class Muon(DirectedOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay", "momentum", "eps"):
-            check_number(name, group[name], 0.0)
+            check_in_range(name, group[name], 0.0)
         check_flag("nesterov", group["nesterov"])
         coefficients, steps = group["ns_coefficients"], group["ns_steps"]
         if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
             raise ValueError(f"ns_coefficients: expected three numbers, got {coefficients!r}.")
         for coefficient in coefficients:
-            check_number("ns_coefficients", coefficient, -math.inf)
+            check_in_range("ns_coefficients", coefficient, -math.inf)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 100:
             raise ValueError(f"ns_steps: expected an integer from 0 to 99, got {steps!r}.")
         if group["adjust_lr_fn"] not in ADJUSTMENTS:

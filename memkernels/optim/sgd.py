@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from memkernels.ops.checks import check_flag
-from memkernels.optim.checks import check_number
+from memkernels.optim.checks import check_in_range
 from memkernels.optim.optimizer import LowMemoryOptimizer, Moment
 
 
@@ -58,10 +58,10 @@ class SGD(LowMemoryOptimizer):
         return (Moment("momentum_buffer", signed=True),) if group["momentum"] else ()
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        check_number("lr", group["lr"], 0.0)
-        check_number("momentum", group["momentum"], 0.0)
-        check_number("dampening", group["dampening"], 0.0, 1.0)
-        check_number("weight_decay", group["weight_decay"], 0.0)
+        check_in_range("lr", group["lr"], 0.0)
+        check_in_range("momentum", group["momentum"], 0.0)
+        check_in_range("dampening", group["dampening"], 0.0, 1.0)
+        check_in_range("weight_decay", group["weight_decay"], 0.0)
         check_flag("nesterov", group["nesterov"])
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError("nesterov: expected momentum above 0, and dampening of 0.")

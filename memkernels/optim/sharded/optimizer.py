@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from memkernels.offload.store import Tier, TieredStore
 from memkernels.optim.agreement import device_of, on_all, start, wait_for
 from memkernels.optim.buckets import BUCKET_BYTES
-from memkernels.optim.checks import check_moving, check_number, check_step
+from memkernels.optim.checks import check_in_range, check_moving, check_step
 from memkernels.optim.clipping import clip_factor
 from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, others, send_from_first
@@ -299,7 +299,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         A norm that is not finite changes nothing. `step(max_norm=...)` does the same without a pass over them.
         """
-        check_number("max_norm", max_norm, 1e-38)
+        check_in_range("max_norm", max_norm, 1e-38)
         norm = self._norm_of_sums() / self._ranks
         factor = clip_factor(norm, max_norm).item()
         if norm.isfinite() and factor < 1.0:
