@@ -22,11 +22,12 @@ from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, other
 from memkernels.optim.sharded.fsdp_exchanges import Exchanges
 from memkernels.optim.sharded.gather import layers_of
 from memkernels.optim.sharded.layout import ALIGNMENT
-from memkernels.optim.sharded.optimizer import ShardedOptimizer, _drop_with
+from memkernels.optim.sharded.optimizer import ShardedOptimizer
 from memkernels.optim.sharded.param_groups import with_parameters
 from memkernels.optim.sharded.presence import Presence
 from memkernels.optim.sharded.reduction import GradientHook
 from memkernels.optim.sharded.states import Part
+from memkernels.optim.sharded.zero_grad import drop_with
 
 
 class FullyShardedOptimizer(ShardedOptimizer):
@@ -84,7 +85,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
         self.stage, self.grad_norm, self.skipped = stage, torch.zeros(()), False
         self._ranks = 1  # FSDP2 has taken the mean over the ranks
         self._syncing = True
-        _drop_with(model, self)
+        drop_with(model, self)
         self._complete = True
 
     @contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -31,6 +29,7 @@ from memkernels.optim.sharded.reduction import GradientHook, Reducer
 from memkernels.optim.sharded.states import Part
 from memkernels.optim.sharded.sums_on_tier import SumsOnTier
 from memkernels.optim.sharded.whole import Owners
+from memkernels.optim.sharded.zero_grad import drop_with
 from memkernels.optim.tiers import offload_states
 
 
@@ -171,7 +170,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.local = self._own.make_optimizer(optimizer_class, self.param_groups, defaults)
         self._offload(offload)
         self._totals_of_step: tuple[Tensor, set[int]] | None = None
-        _drop_with(model, self)
+        drop_with(model, self)
         self._complete = True
 
     def offload_gradients(
@@ -467,22 +466,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             square, flags = totals.cpu().tensor_split([1])  # the only place in a step where the host waits for a GPU
             self._totals_of_step = square[0], set(flags.nonzero().view(-1).tolist())
         return self._totals_of_step
-
-
-def _drop_with(model: torch.nn.Module, optimizer: ShardedOptimizer) -> None:
-    """Has the model's zero_grad() drop what is no parameter's `grad`, as long as there is the optimizer."""
-    of_grads, of_model, reference = model.zero_grad, weakref.ref(model), weakref.ref(optimizer)
-
-    def zero_grad(self: torch.nn.Module, set_to_none: bool = True) -> None:
-        if self is not of_model():  # a copy, which has no optimizer
-            type(self).zero_grad(self, set_to_none)
-            return
-        of_grads(set_to_none)
-        if (alive := reference()) is not None:
-            alive.zero_grad()
-
-    # As a bound method, which a deep copy of the model has for itself.
-    model.zero_grad = types.MethodType(zero_grad, model)  # type: ignore[method-assign]
 
 
 def _into_bucket(bucket: Bucket, device: torch.device, group: dist.ProcessGroup) -> Tensor:
