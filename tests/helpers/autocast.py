@@ -3,8 +3,8 @@
 import torch
 
 
-def check_autocast(op, layers, reference, inputs):
-    """float32 inputs under autocast to bfloat16: the result and every gradient have the dtypes that `layers` give, and
+def check_autocast(op, layers, reference, inputs, to=torch.bfloat16):
+    """float32 inputs under autocast to `to`: the result and every gradient have the dtypes that `layers` give, and
     at most twice their mean error against `reference` in float64.
 
     Backward runs inside the region too, as many training loops have it.
@@ -13,7 +13,7 @@ def check_autocast(op, layers, reference, inputs):
 
     def run(function, dtype):
         copies = {name: of.detach().to(dtype).requires_grad_(of.requires_grad) for name, of in inputs.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        with torch.autocast("cpu", to, enabled=dtype == torch.float32):
             y = function(**copies)
             return [y, *torch.autograd.grad(y, [copies[name] for name in wanted], torch.ones_like(y))]
 
