@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from memkernels import __version__, _library, ops
+from memkernels.memory_size import format_bytes
 from memkernels.offload.runtime import load_runtime
 from memkernels.ops.rms_norm import reference
 from memkernels.testing.cuda_resources import find_nvcc
@@ -84,7 +85,7 @@ def _devices() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
-        lines[f"cuda:{index}"] = f"{properties.name}, {capability}, {properties.total_memory / 1e9:.0f} GB"
+        lines[f"cuda:{index}"] = f"{properties.name}, {capability}, {format_bytes(properties.total_memory)}"
     if not torch.cuda.is_available():
         lines["gpu"] = "none that torch can use; 'with a gpu' below says what operators would run on"
     return lines | {"disk": _disk_tier()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 
+from memkernels.memory_size import format_bytes
 from memkernels.planner.estimate import PARTS, Estimate, Technique
-from memkernels.planner.memory_size import format_bytes
 from memkernels.planner.search import Plan
 
 _ROWS = 12

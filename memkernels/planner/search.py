@@ -14,9 +14,9 @@ import torch
 
 from memkernels.adapters.base import check_base
 from memkernels.integrations.patching import RECOMPUTE
+from memkernels.memory_size import parse_bytes
 from memkernels.ops.checks import check_flag, check_integer
 from memkernels.optim.codes import STATE_BITS
-from memkernels.planner.memory_size import parse_bytes
 from memkernels.planner.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from memkernels.memory_size import format_bytes
 from memkernels.profiling.recording import Output, Recording
 
 
@@ -91,5 +92,5 @@ class _Step:
             self._recording.end()
             found = self._recording.timelines()
             self._output.save(found)
-            print(f"profile: peak of step {self._number} on {found[0].device}: {found[0].peak / 1e6:.1f} MB")
+            print(f"profile: peak of step {self._number} on {found[0].device}: {format_bytes(found[0].peak)}")
             print(f"profile: {self._output.png} and {self._output.page}", flush=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from memkernels.memory_size import unit_of
 from memkernels.profiling.categories import CATEGORIES, OFFLOADED
 from memkernels.profiling.timeline import Timeline
-from memkernels.profiling.units import scale
 
 _STRETCHES = 1500
 _INK, _FAINT = "#2b2f36", "#8a9099"
@@ -27,7 +27,7 @@ def draw(found: list[Timeline], path: Path) -> None:
 def _draw_panel(axes: Any, timeline: Timeline) -> None:
     peak, drawn = timeline.peak_index, timeline.reduced(_STRETCHES)
     top = max(timeline.peak, *timeline.offloaded)
-    bytes_scale, bytes_unit = scale(top, ("B", "kB", "MB", "GB", "TB"))
+    bytes_scale, bytes_unit = unit_of(top)
     time_scale, time_unit = (1e3, "ms") if drawn.times[-1] < 2 else (1.0, "s")
     times = [time * time_scale for time in drawn.times]
     used = [name for name, values in drawn.series.items() if any(values)]

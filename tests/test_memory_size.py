@@ -2,7 +2,7 @@
 
 import pytest
 
-from memkernels.planner.memory_size import format_bytes, parse_bytes
+from memkernels.memory_size import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ def test_sizes_are_read(written, size):
         (999_400, "999 kB"),
         (999_600, "1 MB"),
         (2_500_000_000, "2.5 GB"),
+        (999_600 * 10**9, "1000 TB"),
         (12_345 * 10**12, "12345 TB"),
     ],
 )

@@ -25,12 +25,17 @@ def parse_bytes(name: str, value: int | str) -> int:
     return number
 
 
+def unit_of(value: float) -> tuple[int, str]:
+    """The decimal unit of a number of bytes: what to divide by, and its name."""
+    for unit in ("B", "kB", "MB", "GB"):
+        factor = _UNITS[unit.upper()]
+        if value < 999.5 * factor:  # from there on three digits make it 1000
+            return factor, unit
+    return _UNITS["TB"], "TB"
+
+
 def format_bytes(value: int) -> str:
     """Three significant digits, in decimal units; from 1000 TB on whole terabytes."""
-    if value < 1000:
-        return f"{value} B"
-    for unit in ("kB", "MB", "GB", "TB"):
-        written = f"{value / _UNITS[unit.upper()]:.3g}"
-        if "e" not in written:  # as 999,600 bytes in kB, which are 1 MB
-            return f"{written} {unit}"
-    return f"{value / _UNITS['TB']:.0f} TB"
+    factor, unit = unit_of(value)
+    scaled = value / factor
+    return f"{scaled:.0f} {unit}" if scaled >= 999.5 else f"{scaled:.3g} {unit}"
