@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -20,7 +21,8 @@ from memkernels.optim.codes import STATE_BITS
 from memkernels.planner.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
-    from memkernels.planner.estimate import Estimate
+    from memkernels.planner.estimate import Estimate, Technique
+    from memkernels.planner.timeline import Timeline
 
 PLAIN = "transformers"
 OFFLOAD = ("none", "host", "disk")
@@ -154,69 +156,83 @@ def plan(
     _check_choice("optimizer", optimizer, OPTIMIZERS)
     if reduce_dtype is not None:
         _check_choice("reduce_dtype", reduce_dtype, DTYPES)
-    widths = _choices("state_bits", state_bits, STATE_BITS, STATE_BITS)
-    stages = _choices("stage", stage, STAGES, STAGES if ranks > 1 else STAGES[:1])
-    if micro_batch is not None:
-        rows_of_part = f"a number of rows from 1 to batch={batch}"
-        check_integer("micro_batch", micro_batch, rows_of_part)
-        if micro_batch > batch:
-            raise ValueError(f"micro_batch: expected {rows_of_part}, got {micro_batch}.")
-    halves = [math.ceil(batch / 2**i) for i in range(batch.bit_length() + 1)]
-    rows = dict.fromkeys(halves) if micro_batch is None else [micro_batch]
-    recomputes = _choices("recompute", recompute, (*RECOMPUTE, PLAIN), (*RECOMPUTE, PLAIN))
-    if step_in_backward is not None:
-        check_flag("step_in_backward", step_in_backward)
-    in_backward = (False, True) if step_in_backward is None else (step_in_backward,)
-    kind_of_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind_of_device not in ("cpu", "cuda") or (kind_of_device == "cuda" and torch.version.cuda is None):
-        raise ValueError(f"device: expected cpu, or cuda with a torch that has it, got {device!r}.")
-    where = torch.device(kind_of_device)
-    tiers = OFFLOAD if kind_of_device == "cuda" else ("none", "disk")  # what is in the host's memory is there already
-    offloads = _choices("offload", offload, tiers, tiers)
-    offloads_of_states = _choices("offload_states", offload_states, tiers, tiers)
-    offloads_of_gradients = _choices("offload_gradients", offload_gradients, tiers, tiers)
+    where = _device(device)
+    tiers = OFFLOAD if where.type == "cuda" else ("none", "disk")  # what is in the host's memory is there already
+    tried = {
+        "micro_batch": _rows_of_a_part(micro_batch, batch),
+        "recompute": _choices("recompute", recompute, (*RECOMPUTE, PLAIN)),
+        "offload": _choices("offload", offload, tiers),
+        "stage": _choices("stage", stage, STAGES) if stage is not None or ranks > 1 else STAGES[:1],
+        "state_bits": _choices("state_bits", state_bits, STATE_BITS),
+        "step_in_backward": _flags("step_in_backward", step_in_backward),
+        "offload_states": _choices("offload_states", offload_states, tiers),
+        "offload_gradients": _choices("offload_gradients", offload_gradients, tiers),
+    }
 
     from memkernels.planner.config import load_config
     from memkernels.planner.estimate import Technique, estimate
     from memkernels.planner.step import Job, trace_model, trace_step
 
+    techniques = [Technique(**dict(zip(tried, of, strict=True))) for of in itertools.product(*tried.values())]
+    techniques = [of for of in techniques if _goes_together(of, batch, plain_is_offloaded=offload is not None)]
+    if not techniques and offload_gradients in (None, "none"):
+        raise ValueError(
+            "step_in_backward: it steps once a backward, on one rank's gradients: expected stage 0 and"
+            f" micro_batch=batch, got stage={stage} and micro_batch={micro_batch} of batch={batch}."
+        )
+    if not techniques:
+        raise ValueError("offload_gradients: expected stage 0 or 2, and steps after backward.")
     job = Job(load_config(model), seq, DTYPES[dtype], lora, base, where, optimizer, rounding)
-    sizes = trace_model(job, tuple(widths))
+    sizes = trace_model(job, tuple(tried["state_bits"]))
+
+    @functools.cache
+    def step(rows: int, again: str, offloads: bool) -> Timeline:
+        return trace_step(job, rows, None if again == PLAIN else again, offloads)
+
     found = []
-    for size in rows:
-        plain = trace_step(job, size, "none", False)
-        steps = {("none", False): plain}
-        for again, tier in itertools.product(recomputes, offloads):
-            if again == PLAIN and tier != "none" and offload is None:
-                continue
-            traced = again, tier != "none"
-            if traced not in steps:
-                steps[traced] = trace_step(job, size, None if again == PLAIN else again, tier != "none")
-            for level, bits, within, of_states, of_gradients in itertools.product(
-                stages, widths, in_backward, offloads_of_states, offloads_of_gradients
-            ):
-                if within and (level > 0 or size < batch):
-                    continue
-                if of_gradients != "none" and (within or level not in (0, 2)):
-                    continue
-                states = sizes.states[bits].at_stage(level, ranks)
-                if (of_states not in ("none", offload_states) and not states.moved) or (
-                    of_gradients not in ("none", offload_gradients) and not sizes.gradients.moved
-                ):  # nothing is large enough to move
-                    continue
-                found.append(
-                    estimate(
-                        Technique(again, tier, level, bits, size, within, of_states, of_gradients), sizes,
-                        steps[traced], plain, batch=batch, ranks=ranks, on_host=where.type == "cpu",
-                        sent_itemsize=None if reduce_dtype is None else DTYPES[reduce_dtype].itemsize,
-                    )
-                )  # fmt: skip
-    if not found:
-        raise ValueError("step_in_backward: it steps once a backward, on one rank's gradients: expected stage 0,"
-                         " micro_batch=batch and no offload_gradients, which takes stage 0 or 2.")  # fmt: skip
+    for of in techniques:
+        states = sizes.states[of.state_bits].at_stage(of.stage, ranks)
+        if (of.offload_states not in ("none", offload_states) and not states.moved) or (
+            of.offload_gradients not in ("none", offload_gradients) and not sizes.gradients.moved
+        ):  # nothing is large enough to move
+            continue
+        found.append(
+            estimate(
+                of, sizes, step(of.micro_batch, of.recompute, of.offload != "none"),
+                step(of.micro_batch, "none", False), batch=batch, ranks=ranks, on_host=where.type == "cpu",
+                sent_itemsize=None if reduce_dtype is None else DTYPES[reduce_dtype].itemsize,
+            )
+        )  # fmt: skip
     fitting = sorted((of for of in found if of.peak <= limit), key=_cost)
     others = sorted((of for of in found if of.peak > limit), key=lambda of: of.peak)
     return Plan(_title(job, sizes.count, batch, ranks), limit, (*fitting, *others))
+
+
+def _device(name: str | None) -> torch.device:
+    kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.version.cuda is None):
+        raise ValueError(f"device: expected cpu, or cuda with a torch that has it, got {name!r}.")
+    return torch.device(kind)
+
+
+def _rows_of_a_part(given: int | None, batch: int) -> Sequence[int]:
+    """What is tried of micro_batch: the batch, its half, and so on."""
+    if given is None:
+        return list(dict.fromkeys(math.ceil(batch / 2**i) for i in range(batch.bit_length() + 1)))
+    expected = f"a number of rows from 1 to batch={batch}"
+    check_integer("micro_batch", given, expected)
+    if given > batch:
+        raise ValueError(f"micro_batch: expected {expected}, got {given}.")
+    return [given]
+
+
+def _goes_together(of: Technique, batch: int, *, plain_is_offloaded: bool) -> bool:
+    """Whether a combination is one that can be had, and of those without `patch` one that is wanted."""
+    if of.recompute == PLAIN and of.offload != "none" and not plain_is_offloaded:
+        return False
+    if of.step_in_backward and (of.stage > 0 or of.micro_batch < batch):
+        return False
+    return of.offload_gradients == "none" or (of.stage in (0, 2) and not of.step_in_backward)
 
 
 def _cost(of: Estimate) -> tuple:
@@ -226,11 +242,18 @@ def _cost(of: Estimate) -> tuple:
     return *extra, -technique.micro_batch, -technique.state_bits, technique.step_in_backward, of.peak
 
 
-def _choices(name: str, given: Any, known: Sequence, tried: Sequence) -> Sequence:
+def _choices(name: str, given: Any, known: Sequence) -> Sequence:
     """What is tried of an option."""
     if given is None:
-        return tried
+        return known
     _check_choice(name, given, known)
+    return (given,)
+
+
+def _flags(name: str, given: bool | None) -> Sequence[bool]:
+    if given is None:
+        return (False, True)
+    check_flag(name, given)
     return (given,)
 
 
