@@ -42,13 +42,14 @@ class Timeline:
         return (nanoseconds - self.first) / 1e9
 
     def reduced(self, count: int) -> Timeline:
-        """At most 2 `count` times: of each of `count` stretches the one with the most bytes, and the last."""
+        """At most 2 `count` + 1 times: the first, and of each of `count` stretches the one with the most bytes, and the
+        last."""
         stretch = max(self.times[-1], 1e-9) / count
-        kept: list[int] = []
+        kept = [0]
         begin = 0
         for i in range(1, len(self.times) + 1):
             if i == len(self.times) or int(self.times[i] / stretch) != int(self.times[begin] / stretch):
-                kept += sorted({max(range(begin, i), key=self.total), i - 1})
+                kept += sorted({max(range(begin, i), key=self.total), i - 1} - {0})
                 begin = i
         series = {category: [values[i] for i in kept] for category, values in self.series.items()}
         times, offloaded = [self.times[i] for i in kept], [self.offloaded[i] for i in kept]
