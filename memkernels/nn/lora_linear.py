@@ -81,8 +81,9 @@ class LoRALinear(torch.nn.Module):
         self.r, self.alpha, self.dropout_p, self.use_rslora = r, alpha, dropout, use_rslora
         self.adapter_name = adapter_name
         self.merged = False
-        self._merged_scale: Tensor | None = None
+        self._merged_scale: Tensor | None
         self._quantized: Tensor | None
+        self.register_buffer("_merged_scale", None, persistent=False)  # DoRA's, which unmerge takes out again
         self.register_buffer("_quantized", None, persistent=False)  # the base's weight, while a merged one is there
         dtype = dtype or torch.promote_types(self.weight.dtype, torch.float32)
         options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}

@@ -101,6 +101,19 @@ def test_merge_and_unmerge(options, kind, dtype, monkeypatch):
         layer.unmerge()
 
 
+def test_every_tensor_of_a_merged_layer_moves():
+    layer = make({"use_dora": True})
+    layer.merge()
+    copied = copy.deepcopy(layer).to("meta")
+    held = [
+        of for module in copied.modules() for of in (*vars(module).values(), *module.buffers(), *module.parameters())
+    ]
+    assert all(of.is_meta for of in held if isinstance(of, torch.Tensor))
+    layer = layer.double()
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, make({"use_dora": True}).double().weight, rtol=1e-5, atol=1e-5)
+
+
 def test_merges_no_adapter_that_is_not_finite():
     layer = make({"use_dora": True})
     before = layer.weight.clone()
