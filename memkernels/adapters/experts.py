@@ -48,6 +48,11 @@ class ExpertsPlace:
     def value(self, model: nn.Module) -> Tensor:
         return getattr(self.module(model), self.weight)
 
+    def set_value(self, model: nn.Module, weight: Tensor) -> None:
+        """Puts a frozen weight in the place of its own, if it is another."""
+        if weight is not self.value(model):
+            setattr(self.module(model), self.weight, nn.Parameter(weight, requires_grad=False))
+
     def why_not(self, model: nn.Module) -> str | None:
         """Why it can carry no adapter; None where it can."""
         owner = self.module(model)

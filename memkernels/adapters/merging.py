@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 
 from torch import Tensor, nn
 
 from memkernels.adapters.experts import adapted_experts
 from memkernels.adapters.layers import adapted_layers
-from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
@@ -17,29 +15,29 @@ def merge_adapter(model: nn.Module) -> None:
     """Merges every adapter of a model into its layer's weight: W = g (W + scaling B A), rounded to W's dtype once.
 
     In place, by `nn.LoRALinear.merge` and `nn.ExpertsLoRA.merge`; above the model are needed a tile of rows and, with
-    DoRA, a few rows a layer. A linear layer's quantised weight becomes a dense one, layer by layer, so that the model
-    grows to its dense size, and is kept beside.
+    DoRA, a few rows a layer. A quantised weight becomes a dense one, layer by layer, so that the model grows to its
+    dense size, and is kept beside.
 
     Raises:
-        TypeError: model is not a torch.nn.Module; quantised experts have an adapter.
+        TypeError: model is not a torch.nn.Module.
         ValueError: it has no adapter, one that is merged already, or one that is not finite; a dense weight that is
             also another layer's, as that of a head which is tied to the embedding is. The layers are named. The model
             is unchanged.
     """
-    layers, experts = adapted_layers(model), _experts(model)
+    layers, experts = adapted_layers(model), adapted_experts(model)
     checks: dict[str, Callable] = {name: layer.merged_scale for name, layer in layers.items()}
-    checks |= {name: partial(adapter.check_merge, weight) for name, (adapter, weight) in experts.items()}
+    checks |= {place.name: adapter.check_merge for place, adapter in experts.items()}
     for name, check in checks.items():
         try:
             check()
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
-    adapted = [layer.base_layer.weight for layer in layers.values()] + [weight for _, weight in experts.values()]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    adapted = [layer.base_layer.weight for layer in layers.values()] + [place.value(model) for place in experts]
     _check_own_weights(model, adapted)
     for layer in layers.values():
         layer.merge()
-    for adapter, weight in experts.values():
-        adapter.merge(weight)
+    for place, adapter in experts.items():
+        place.set_value(model, adapter.merge(place.value(model)))
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -51,19 +49,14 @@ def unmerge_adapter(model: nn.Module) -> None:
         TypeError: model is not a torch.nn.Module.
         ValueError: it has no adapter, or one that is not merged; the layer is named. The model is unchanged.
     """
-    layers, experts = adapted_layers(model), _experts(model)
-    for name, of in [*layers.items(), *((name, adapter) for name, (adapter, _) in experts.items())]:
+    layers, experts = adapted_layers(model), adapted_experts(model)
+    for name, of in [*layers.items(), *((place.name, adapter) for place, adapter in experts.items())]:
         if not of.merged:
             raise ValueError(f"{name}: its adapter is not merged.")
     for layer in layers.values():
         layer.unmerge()
-    for adapter, weight in experts.values():
-        adapter.unmerge(weight)
-
-
-def _experts(model: nn.Module) -> dict[str, tuple[ExpertsLoRA, Tensor]]:
-    """By its name, the adapter of each adapted weight of experts, and the weight."""
-    return {place.name: (adapter, place.value(model)) for place, adapter in adapted_experts(model).items()}
+    for place, adapter in experts.items():
+        place.set_value(model, adapter.unmerge(place.value(model)))
 
 
 def _check_own_weights(model: nn.Module, weights: Iterable[Tensor]) -> None:

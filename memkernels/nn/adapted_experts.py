@@ -55,6 +55,8 @@ class ExpertsLoRA(torch.nn.Module):
         experts, out, size = weight.shape
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
         self.merged = False
+        self._quantized: Tensor | None
+        self.register_buffer("_quantized", None, persistent=False)  # the weights, while merged ones are in their place
         self.expert_mesh = expert_mesh
         options: dict[str, Any] = {
             "device": weight.device, "dtype": dtype or torch.promote_types(weight.dtype, torch.float32)
@@ -75,49 +77,60 @@ class ExpertsLoRA(torch.nn.Module):
         return ops.ExpertsLoRAWeight(weight, lora_a, lora_b, self.scaling)
 
     @torch.no_grad()
-    def merge(self, weight: Tensor) -> None:
-        """Writes the weights with it into them, rounded to their dtype, a tile of one expert's rows at a time.
+    def merge(self, weight: Tensor) -> Tensor:
+        """The weights with it, rounded to their dtype, a tile of one expert's rows at a time.
+
+        Dense ones are written in place. In the place of quantised ones come dense ones, since an adapter is finer than
+        their steps, and they are kept for `unmerge`.
 
         Raises:
-            TypeError, ValueError: as `check_merge`.
+            ValueError: as `check_merge`.
         """
-        self.check_merge(weight)
-        self._add(weight, self.scaling)
+        self.check_merge()
+        merged = weight
+        if isinstance(weight, QuantizedTensor):
+            merged, self._quantized = (
+                torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
+                weight.detach(),
+            )
+        self._add(weight, self.scaling, merged)
         self.merged = True
+        return merged
 
     @torch.no_grad()
-    def unmerge(self, weight: Tensor) -> None:
-        """Takes it out of the weights again, to their rounding.
+    def unmerge(self, weight: Tensor) -> Tensor:
+        """The weights without it: merged ones written in place, to their rounding, or the quantised ones themselves.
 
         Raises:
             ValueError: it is not merged.
         """
         if not self.merged:
             raise ValueError("ExpertsLoRA: it is not merged.")
-        self._add(weight, -self.scaling)
-        self.merged = False
+        quantized, self._quantized, self.merged = self._quantized, None, False
+        if quantized is not None:
+            return quantized
+        self._add(weight, -self.scaling, weight)
+        return weight
 
-    def check_merge(self, weight: Tensor) -> None:
-        """That it may be merged into these weights.
+    def check_merge(self) -> None:
+        """That it may be merged.
 
         Raises:
-            TypeError: they are quantised, so that they would become dense ones.
             ValueError: it is merged already, not finite, or of experts on several ranks.
         """
         if self.expert_mesh is not None:
             raise ValueError("expert_mesh: adapters of experts on several ranks are not merged.")
         if self.merged:
             raise ValueError("ExpertsLoRA: it is merged already.")
-        if isinstance(weight, QuantizedTensor):
-            raise TypeError(f"ExpertsLoRA: expected dense weights to merge into, got {type(weight).__name__}.")
         for name, parameter in self.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise ValueError(f"{name}: expected finite numbers to merge, got others.")
 
-    def _add(self, weight: Tensor, scaling: float) -> None:
-        for of_expert, a, b in zip(weight, self.lora_A, self.lora_B, strict=True):
-            for tile, rows in row_tiles(of_expert):
-                of_expert[tile].copy_(rows.addmm_(b[tile].to(rows.dtype), a.to(rows.dtype), alpha=scaling))
+    def _add(self, weight: Tensor, scaling: float, out: Tensor) -> None:
+        """Writes weight + scaling B A into out, which may be weight."""
+        for expert, (a, b) in enumerate(zip(self.lora_A, self.lora_B, strict=True)):
+            for tile, rows in _row_tiles(weight, expert):
+                out[expert, tile].copy_(rows.addmm_(b[tile].to(rows.dtype), a.to(rows.dtype), alpha=scaling))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         take_shards(self, ("lora_A", "lora_B"), self.expert_mesh, state_dict, prefix)
@@ -186,3 +199,12 @@ class AdaptedExperts(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, gated={self.gated}"
+
+
+def _row_tiles(weight: Tensor, expert: int):
+    """`row_tiles` of one expert's weight (out, in)."""
+    if not isinstance(weight, QuantizedTensor):
+        return row_tiles(weight[expert])
+    matrix, parts = weight.encoding.as_matrix(weight.parts)
+    rows = range(expert * weight.shape[1], (expert + 1) * weight.shape[1])
+    return matrix.row_tiles(parts, torch.promote_types(weight.dtype, torch.float32), rows)

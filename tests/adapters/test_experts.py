@@ -15,6 +15,7 @@ from training_step import assert_same_step, exact_step, train_step
 import memkernels
 from memkernels import nn
 from memkernels.adapters.experts import adapted_experts, to_peft
+from memkernels.testing import assert_within_factor_two
 
 SIZES = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 101,
@@ -220,14 +221,38 @@ def test_merge_and_unmerge(tmp_path):
         memkernels.unmerge_adapter(model)
 
 
-def test_quantised_experts_are_not_merged():
-    model = Block()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", [memkernels.quant.quantize_nf4, memkernels.quant.quantize_int8])
+def test_merged_quantised_experts_are_dense_and_unmerged_exact(quantize, dtype):
+    """Of sizes at which an expert does not begin with a block of NF4."""
+    model, x = make_quantized(quantize, dtype), torch.randn(7, 24).to(dtype)
+    expected, weights = model(x), {name: getattr(model.moe, name) for name in ("gate_up_proj", "down_proj")}
+    memkernels.merge_adapter(model)
+    for name, of in weights.items():
+        merged, adapter = getattr(model.moe, name), model.moe.adapters[name]
+        exact = of.dequantize(torch.float64) + adapter.scaling * adapter.lora_B.double() @ adapter.lora_A.double()
+        assert type(merged) is torch.nn.Parameter and merged.dtype == dtype and not merged.requires_grad
+        assert_within_factor_two(name, merged, exact, exact.to(dtype))
+    if dtype == torch.float32:
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="merged already"):
+        memkernels.merge_adapter(model)
+    model = copy.deepcopy(model).to("cpu")
+    memkernels.unmerge_adapter(model)
+    for name, of in weights.items():
+        weight = getattr(model.moe, name)
+        assert all(torch.equal(*parts) for parts in zip(weight.parts, of.parts, strict=True))
+        assert not weight.requires_grad
+    assert torch.equal(model(x), expected)
+
+
+def make_quantized(quantize, dtype):
+    model = Block().to(dtype)
     for name in ("gate_up_proj", "down_proj"):
-        weight = memkernels.quant.quantize_nf4(getattr(model.moe, name).detach())
+        weight = quantize(getattr(model.moe, name).detach())
         setattr(model.moe, name, torch.nn.Parameter(weight, requires_grad=False))
     model.moe.adapt(2)
-    with pytest.raises(TypeError, match=r"moe\.gate_up_proj: ExpertsLoRA: expected dense weights .* got NF4Tensor"):
-        memkernels.merge_adapter(model)
+    return randomise(model, 0.3)
 
 
 KEY = "base_model.model.model.layers.1.mlp.experts"
