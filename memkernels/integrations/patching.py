@@ -1,6 +1,6 @@
 """`patch` and `unpatch`: first a plan of every replacement, then all of them at once.
 
-A replacement is an instance attribute `forward` on a module: a functools.partial of a function and that module.
+A replacement is an instance attribute `forward` on a module: a partial of a function and that module.
 Classes, parameters and submodules stay as they are, and so do other instances and state_dict keys.
 """
 
@@ -9,14 +9,13 @@ from __future__ import annotations
 import types
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
 
 from torch import nn
 
 from memkernels.integrations.family import FAMILIES, CustomFamily, Family, class_of, family_of
 from memkernels.integrations.norm import plan_norm
 from memkernels.integrations.plain import has_foreign_forward, replaced_slot, slot
-from memkernels.integrations.replacement import Replacement
+from memkernels.integrations.replacement import Forward, Replacement
 from memkernels.ops.checks import check_flag, check_module
 
 RECOMPUTE = ("none", "sublayer", "layer")
@@ -132,7 +131,7 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     if any(replaced_slot(module) for module in model.modules()):
         raise ValueError("model: it is patched already; call memkernels.unpatch(model) first.")
     report = PatchReport(type(model).__name__, recompute)
-    forwards: list[tuple[nn.Module, partial]] = []
+    forwards: list[tuple[nn.Module, Forward]] = []
     for name, module in model.named_modules():
         family = family_of(module)
         plan = None if family is None else _plan(module, family, recompute, loss)

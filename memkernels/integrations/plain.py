@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from memkernels.integrations.replacement import Forward
 from memkernels.ops.checks import PLAIN_TENSORS
 from memkernels.ops.quantized.tensor import QuantizedTensor
 
@@ -57,11 +57,13 @@ def slot(module: nn.Module) -> str:
 def replaced_slot(module: nn.Module) -> str | None:
     """Where a replacement stands, if `patch` put one on this instance.
 
-    accelerate keeps it under other names: behind a hook, or where it casts what a forward in mixed precision returns.
+    accelerate keeps it under other names: behind a hook, or where it casts what a forward in mixed precision returns;
+    and its unwrap_model, which takes the cast away, makes a method of it.
     """
     for place in ("forward", "_old_forward", "_original_forward"):
         current = module.__dict__.get(place)
-        if isinstance(current, partial) and current.func.__module__.startswith("memkernels.integrations."):
+        current = getattr(current, "__func__", current)
+        if isinstance(current, Forward) and current.func.__module__.startswith("memkernels.integrations."):
             return place
     return None
 

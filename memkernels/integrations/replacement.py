@@ -6,8 +6,19 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
+
+
+class Forward(partial):
+    """A function as the forward of the module that is its first argument."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # accelerate's unwrap_model binds it to its module once more, and copy.deepcopy then to the copy of the module.
+        if args and type(args[0]) is type(self.args[0]):
+            return self.func(*args, **self.keywords, **kwargs)
+        return self.func(*self.args, *args, **self.keywords, **kwargs)  # torch.compile traces no super() of a partial
 
 
 @dataclass(frozen=True)
@@ -15,17 +26,17 @@ class Replacement:
     """`what` the module becomes by its new `forward` (None: it stays), and what is `left` and why (None: nothing)."""
 
     what: str
-    forward: partial | None = None
+    forward: Forward | None = None
     left: str | None = None
 
 
-def bind(function: Callable, module: nn.Module, **constants: object) -> partial:
+def bind(function: Callable, module: nn.Module, **constants: object) -> Forward:
     """`function` as the module's forward.
 
     A partial and not a closure or a bound method: copy.deepcopy binds it to the copy, pickle finds the function by its
     name, and torch.compile traces it. inspect.signature shows the signature that it replaces.
     """
-    forward = partial(function, module, **constants)
+    forward = Forward(function, module, **constants)
     forward.__wrapped__ = type(module).forward  # type: ignore[attr-defined]
     return forward
 

@@ -266,6 +266,25 @@ def test_unpatch_behind_mixed_precision_of_accelerate(make_model, make_batch):
     assert torch.equal(*losses)
 
 
+def test_unwrapped_by_accelerate_from_mixed_precision(make_model, make_batch):
+    """Which takes the forward that it kept out of its wrapper, and binds it to the model once more."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    model, batch = make_model(), make_batch("right")
+    unpatched = gradients(model, batch)
+    memkernels.patch(model)
+    expected = gradients(model, batch)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    for of in (model, copy.deepcopy(model)):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(of, batch), expected, strict=True))
+        assert of(**batch).logits is None and of(batch["input_ids"]).logits is not None
+        memkernels.unpatch(of)
+        assert own_forwards(of) == []
+        assert all(torch.equal(a, b) for a, b in zip(gradients(of, batch), unpatched, strict=True))
+
+
 def test_weights_that_accelerate_offloads(make_model, make_batch):
     accelerate = pytest.importorskip("accelerate")
     model, batch = make_model(), make_batch()
