@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memkernels.integrations.replacement import Replacement
@@ -111,6 +112,8 @@ class Family:
             call with these arguments and neither a cache nor position_ids; None: tokens are counted.
         sequence_positions: of the position_ids of a call to `model`, if any, those (B, S) that tell packed sequences,
             if any; None: they do as they are.
+        packed_masks: packed_masks(model, position_ids, dtype): by type of layer what "eager" attention adds to scores,
+            where the model's own masks know of no packed sequences; None: they do.
         vision: the tower that embeds images.
     """
 
@@ -147,6 +150,7 @@ class Family:
     sliding_window: Callable[[nn.Module], int | None] | None = None
     positions: Callable[[nn.Module, dict], Tensor] | None = None
     sequence_positions: Callable[[Tensor | None], Tensor | None] | None = None
+    packed_masks: Callable[[nn.Module, Tensor, torch.dtype], dict[str, Tensor]] | None = None
     vision: VisionTower | None = None
 
 

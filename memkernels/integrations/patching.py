@@ -62,8 +62,8 @@ def patch(model: nn.Module, *, recompute: str = "sublayer", loss: bool = True) -
     for "sdpa" and "eager" where it has a kernel and attention is causal, within windows and packed sequences too, and
     no (S, S) mask is built; where a mask hides other tokens, or attention weights are asked for, the model's own
     attention implementation computes. So it does under torch.compile in a call with attention_mask or position_ids, for
-    which transformers builds its mask: what they say is not known when a graph is made. Padding is computed there too,
-    and gpt-oss, whose mask transformers builds without a look at position_ids, has no packed sequences there.
+    which transformers builds its mask: what they say is not known when a graph is made. Padding is computed there too.
+    gpt-oss has packed sequences told by position_ids, which transformers does not look for in it.
 
     LoRA adapters of PEFT (rsLoRA, DoRA, dropout, any of which is active, merged or disabled) are computed with their
     base by `ops.lora_linear`, in any model, and within the ops above at every recompute level, whether PEFT wrapped the
