@@ -72,7 +72,7 @@ def micro_batch(
     it for memory of the exchange itself, still takes part in its exchange, in memory that was set aside before. For a
     bucket larger than `bucket_bytes`, and at stage 3, it cannot, and so the ranks exchange one number before each
     exchange of these, by which the others hear of it. Of memory that runs out within gloo or NCCL they do not hear:
-    they raise RankFailure after the group's timeout.
+    they raise RankFailure when that rank's process ends, as its own RankFailure makes it, or after the group's timeout.
 
     Args:
         step: takes a part and the number of targets, returns a loss without dimensions.
