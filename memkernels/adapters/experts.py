@@ -19,6 +19,7 @@ from memkernels.adapters.base import replace_module
 from memkernels.adapters.targets import matches
 from memkernels.integrations.plain import is_own
 from memkernels.nn.adapted_experts import AdaptedExperts, ExpertsLoRA
+from memkernels.nn.expert_mesh import gathered, held
 from memkernels.nn.moe import MoE
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -48,6 +49,11 @@ class ExpertsPlace:
     def value(self, model: nn.Module) -> Tensor:
         return getattr(self.module(model), self.weight)
 
+    def num_experts(self, model: nn.Module) -> int:
+        """Of all ranks."""
+        owner = self.module(model)
+        return owner.router.num_experts if isinstance(owner, MoE) else self.value(model).shape[0]
+
     def set_value(self, model: nn.Module, weight: Tensor) -> None:
         """Puts a frozen weight in the place of its own, if it is another."""
         if weight is not self.value(model):
@@ -62,8 +68,6 @@ class ExpertsPlace:
         dtype = self.value(model).dtype
         if dtype not in (*FLOATING, torch.float64):
             return f"its dtype is {dtype}"
-        if isinstance(owner, MoE):
-            return None if owner.expert_mesh is None else "its experts are on several ranks"
         if not of_transformers:
             return None
         if not is_own(owner):
@@ -74,7 +78,7 @@ class ExpertsPlace:
 
     def shapes(self, model: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         """Of the file's tensors."""
-        experts, out, size = self.value(model).shape
+        experts, (_, out, size) = self.num_experts(model), self.value(model).shape
         return {"lora_A": (experts * r, size), "lora_B": (out, r * experts)}
 
 
@@ -103,6 +107,8 @@ def chosen_places(model: nn.Module, targets: Iterable[str]) -> list[ExpertsPlace
             raise ValueError(f"target_parameters: {type(model).__name__} has no parameter {target!r}.")
     for place in places:
         reason = place.why_not(model)
+        if getattr(place.module(model), "expert_mesh", None) is not None:
+            reason = "its experts are on several ranks, which nn.MoE.adapt gives adapters"
         if reason is not None:
             raise ValueError(f"target_parameters: {place.name} carries no adapter: {reason}.")
     return places
@@ -116,12 +122,13 @@ def add_adapter(model: nn.Module, place: ExpertsPlace, r: int, **options: Any) -
     owner = place.module(model)
     if not isinstance(owner, (AdaptedExperts, MoE)):
         owner = _replace(model, owner)
-    owner.adapters[place.weight] = ExpertsLoRA(getattr(owner, place.weight), r, **options)
+    mesh = getattr(owner, "expert_mesh", None)
+    owner.adapters[place.weight] = ExpertsLoRA(held(getattr(owner, place.weight), mesh), r, expert_mesh=mesh, **options)
 
 
 def to_peft(adapter: ExpertsLoRA) -> dict[str, Tensor]:
-    """Its factors as PEFT's file has them."""
-    a, b = adapter.lora_A.detach(), adapter.lora_B.detach()
+    """Its factors as PEFT's file has them; of experts on several ranks, which all call it, those of all."""
+    a, b = (gathered(factor.detach(), adapter.expert_mesh) for factor in (adapter.lora_A, adapter.lora_B))
     return {"lora_A": a.flatten(0, 1), "lora_B": b.permute(1, 2, 0).flatten(1)}
 
 

@@ -16,6 +16,7 @@ from memkernels.adapters.layers import bases, check_layers, folder_of, linear_la
 from memkernels.adapters.targets import Targets
 from memkernels.adapters.tensors import WEIGHTS, check_tensors, key_of, read_tensors
 from memkernels.nn.adapted_experts import ExpertsLoRA
+from memkernels.nn.expert_mesh import held, own_part
 from memkernels.nn.lora_linear import LoRALinear, shape_of
 from memkernels.ops.checks import check_module
 
@@ -30,7 +31,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         model: without adapters: they are put where the file has them, on layers that `memkernels.lora` takes,
             bitsandbytes' among them, and by target_parameters on weights of experts, those of `nn.MoE` or of a module
             of transformers, which becomes an `nn.AdaptedExperts`; everything else is frozen. With adapters: on the same
-            layers and of the same ranks as the file's, which take their place.
+            layers and of the same ranks as the file's, which take their place. Each rank of an `nn.MoE`'s `expert_mesh`
+            takes the adapters of its experts.
         directory: holds adapter_config.json and adapter_model.safetensors.
 
     Returns:
@@ -61,7 +63,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     for name, layer in layers.items():
         _fill_linear(layer, config, name, tensors[name])
     for place, adapter in adapted_experts(model).items():
-        _fill_experts(adapter, config, place.name, place.value(model), tensors[place.layer])
+        _fill_experts(adapter, config, place, model, tensors[place.layer])
     return [*layers, *(place.name for place in places.values())]
 
 
@@ -158,18 +160,21 @@ def _fill_linear(layer: LoRALinear, config: AdapterConfig, name: str, tensors: d
 
 
 def _fill_experts(
-    adapter: ExpertsLoRA, config: AdapterConfig, name: str, weight: Tensor, tensors: dict[str, Tensor]
+    adapter: ExpertsLoRA, config: AdapterConfig, place: ExpertsPlace, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    adapter.alpha, adapter.use_rslora = config.alpha_of(name), config.use_rslora
-    _fill(dict(adapter.named_parameters()), from_peft(len(weight), adapter.r, tensors), weight.dtype)
+    adapter.alpha, adapter.use_rslora = config.alpha_of(place.name), config.use_rslora
+    factors = from_peft(place.num_experts(model), adapter.r, tensors)
+    _fill(dict(adapter.named_parameters()), factors, place.value(model).dtype, adapter.expert_mesh)
 
 
 @torch.no_grad()
-def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], base_dtype: torch.dtype) -> None:
+def _fill(
+    parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], base_dtype: torch.dtype, expert_mesh=None
+) -> None:
     for kind, parameter in parameters.items():
         dtype = tensors[kind].dtype
         if dtype not in (base_dtype, torch.float32):
             dtype = torch.promote_types(base_dtype, torch.float32)
         if dtype != parameter.dtype:
             parameter.data = parameter.data.to(dtype)
-        parameter.copy_(tensors[kind])
+        held(parameter, expert_mesh).copy_(own_part(tensors[kind], expert_mesh))

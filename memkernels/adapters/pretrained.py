@@ -19,7 +19,7 @@ from memkernels.adapters.layers import ALL_LINEAR, chosen_layers, folder_of, nam
 from memkernels.adapters.shards import Shards, find_shards
 from memkernels.adapters.sources import Source, find_sources
 from memkernels.nn.lora_linear import is_conv1d
-from memkernels.ops.checks import check_module
+from memkernels.ops.checks import PLAIN_TENSORS, check_module
 from memkernels.quant.checkpoint import from_plain, keys_of
 from memkernels.quant.nf4 import quantize_nf4, quantize_nf4_pieces
 
@@ -71,7 +71,8 @@ def load_base(
         dtype: of the model; quantised weights have their values in it.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, directory no path, or dtype is not float32, bfloat16 or float16.
+        TypeError: model is not a torch.nn.Module, directory no path, or dtype is not float32, bfloat16 or float16; a
+            tensor of the model is not a plain one.
         FileNotFoundError: a file is missing.
         ValueError: base is unknown; a target that matches no layer or no weight of experts; a tensor of the model that
             has storage already, or a buffer on the meta device that no file holds; a file that is damaged or cut off,
@@ -135,6 +136,8 @@ def _found(
 ) -> _Wanted:
     names, tensor = of
     is_buffer = not isinstance(tensor, nn.Parameter)
+    if type(tensor) not in PLAIN_TENSORS:
+        raise TypeError(f"model: {names[0]}: expected a plain tensor, got a {type(tensor).__name__}.")
     if not tensor.is_meta and not is_buffer:
         raise ValueError(f"model: {names[0]}: expected a parameter on the meta device, got one on {tensor.device}.")
     source = next((sources[name] for name in names if name in sources), None)

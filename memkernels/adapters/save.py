@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from memkernels.adapters.targets import Targets, matches
 from memkernels.adapters.tensors import WEIGHTS, key_of
 from memkernels.atomic import write_together
 from memkernels.nn.adapted_experts import ExpertsLoRA
+from memkernels.nn.expert_mesh import by_first_rank
 from memkernels.nn.lora_linear import LoRALinear
 
 
@@ -25,12 +27,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     first: where it is, the two are of one call.
 
     Args:
-        model: has adapters, by `memkernels.lora` or `load_adapter`.
+        model: has adapters, by `memkernels.lora` or `load_adapter`. Where they are of experts on several ranks
+            (`nn.MoE` with `expert_mesh`), all ranks call it; the first gathers and writes those of all, and the others
+            return when it has.
         directory: where to; made if there is none.
 
     Raises:
         TypeError: model is not a torch.nn.Module, or directory no path.
         ValueError: it has no adapter, or adapters that one configuration of PEFT's cannot tell. Nothing is written.
+        RuntimeError: with `expert_mesh`, another rank raised.
     """
     from safetensors.torch import save_file
 
@@ -38,9 +43,6 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     layers, experts = adapted_layers(model), adapted_experts(model)
     config = _config({**layers, **{place.name: adapter for place, adapter in experts.items()}})
     conv = any(type(layer.base_layer) is not nn.Linear for layer in layers.values())
-    for place, adapter in experts.items():
-        if adapter.expert_mesh is not None:
-            raise ValueError(f"{place.name}: expected experts of one process, got those of several ranks.")
     targets = Targets(_targets(model, layers), target_parameters=_parameters(model, experts, conv) or None)
     text = config.to_json(targets, fan_in_fan_out=conv, base_model=_name(model))
     tensors = {
@@ -52,11 +54,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         for place, adapter in experts.items()
         for kind, tensor in to_peft(adapter).items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_together({
-        folder / WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
-        folder / FILE: lambda file: file.write_text(text, encoding="utf-8"),
-    })  # fmt: skip
+    with ExitStack() as ranks:
+        meshes = dict.fromkeys(adapter.expert_mesh for adapter in experts.values())
+        is_first = [ranks.enter_context(by_first_rank(mesh)) for mesh in meshes]
+        if all(is_first):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_together({
+                folder / WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+                folder / FILE: lambda file: file.write_text(text, encoding="utf-8"),
+            })  # fmt: skip
 
 
 def _config(layers: Mapping[str, LoRALinear | ExpertsLoRA]) -> AdapterConfig:

@@ -119,7 +119,9 @@ class ExpertsLoRA(torch.nn.Module):
             ValueError: it is merged already, not finite, or of experts on several ranks.
         """
         if self.expert_mesh is not None:
-            raise ValueError("expert_mesh: adapters of experts on several ranks are not merged.")
+            raise ValueError(
+                "expert_mesh: expected experts of one process, which merges what save_adapter writes of several ranks."
+            )
         if self.merged:
             raise ValueError("ExpertsLoRA: it is merged already.")
         for name, parameter in self.named_parameters():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +69,38 @@ def held(weight: Tensor, mesh) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
+def gathered(weight: Tensor, mesh) -> Tensor:
+    """Of a DTensor (E, ...) a plain tensor of all experts, on every rank of the mesh, which all call it."""
+    return weight if mesh is None else cast(Any, weight).full_tensor()
+
+
+def own_part(whole: Tensor, mesh) -> Tensor:
+    """Of a plain tensor (E, ...) the experts that this rank holds."""
+    return whole if mesh is None else whole.chunk(mesh.size())[mesh.get_local_rank()].contiguous()
+
+
+@contextmanager
+def by_first_rank(mesh) -> Iterator[bool]:
+    """Whether this rank is the one of the mesh that does what is within; the others, who all call it, wait for it.
+
+    Raises:
+        RuntimeError: on the others, where it raises.
+    """
+    if mesh is None:
+        yield True
+        return
+    import torch.distributed as dist
+
+    failed = torch.ones((), dtype=torch.int32, device=mesh.device_type)
+    try:
+        yield mesh.get_local_rank() == 0
+        failed.zero_()
+    finally:
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=mesh.get_group())
+    if failed.item():
+        raise RuntimeError("expert_mesh: another of its ranks raised.")
+
+
 @torch.no_grad()
 def draw_experts(weight: Tensor, mesh, draw: Callable[..., object]) -> None:
     """draw(matrix, generator=...) of each expert by a seed of its own, the same on any number of ranks."""
@@ -85,7 +118,7 @@ def take_shards(module: torch.nn.Module, names: Sequence[str], mesh, state_dict:
     for name in names if mesh is not None else ():
         given: Any = state_dict.get(prefix + name)
         if type(given) in (Tensor, torch.nn.Parameter) and given.shape == getattr(module, name).shape:
-            state_dict[prefix + name] = _sharded(given.chunk(mesh.size())[mesh.get_local_rank()].contiguous(), mesh)
+            state_dict[prefix + name] = _sharded(own_part(given, mesh), mesh)
 
 
 def _sharded(local: Tensor, mesh) -> Tensor:
