@@ -9,7 +9,7 @@ from experts import chosen_by_experts, random_ids
 from memkernels import ops
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.dispatch import dispatch_rows
-from memkernels.testing import check_op, implementations, random_tensor, saved_bytes
+from memkernels.testing import check_op, implementations, poisoned_memory, random_tensor, saved_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 on_every_implementation = pytest.mark.parametrize("implementation", implementations("moe_dispatch"), ids=str)
@@ -46,6 +46,19 @@ def test_dispatch_and_combine_match_the_reference(implementation, routing, capac
                 lambda y_grouped, weights=None: reference.combine(y_grouped, weights, plan.row_of_pair),
                 inputs, strided_grads=True,
             )  # fmt: skip
+
+
+@on_every_implementation
+@dtypes
+def test_dispatch_of_16_mib(implementation, dtype):
+    """So many rows, each of whole lines, are written past a CPU's caches."""
+    with implementation.active() as device:
+        plan = ops.moe_plan(random_ids(8200, 2, 5, nowhere=True).to(device), 5)
+        x = random_tensor(8200, 1024 // dtype.itemsize, dtype=dtype, device=device).detach()
+        for weights in (None, torch.rand(8200, 2, device=device)):
+            with poisoned_memory():
+                grouped = torch.ops.memkernels.moe_dispatch(x, weights, plan.row_of_pair, plan.offsets, 16400)
+            assert torch.equal(grouped, reference.dispatch(x, weights, plan.row_of_pair, plan.pair_of_row))
 
 
 @on_every_implementation
