@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,10 @@ def exact(tensor: Tensor) -> Tensor:
 
 def is_compressible(tensor: Tensor) -> bool:
     return getattr(tensor, "_memkernels_compressible", tensor.requires_grad)
+
+
+def let_go(ctx: Any) -> None:
+    """In backward: autograd no longer holds what the Function saved, which it otherwise does until backward returns.
+    Where the graph is retained it still does."""
+    if not torch.compiler.is_compiling():
+        ctx.maybe_clear_saved_tensors()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -230,6 +231,24 @@ def backward_peak(recompute: bool) -> float:
 @pytest.mark.slow
 def test_backward_writes_over_the_gradient_of_the_activation():
     assert all(run_in_child(backward_peak, recompute) <= 3.3 for recompute in (True, False))
+
+
+@pytest.mark.parametrize("retained", [True, False])
+def test_backward_lets_go_of_the_pre_activation_unless_the_graph_is_retained(retained):
+    inputs = layer_inputs(64, 2, 4, 16, 24, torch.bfloat16)
+    kept, alive = [], []
+
+    def pack(tensor):
+        if tensor.shape == (128, 48):
+            kept.append(weakref.ref(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = ops.moe_mlp(
+            **inputs, recompute=False, on_input_grads=lambda *_: alive.extend(of() is not None for of in kept)
+        )
+    y.sum().backward(retain_graph=retained)
+    assert alive == [retained]
 
 
 def test_a_second_backward_gives_the_same_gradient_and_does_not_depend_on_threads():

@@ -32,7 +32,7 @@ from memkernels.ops.moe.weights import (
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.philox import seed_tensor
 from memkernels.ops.projection import split_by
-from memkernels.ops.saved import compressible, exact
+from memkernels.ops.saved import compressible, exact, let_go
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class _MoEMLP(torch.autograd.Function):
         x, expert_weights, row_of_pair, pair_of_row, offsets, counts, token_offsets, gate_up, *tensors = (
             ctx.saved_tensors
         )
+        let_go(ctx)
         plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts, token_offsets)
         groups = Groups(offsets, pair_of_row.shape[0])
         tokens = token_of_row(plan)
@@ -180,8 +181,8 @@ def moe_mlp(
     Saved for backward: x (d elements a token), expert_weights and the plan (12 bytes a choice), and the parameters.
     Without `recompute` also the pre-activation, 2 n elements a choice; with it backward has two products' worth more
     than the nine that keep it (a product: T k n d multiplications). Either way backward has for a moment 3 n elements a
-    choice beside what is kept, and the gradients. An adapter keeps nothing more: its r elements a
-    choice are recomputed.
+    choice beside what is kept, and then the gradients beside 2 n: the pre-activation is let go as its gradient is made,
+    unless the graph is retained. An adapter keeps nothing more: its r elements a choice are recomputed.
     """
     check_activation(activation)
     gate_up_like, down_like = stand_in("w_gate_up", w_gate_up), stand_in("w_down", w_down)
