@@ -143,7 +143,9 @@ def attention(
         ValueError: shapes, devices, a scale, softcap, window, sequence starts, dropout_p or seed that do not fit, or a
             backend that lacks what the call needs. Each names the argument, and is the same on every backend.
 
-    Saved for backward: q, k, v, out and lse, 4 bytes a query and head.
+    Saved for backward: q, k, v, out and lse, 4 bytes a query and head. Backward makes P again from lse, and takes
+    sum_j P_ij dP_ij as dout_i . out_i, as flash attention does: where one key has all of a query's probability, dq, dk
+    and dsinks are rounding errors of out, not the exact zero of a backward that holds P.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(name, tensor)
