@@ -25,13 +25,17 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """How the adapters of a model compute; the patterns are by name of a layer, as regular expressions on its end."""
+    """How the adapters of a model compute; the patterns are by name of a layer, as regular expressions on its end.
+
+    bias: "lora_only" trains those of the adapted layers.
+    """
 
     r: int
     lora_alpha: float
     lora_dropout: float = 0.0
     use_dora: bool = False
     use_rslora: bool = False
+    bias: str = "none"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -45,7 +49,7 @@ class AdapterConfig:
         """The file's text."""
         values = {
             "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model, "inference_mode": True,
-            "fan_in_fan_out": fan_in_fan_out, "bias": "none", "init_lora_weights": True,
+            "fan_in_fan_out": fan_in_fan_out, "init_lora_weights": True,
         }  # fmt: skip
         return json.dumps(values | vars(self) | vars(targets), indent=2, sort_keys=True) + "\n"
 
@@ -74,6 +78,7 @@ def _adapter_config(file: Path, values: dict[str, Any]) -> AdapterConfig:
         "lora_dropout": _number(file, "lora_dropout", values.get("lora_dropout", 0.0)),
         "use_dora": bool(values.get("use_dora")),
         "use_rslora": bool(values.get("use_rslora")),
+        "bias": values.get("bias") or "none",
     }
     if not 0.0 <= fields["lora_dropout"] < 1.0:
         raise ValueError(f"{file}: lora_dropout: expected a number in [0, 1), got {fields['lora_dropout']}.")
@@ -84,13 +89,15 @@ def _adapter_config(file: Path, values: dict[str, Any]) -> AdapterConfig:
         for key, value in pattern.items():
             _expression(file, name, key)
             (_rank if name == "rank_pattern" else _number)(file, f"{name}: {key}", value)
-    expected = {"peft_type": ("LORA",), "bias": ("none", None), "init_lora_weights": _INITS}
+    expected = {"peft_type": ("LORA",), "bias": ("none", "lora_only", None), "init_lora_weights": _INITS}
     for key, allowed in expected.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{file}: {key}: expected {' or '.join(map(repr, allowed))}, got {values[key]!r}.")
     for key in ("lora_dropout", "use_dora") if values.get("target_parameters") else ():
         if fields[key]:
             raise ValueError(f"{file}: {key}: expected none beside target_parameters, got {fields[key]!r}.")
+    if values.get("ensure_weight_tying") and values.get("modules_to_save"):
+        raise ValueError(f"{file}: ensure_weight_tying: expected none beside modules_to_save, got True.")
     for key, value in values.items():
         if value and key not in (*fields, *patterns, *expected, *_SILENT, *vars(Targets())):
             raise ValueError(f"{file}: {key}: memkernels has no adapter with this option, got {value!r}.")
@@ -107,8 +114,9 @@ def _targets(file: Path, values: dict[str, Any]) -> Targets:
         if isinstance(value, str) or (key == "layers_pattern" and value):
             for each in listed:
                 _expression(file, key, each)
-    if isinstance(options["target_parameters"], str):
-        raise ValueError(f"{file}: target_parameters: expected a list, got {options['target_parameters']!r}.")
+    for key in ("target_parameters", "modules_to_save"):
+        if isinstance(options[key], str):
+            raise ValueError(f"{file}: {key}: expected a list, got {options[key]!r}.")
     return Targets(**options)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memkernels.adapters.beside import fill_beside, tensors_beside
 from memkernels.adapters.config import AdapterConfig, read_config
 from memkernels.adapters.experts import ExpertsPlace, adapted_experts, add_adapter, from_peft, targeted_places
 from memkernels.adapters.layers import bases, check_layers, folder_of, linear_layers, replace_layers
 from memkernels.adapters.targets import Targets
-from memkernels.adapters.tensors import WEIGHTS, check_tensors, key_of, read_tensors
+from memkernels.adapters.tensors import WEIGHTS, check_beside, check_tensors, key_of, read_tensors
 from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.expert_mesh import held, own_part
 from memkernels.nn.lora_linear import LoRALinear, shape_of
@@ -25,7 +26,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     """Puts the adapters that PEFT or `save_adapter` wrote into a model, in place; their parameters are trained.
 
     Everything is checked before anything is changed. The adapter keeps the file's dtype where that is the layer's or
-    float32, and becomes float32 otherwise.
+    float32, and becomes float32 otherwise. What the file has trained beside them, modules whole (`modules_to_save`) and
+    adapted layers' biases (`bias="lora_only"`), takes the model's place, and is trained too.
 
     Args:
         model: without adapters: they are put where the file has them, on layers that `memkernels.lora` takes,
@@ -53,6 +55,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     has_adapters = any(isinstance(module, (LoRALinear, ExpertsLoRA)) for module in model.modules())
     places = _checked_experts(model, given, has_adapters)
     layers = _checked_linears(model, given, [name for name in tensors if name not in places], has_adapters)
+    _check_beside(model, given, layers, [*layers, *(place.owner for place in places.values())])
     if not has_adapters:
         read = bases(model, layers.values())
         adapted = {layer: _adapted(read[layer], config, name) for name, layer in layers.items()}
@@ -64,17 +67,19 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         _fill_linear(layer, config, name, tensors[name])
     for place, adapter in adapted_experts(model).items():
         _fill_experts(adapter, config, place, model, tensors[place.layer])
+    fill_beside(model, given.others)
     return [*layers, *(place.name for place in places.values())]
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What the files say; `tensors` by their names of layers."""
+    """What the files say; `tensors` by their names of layers, `others` beside adapters by their own."""
 
     config: AdapterConfig
     targets: Targets
     file: Path
     tensors: dict[str, dict[str, Tensor]]
+    others: dict[str, Tensor]
 
     def at(self, layer: str, kind: str = "lora_A") -> str:
         """File and key, for errors."""
@@ -83,7 +88,7 @@ class _Given:
 
 def _read(directory: Path) -> _Given:
     config, targets = read_config(directory)
-    return _Given(config, targets, directory / WEIGHTS, read_tensors(directory / WEIGHTS))
+    return _Given(config, targets, directory / WEIGHTS, *read_tensors(directory / WEIGHTS))
 
 
 def _checked_linears(model: nn.Module, given: _Given, names: list[str], has_adapters: bool) -> dict[str, Any]:
@@ -135,6 +140,19 @@ def _checked_experts(model: nn.Module, given: _Given, has_adapters: bool) -> dic
     for name in present:
         raise ValueError(f"{given.file}: expected an adapter of {name}, as the model has, found none.")
     return places
+
+
+def _check_beside(model: nn.Module, given: _Given, layers: dict[str, Any], adapted: list[str]) -> None:
+    """That the file has what it trains beside the adapters on `layers`, and that these are not within it."""
+    biases = given.config.bias == "lora_only"
+    expected = tensors_beside(model, given.targets.modules_to_save or (), layers, biases)
+    for name in adapted:
+        within = next(
+            (key for key in expected if key.startswith(f"{name}.") and key != f"{name}.base_layer.bias"), None
+        )
+        if within is not None:
+            raise ValueError(f"{given.at(name)}: expected no adapter of what modules_to_save names: {within}.")
+    check_beside(given.file, given.others, expected)
 
 
 def _check_rank(name: str, adapter: LoRALinear | ExpertsLoRA, config: AdapterConfig) -> None:

@@ -9,11 +9,12 @@ from contextlib import ExitStack
 
 from torch import nn
 
+from memkernels.adapters.beside import tensors_beside, trained_modules
 from memkernels.adapters.config import FILE, AdapterConfig
 from memkernels.adapters.experts import ExpertsPlace, adapted_experts, to_peft
 from memkernels.adapters.layers import adapted_layers, folder_of
 from memkernels.adapters.targets import Targets, matches
-from memkernels.adapters.tensors import WEIGHTS, key_of
+from memkernels.adapters.tensors import WEIGHTS, key_beside, key_of
 from memkernels.atomic import write_together
 from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.expert_mesh import by_first_rank
@@ -22,6 +23,9 @@ from memkernels.nn.lora_linear import LoRALinear
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT reads: `peft.PeftModel.from_pretrained`.
+
+    What else of the model is trained is written too: biases of adapted layers, and modules with other parameters that
+    require a gradient, whole (`modules_to_save`).
 
     Both are written beside their places and then moved there, adapter_config.json last and the old one taken away
     first: where it is, the two are of one call.
@@ -34,7 +38,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     Raises:
         TypeError: model is not a torch.nn.Module, or directory no path.
-        ValueError: it has no adapter, or adapters that one configuration of PEFT's cannot tell. Nothing is written.
+        ValueError: it has no adapter, or adapters that one configuration of PEFT's cannot tell, or is trained in a
+            module that PEFT cannot save. Nothing is written.
         RuntimeError: with `expert_mesh`, another rank raised.
     """
     from safetensors.torch import save_file
@@ -42,8 +47,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     folder = folder_of(directory)
     layers, experts = adapted_layers(model), adapted_experts(model)
     config = _config({**layers, **{place.name: adapter for place, adapter in experts.items()}})
+    owners = [*layers, *(place.owner for place in experts)]
+    known = [of for layer in layers.values() for of in (*layer.adapter.values(), layer.bias)]
+    known += [of for adapter in experts.values() for of in adapter.parameters()]
+    modules = trained_modules(model, owners, known)
+    beside = tensors_beside(model, modules, layers, config.bias == "lora_only")
     conv = any(type(layer.base_layer) is not nn.Linear for layer in layers.values())
-    targets = Targets(_targets(model, layers), target_parameters=_parameters(model, experts, conv) or None)
+    targets = Targets(
+        _targets(model, layers),
+        target_parameters=_parameters(model, experts, conv) or None,
+        modules_to_save=modules or None,
+    )
     text = config.to_json(targets, fan_in_fan_out=conv, base_model=_name(model))
     tensors = {
         key_of(name, kind): parameter.detach().contiguous()
@@ -54,6 +68,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         for place, adapter in experts.items()
         for kind, tensor in to_peft(adapter).items()
     }
+    tensors |= {key_beside(name): tensor.detach().clone() for name, tensor in beside.items()}  # two may be one memory
     with ExitStack() as ranks:
         meshes = dict.fromkeys(adapter.expert_mesh for adapter in experts.values())
         is_first = [ranks.enter_context(by_first_rank(mesh)) for mesh in meshes]
@@ -72,8 +87,10 @@ def _config(layers: Mapping[str, LoRALinear | ExpertsLoRA]) -> AdapterConfig:
         for option in ("dropout_p", "use_dora", "use_rslora"):
             if getattr(layer, option) != getattr(first, option):
                 raise ValueError(f"{name}: {option}: expected that of {first_name}, as PEFT's configuration has one.")
+    biases = [layer.bias for layer in layers.values() if isinstance(layer, LoRALinear) and layer.bias is not None]
     return AdapterConfig(
         first.r, first.alpha, first.dropout_p, first.use_dora, first.use_rslora,
+        "lora_only" if any(bias.requires_grad for bias in biases) else "none",
         {_whole(name): layer.r for name, layer in layers.items() if layer.r != first.r},
         {_whole(name): layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
     )  # fmt: skip

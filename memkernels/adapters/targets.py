@@ -1,4 +1,4 @@
-"""The layers that PEFT's configuration gives an adapter."""
+"""The layers that PEFT's configuration gives an adapter, and the modules that it trains whole."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class Targets:
     A name in a list is that of a layer, or its end after a dot. With `layers_to_transform`, what a list finds by the
     end counts in those layers of a model's stack alone: the number is behind a name in `layers_pattern`, or without it
     the first in the layer's name. `target_parameters` are names of parameters, or their ends after a dot.
+    `modules_to_save` are ends of the names of modules that are trained whole.
     """
 
     target_modules: str | list[str] | None = None
@@ -21,6 +22,7 @@ class Targets:
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
 
     def have(self, name: str) -> bool:
         """Whether the layer of this name has an adapter."""

@@ -21,12 +21,17 @@ def key_of(layer: str, kind: str) -> str:
     return f"{_PREFIX}{layer}{_SUFFIXES[kind]}"
 
 
-def read_tensors(file: Path) -> dict[str, dict[str, Tensor]]:
-    """By name of a layer, its lora_A, lora_B and lora_magnitude_vector, on the CPU.
+def key_beside(name: str) -> str:
+    """The key of another tensor of the model than an adapter's."""
+    return f"{_PREFIX}{name}"
+
+
+def read_tensors(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """By name of a layer, its lora_A, lora_B and lora_magnitude_vector; and others by their names; on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated or no safetensors file, or a key is none of an adapter, or of values that are not
+        ValueError: it is truncated or no safetensors file, or a key is none of PEFT's, or of values that are not
             finite; file and key are named.
     """
     from safetensors import SafetensorError
@@ -39,18 +44,23 @@ def read_tensors(file: Path) -> dict[str, dict[str, Tensor]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file}: truncated, or no safetensors file: {error}") from None
     layers: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if not key.startswith(_PREFIX):
+            raise ValueError(f"{file}: {key}: not a key of PEFT's, which begin with {_PREFIX}")
         kind = next((kind for kind, suffix in _SUFFIXES.items() if key.endswith(suffix)), None)
-        if kind is None or not key.startswith(_PREFIX):
-            raise ValueError(f"{file}: {key}: not a key of a linear layer's LoRA adapter.")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        if (kind is not None or tensor.is_floating_point()) and tensor.dtype not in floats:
             raise ValueError(f"{file}: {key}: expected a floating dtype, got {tensor.dtype}.")
         if not tensor.isfinite().all():
             raise ValueError(f"{file}: {key}: expected finite values.")
+        if kind is None:
+            others[key.removeprefix(_PREFIX)] = tensor
+            continue
         layers.setdefault(key[len(_PREFIX) : -len(_SUFFIXES[kind])], {})[kind] = tensor
     if not layers:
         raise ValueError(f"{file}: it holds no adapter.")
-    return layers
+    return layers, others
 
 
 def check_tensors(file: Path, layer: str, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -68,3 +78,23 @@ def check_tensors(file: Path, layer: str, tensors: dict[str, Tensor], shapes: di
     for kind in tensors:
         if kind not in shapes:
             raise ValueError(f"{file}: {key_of(layer, kind)}: the configuration has no use_dora.")
+
+
+def check_beside(file: Path, others: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """That of the tensors beside adapters the file has those of `expected`, of the model, and no other.
+
+    Raises:
+        ValueError: file and key are named.
+    """
+    for name in others:
+        if name not in expected:
+            raise ValueError(f"{file}: {key_beside(name)}: not a key of a linear layer's LoRA adapter.")
+    for name, own in expected.items():
+        if name not in others:
+            raise ValueError(f"{file}: {key_beside(name)}: missing, though the configuration has it trained.")
+        given = others[name]
+        if given.shape != own.shape or given.is_floating_point() != own.is_floating_point():
+            raise ValueError(
+                f"{file}: {key_beside(name)}: expected shape {tuple(own.shape)} and a dtype as {own.dtype}, got "
+                f"{tuple(given.shape)} and {given.dtype}."
+            )

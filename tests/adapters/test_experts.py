@@ -107,7 +107,7 @@ def test_experts_of_this_package(tmp_path):
     memkernels.save_adapter(ours, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(Block(), tmp_path / "ours")
     torch.testing.assert_close(again(x), theirs(x))
-    own = Block()
+    own = Block().requires_grad_(False)
     own.moe.adapt(2, alpha=3.0, use_rslora=True)
     randomise(own, 0.3)
     memkernels.save_adapter(own, tmp_path / "own")
@@ -323,7 +323,11 @@ def test_what_one_configuration_cannot_tell_is_not_saved(tmp_path):
     alone.adapt(2)
     with pytest.raises(ValueError, match=r"down_proj: expected experts within a model"):
         memkernels.save_adapter(alone, tmp_path / "out")
-    twice = torch.nn.ModuleDict({"moe": Block().moe, "block": Block()})
+    twice = torch.nn.ModuleDict({"moe": Block().moe, "block": Block()}).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"moe\.router: it has trained parameters beside adapters"):
+        adapted = Block()
+        adapted.moe.adapt(2)
+        memkernels.save_adapter(adapted, tmp_path / "out")
     twice["moe"].adapt(2)
     with pytest.raises(ValueError, match=r"moe\.down_proj: expected a name that is no other's end"):
         memkernels.save_adapter(twice, tmp_path / "out")
