@@ -204,7 +204,7 @@ HEAD, BIAS = (f"base_model.model.{of}" for of in ("lm_head.weight", "model.layer
         (change_config(bias="all"), r"config\.json: bias: expected 'none' or 'lora_only' or None, got 'all'"),
         (change_config(modules_to_save=None), rf"safetensors: {HEAD}: not a key of a linear layer's LoRA adapter"),
         (change_config(bias="none"), r"safetensors: .*q_proj\.base_layer\.bias: not a key of a linear layer's LoRA ad"),
-        (change_config(modules_to_save=["lm_head", "self_attn"]), r"q_proj.*: expected no adapter of what modules_to_s"),
+        (change_config(modules_to_save=["lm_head", "self_attn"]), r"q_proj.*: expected no adapter of what modules_to"),
         (change_tensors(lambda of: of.pop(HEAD)), rf"safetensors: {HEAD}: missing, though the configuration"),
         (change_tensors(lambda of: of.pop(BIAS)), rf"safetensors: {BIAS}: missing, though the configuration"),
         (change_tensors(lambda of: of.update({HEAD: of[HEAD][1:].clone()})),

@@ -76,6 +76,29 @@ def test_loss_and_gradients(make_adapted, make_batch, dtype, autocast, options):
     assert all(torch.equal(value, plain[name]) for name, value in step(model, batch).items())
 
 
+LAYERS = {
+    "excluded": {"exclude_modules": ["layers.0.self_attn.q_proj", "down_proj"]},
+    "some layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "replicated": {"layer_replication": [[0, 2], [1, 2]]},
+    "replicated in part": {"layer_replication": [[0, 1], [0, 2]], "target_modules": ["v_proj"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("first", ["adapters", "patch"])
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_adapters_on_some_layers_and_on_layers_that_share_weights(make_model, make_adapted, make_batch, options, first):
+    batch = make_batch("right")
+    plain, exact = step(make_adapted(**options), batch), exact_step(make_adapted(**options), batch)
+    if first == "adapters":
+        model = make_adapted(**options)
+        assert not memkernels.patch(model).left
+    else:
+        model = make_model()
+        memkernels.patch(model)
+        model = adapted(model, **options)
+    assert_same_step(step(model, batch), exact, plain)
+
+
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3", "GptOss", "GPT2"])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_families(make_adapted, make_batch, family, options):
