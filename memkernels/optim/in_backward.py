@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from memkernels.optim.checks import check_in_range
 from memkernels.optim.clipping import clip_factor, total_norm
@@ -56,8 +57,8 @@ class StepInBackward:
         index = 0
         for number, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
-                if param.requires_grad:
-                    self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self, number, index)))
+                if param.requires_grad or (param.is_floating_point() and not param.is_inference()):
+                    self._handles.append(_register(param, _Hook(self, number, index)))
                 index += 1
         optimizer.steps_in_backward = True
         if max_norm is not None:
@@ -133,6 +134,16 @@ class StepInBackward:
         )
 
 
+def _register(param: Tensor, hook: _Hook) -> RemovableHandle:
+    """Has the hook on a frozen parameter too, for when it is trained: torch takes none while it is frozen."""
+    trained = param.requires_grad
+    param.requires_grad_(True)
+    try:
+        return param.register_post_accumulate_grad_hook(hook)
+    finally:
+        param.requires_grad_(trained)
+
+
 def step_in_backward(
     model: Any, optimizer_class: type[LowMemoryOptimizer], *, max_norm: float | None = None, **defaults: Any
 ) -> StepInBackward:
@@ -159,7 +170,8 @@ def step_in_backward(
     checkpointing take `use_reentrant=False`.
 
     Args:
-        model: a module, of which all parameters with requires_grad are trained; or what an optimizer takes as `params`.
+        model: a module, of which the parameters that have requires_grad now are trained; or what an optimizer takes as
+            `params`, such as `model.named_parameters()`: of these, frozen ones are trained from when they are thawed.
         optimizer_class: an optimizer of this package.
         max_norm: clip the gradients by their norm; then call `stepper.backward(loss)`, not `loss.backward()`.
         defaults: the optimizer's arguments.

@@ -136,6 +136,25 @@ def test_a_group_that_would_not_be_stepped_is_refused():
     stepper.optimizer.add_param_group({"params": [model.rare.weight]})
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_parameters_that_are_thawed_later(max_norm):
+    one, other = models()
+    one.table = torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    stepper = optim.step_in_backward(one.named_parameters(), optim.AdamW, max_norm=max_norm, lr=0.1)
+    optimizer = optim.AdamW(other.parameters(), lr=0.1)
+    assert not one.frozen.weight.requires_grad
+    for thawed in (False, True, False):
+        for model in (one, other):
+            model.frozen.requires_grad_(thawed)
+        stepper.backward(loss_of(one, 0))
+        loss_of(other, 0).backward()
+        optimizer.step(max_norm=max_norm)
+        optimizer.zero_grad()
+        assert one.frozen.weight.grad is None
+        for name, parameter in other.named_parameters():
+            torch.testing.assert_close(one.get_parameter(name), parameter)
+
+
 def test_removed_hooks_leave_gradients():
     model, _ = models()
     before = model.shared.weight.detach().clone()
