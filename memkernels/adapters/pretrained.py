@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ def load_base(
         base: "nf4", or None: none is quantised that is not in the files.
         target_parameters: as `lora` has it: experts' weights that are quantised, which need adapters or `patch`, since
             transformers' experts compute with dense ones alone.
-        dtype: of the model; quantised weights have their values in it.
+        dtype: of the model, but for what transformers keeps in float32; quantised weights have their values in it.
 
     Raises:
         TypeError: model is not a torch.nn.Module, directory no path, or dtype is not float32, bfloat16 or float16; a
@@ -91,7 +92,11 @@ def load_base(
     sources = find_sources(model, shards)
     wanted = [_found(model, of, shards, sources, quantized) for of in _tensors(model)]
     # Dense ones first: memory holds two of one, and is emptiest then.
-    values = [(of, _read(of, shards, dtype)) for of in sorted(wanted, key=lambda of: of.quantized)]
+    wide = _kept_wide(model, dtype)
+    values = [
+        (of, _read(of, shards, torch.float32 if not of.quantized and wide(of.names[0]) else dtype))
+        for of in sorted(wanted, key=lambda of: of.quantized)
+    ]
     for of, value in values:
         _assign(model, of, value)
 
@@ -115,6 +120,16 @@ class _Wanted:
     quantized: bool
     stored: list[str]
     conv1d: bool = False
+
+
+def _kept_wide(model: nn.Module, dtype: torch.dtype) -> Callable[[str], object]:
+    """Whether transformers keeps a tensor in float32 in a model of this dtype, by its name."""
+    attributes = {
+        torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+        torch.bfloat16: ("_keep_in_fp32_modules_strict",),
+    }.get(dtype, ())
+    kept = [name.replace("*", ".*") for of in attributes for name in getattr(model, of, None) or ()]
+    return re.compile("|".join(kept) or r"(?!)").search
 
 
 def _tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:

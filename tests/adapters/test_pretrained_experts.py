@@ -72,6 +72,24 @@ def test_experts_of_files_become_one_tensor(family, shard, tmp_path):
     assert torch.equal(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_transformers_keeps_in_float32_stays_so(dtype, tmp_path):
+    """DeepSeek-V3's router and the bias of its scores, which the files have in float32."""
+    sizes = {
+        "n_routed_experts": 4, "moe_intermediate_size": 20, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    }  # fmt: skip
+    config = transformers.DeepseekV3Config(**SIZES | sizes)
+    written = transformers.DeepseekV3ForCausalLM(config)
+    torch.nn.init.normal_(written.model.layers[1].mlp.gate.e_score_correction_bias)
+    written.save_pretrained(tmp_path)
+    with memkernels.parameters_on_meta():
+        model = transformers.DeepseekV3ForCausalLM(config)
+    memkernels.load_base(model, tmp_path, base=None, dtype=dtype)
+    assert_same(model, transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+
+
 def test_quantised_experts_without_adapters_are_computed_by_patch(tmp_path):
     save(tmp_path)
     model, other = empty(), dense(tmp_path).eval()
