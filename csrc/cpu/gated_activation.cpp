@@ -14,8 +14,6 @@ namespace memkernels::cpu {
 namespace {
 
 constexpr int64_t kElementsPerTask = 16384;
-// Fresh results from here on go past the caches: whoever reads them next would not find them there.
-constexpr int64_t kStreamedBytes = 16 << 20;
 
 // Calls body(first, count) for parts of n elements; `first` keeps the alignment of an array's start.
 template <typename Body>

@@ -23,8 +23,6 @@ constexpr int64_t kElementsPerTask = 32768;
 // Choices of a token that are summed at a time: sums stay in registers.
 constexpr int64_t kChoices = 8;
 constexpr int64_t kLineBytes = 64;
-// Grouped rows of so much are dispatched past the caches, which saves fetching them first.
-constexpr int64_t kStreamedBytes = 16 << 20;
 
 // The choices of the tokens and their rows, checked against the rows there are.
 struct Rows {
@@ -211,23 +209,26 @@ std::tuple<Tensor, Tensor> moe_combine_bwd(const Tensor& dy_in, const Tensor& y_
     const float* factors = weights.const_data_ptr<float>();
     T* to = dy_grouped.mutable_data_ptr<T>();
     float* products = dweights.mutable_data_ptr<float>();
-    torch::stable::parallel_for(0, rows.tokens, rows.tokens_per_task(size), [&](int64_t begin, int64_t last) {
-      for (int64_t token = begin; token < last; ++token) {
-        const T* grad = from + token * size;
-        for (int64_t pair = rows.first(token); pair < rows.first(token + 1); ++pair) {
-          products[pair] = 0.0f;
-          const int64_t row = rows.of_pair[pair];
-          if (row < 0) continue;
-          const T* value = values + row * size;
-          T* target = to + row * size;
-          const float factor = factors[pair];
-          products[pair] = sum_each_vec<1>(size, [=](auto at, auto store, Vec* sums) {
-            const Vec g = at(grad);
-            store(target, g * factor);
-            sums[0] += g * at(value);
-          })[0];
+    with_streams(to, num_rows, size, [&]<bool kStreamed>() {
+      torch::stable::parallel_for(0, rows.tokens, rows.tokens_per_task(size), [&](int64_t begin, int64_t last) {
+        for (int64_t token = begin; token < last; ++token) {
+          const T* grad = from + token * size;
+          for (int64_t pair = rows.first(token); pair < rows.first(token + 1); ++pair) {
+            products[pair] = 0.0f;
+            const int64_t row = rows.of_pair[pair];
+            if (row < 0) continue;
+            const T* value = values + row * size;
+            T* target = to + row * size;
+            const float factor = factors[pair];
+            products[pair] = sum_each_vec<1, kStreamed>(size, [=](auto at, auto store, Vec* sums) {
+              const Vec g = at(grad);
+              store(target, g * factor);
+              sums[0] += g * at(value);
+            })[0];
+          }
         }
-      }
+        end_of_stream();
+      });
     });
     std::fill(products + rows.first(rows.tokens), products + rows.pairs, 0.0f);
     fill_rows_with_zero(to, end, num_rows, size);

@@ -196,6 +196,18 @@ inline void stream(T* p, Vec v) {
 inline void end_of_stream() {}
 #endif
 
+// Fresh results from here on go past the caches: whoever reads them next would not find them there.
+constexpr int64_t kStreamedBytes = 16 << 20;
+
+template <bool kStreamed, typename T>
+inline void store_or_stream(T* p, Vec v) {
+  if constexpr (kStreamed) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
+
 // The same for the last `count` < kLanes elements of a row; the lanes beyond hold `fill`.
 template <typename T>
 inline Vec load_partial(const T* p, int64_t count, float fill = 0.0f) {
@@ -240,13 +252,7 @@ inline void for_each_vec(int64_t n, Body&& body) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     body([i](const auto* row, float = 0.0f) { return load(row + i); },
-         [i](auto* row, Vec v) {
-           if constexpr (kStreamed) {
-             stream(row + i, v);
-           } else {
-             store(row + i, v);
-           }
-         });
+         [i](auto* row, Vec v) { store_or_stream<kStreamed>(row + i, v); });
   }
   if (i < n) {
     body([i, n](const auto* row, float fill = 0.0f) { return load_partial(row + i, n - i, fill); },
@@ -255,8 +261,9 @@ inline void for_each_vec(int64_t n, Body&& body) {
 }
 
 // The sums over a row of n elements of what body(load, store, sums) adds to its N sums; `load` and `store` as above.
-// Several vectors are in flight at once, each with sums of its own, since an addition takes longer than a load.
-template <int N, typename Body>
+// Several vectors are in flight at once, each with sums of its own, since an addition takes longer than a load. With
+// kStreamed, whole vectors are stored by `stream`.
+template <int N, bool kStreamed = false, typename Body>
 inline std::array<float, N> sum_each_vec(int64_t n, Body&& body) {
   constexpr int64_t kInFlight = 4;
   Vec sums[kInFlight][N] = {};
@@ -266,10 +273,10 @@ inline std::array<float, N> sum_each_vec(int64_t n, Body&& body) {
     for (int64_t j = 0; j < kInFlight; ++j) {
       const int64_t at = i + j * kLanes;
       body([at](const auto* row, float = 0.0f) { return load(row + at); },
-           [at](auto* row, Vec v) { store(row + at, v); }, sums[j]);
+           [at](auto* row, Vec v) { store_or_stream<kStreamed>(row + at, v); }, sums[j]);
     }
   }
-  for_each_vec(n - i, [&](auto at, auto to) {
+  for_each_vec<kStreamed>(n - i, [&](auto at, auto to) {
     body([&](const auto* row, float fill = 0.0f) { return at(row + i, fill); },
          [&](auto* row, Vec v) { to(row + i, v); }, sums[0]);
   });

@@ -9,7 +9,14 @@ from experts import chosen_by_experts, random_ids
 from memkernels import ops
 from memkernels.ops.moe import reference
 from memkernels.ops.moe.dispatch import dispatch_rows
-from memkernels.testing import check_op, implementations, poisoned_memory, random_tensor, saved_bytes
+from memkernels.testing import (
+    assert_within_factor_two,
+    check_op,
+    implementations,
+    poisoned_memory,
+    random_tensor,
+    saved_bytes,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 on_every_implementation = pytest.mark.parametrize("implementation", implementations("moe_dispatch"), ids=str)
@@ -50,15 +57,25 @@ def test_dispatch_and_combine_match_the_reference(implementation, routing, capac
 
 @on_every_implementation
 @dtypes
-def test_dispatch_of_16_mib(implementation, dtype):
+def test_16_mib_of_grouped_rows(implementation, dtype):
     """So many rows, each of whole lines, are written past a CPU's caches."""
     with implementation.active() as device:
         plan = ops.moe_plan(random_ids(8200, 2, 5, nowhere=True).to(device), 5)
         x = random_tensor(8200, 1024 // dtype.itemsize, dtype=dtype, device=device).detach()
-        for weights in (None, torch.rand(8200, 2, device=device)):
-            with poisoned_memory():
-                grouped = torch.ops.memkernels.moe_dispatch(x, weights, plan.row_of_pair, plan.offsets, 16400)
-            assert torch.equal(grouped, reference.dispatch(x, weights, plan.row_of_pair, plan.pair_of_row))
+        y_grouped = random_tensor(16400, x.shape[1], dtype=dtype, device=device, seed=1).detach()
+        weights = torch.rand(8200, 2, device=device)
+        with poisoned_memory():
+            grouped = torch.ops.memkernels.moe_dispatch(x, None, plan.row_of_pair, plan.offsets, 16400)
+            scaled = torch.ops.memkernels.moe_dispatch(x, weights, plan.row_of_pair, plan.offsets, 16400)
+            dy_grouped, dweights = torch.ops.memkernels.moe_combine_bwd(
+                x, y_grouped, weights, plan.row_of_pair, plan.offsets
+            )
+        assert torch.equal(grouped, reference.dispatch(x, None, plan.row_of_pair, plan.pair_of_row))
+        assert torch.equal(scaled, reference.dispatch(x, weights, plan.row_of_pair, plan.pair_of_row))
+        assert torch.equal(dy_grouped, scaled)
+        rows = y_grouped[plan.row_of_pair.long()].masked_fill((plan.row_of_pair < 0)[..., None], 0.0)
+        exact, plain = ((rows.to(wide) * x.to(wide)[:, None]).sum(-1) for wide in (torch.float64, torch.float32))
+        assert_within_factor_two("dweights", dweights, exact, plain)
 
 
 @on_every_implementation
