@@ -49,9 +49,23 @@ def every_error(stage):
     sharded()  # the group is in order still
 
 
+def no_elements_at_stage_three():
+    model = torch.nn.Linear(3, 2)
+    model.extra = torch.nn.Parameter(torch.empty(0, 4))
+    with pytest.raises(ValueError, match=r"extra: expected elements, .* got shape \(0, 4\): freeze it"):
+        ShardedOptimizer(model, optim.AdamW, stage=3)
+    model.extra.requires_grad_(False)
+    optimizer = ShardedOptimizer(model, optim.AdamW, stage=3)
+    before = model.weight.full_tensor()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight.full_tensor(), before)
+
+
 def errors_at_every_stage():
     for stage in (1, 2, 3):
         every_error(stage)
+    no_elements_at_stage_three()
 
 
 def test_errors_are_those_of_every_rank(tmp_path):

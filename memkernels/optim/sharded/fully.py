@@ -57,7 +57,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
         check = functools.partial(_check_division, group, reduce_dtype)
         if not divided:
             ranks = dist.get_world_size(group) if mesh is None or error is not None else mesh.size(-1)
-            check = functools.partial(_check_rows, ranks)
+            check = functools.partial(_check_shapes, ranks)
         whole = agreed_optimizer(
             group, error, model, optimizer_class, params, defaults, check, stage, bucket_bytes, reduce_dtype, offload,
             divided=divided,
@@ -217,13 +217,18 @@ def _check_division(group: dist.ProcessGroup, reduce_dtype: torch.dtype | None, 
                 among, shards = sorted(division[0].mesh.flatten().tolist()), division[0].size(-1)
                 if among != sorted(dist.get_process_group_ranks(group)):
                     raise ValueError(f"process_group: expected the ranks {among} that {name} is divided among.")
-    _check_rows(shards, optimizer)
+    _check_shapes(shards, optimizer)
 
 
-def _check_rows(ranks: int, optimizer: LowMemoryOptimizer) -> None:
-    """Raises where a rank's rows of a parameter begin within a block of states in few bits."""
+def _check_shapes(ranks: int, optimizer: LowMemoryOptimizer) -> None:
+    """Raises where a parameter has no elements, or a rank's rows of one begin within a block of states in few bits."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            if parameter.requires_grad and parameter.numel() == 0:
+                raise ValueError(
+                    f"{name}: expected elements, without which FSDP2's backward fails, got shape"
+                    f" {tuple(parameter.shape)}: freeze it, or take stage 1 or 2."
+                )
             rows = parameter.shape[0] if parameter.dim() else 1
             of_rank = -(-rows // ranks)
             cut = of_rank < rows and of_rank * (parameter.numel() // max(rows, 1)) % ALIGNMENT
