@@ -25,13 +25,20 @@ def load_config(model: Any) -> Any:
             raise FileNotFoundError(f"model: {os.fspath(model)} does not exist.")
         try:
             config = transformers.AutoConfig.from_pretrained(model)
-        except (ArithmeticError, AttributeError, KeyError) as error:  # as of no heads
-            raise ValueError(f"model: transformers makes no configuration of it: {error!r}") from error
+        except (ImportError, OSError):
+            raise
+        except Exception as error:  # of any kind: an unknown model_type, no heads, a size that is no number
+            raise ValueError(f"model: transformers makes no configuration of it: {in_one_line(error)}") from error
     if not isinstance(config, transformers.PretrainedConfig):
         raise TypeError(f"model: expected a name, a path or a configuration, got {type(model).__name__}.")
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model: transformers has no causal language model of {type(config).__name__}.")
     return config
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's kind and the first paragraph of what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
 
 
 def _is_path(model: str | os.PathLike[str]) -> bool:

@@ -17,6 +17,7 @@ from memkernels.integrations import patch
 from memkernels.offload.tensors import plain_parts
 from memkernels.optim import Muon
 from memkernels.optim.optimizer import LowMemoryOptimizer
+from memkernels.planner.config import in_one_line
 from memkernels.planner.offload import offloading
 from memkernels.planner.optimizers import make_optimizers
 from memkernels.planner.per_parameter import PerParameter
@@ -83,6 +84,7 @@ def trace_model(job: Job, bits: tuple[int, ...]) -> Sizes:
     trace = Trace(job.device)
     with trace.running():
         model = make_model(job)
+        _check_positions(model, job.seq)
         shortened = ShortenedStack(model, trace)
         put_adapters(model, job)
         times = {of: count for layer, count in shortened.layers for of in (*layer.parameters(), *layer.buffers())}
@@ -168,9 +170,21 @@ def make_model(job: Job) -> nn.Module:
     """The model of a job, in training, without adapters."""
     from transformers import AutoModelForCausalLM
 
-    with job.device:
-        model = AutoModelForCausalLM.from_config(job.config, dtype=job.dtype).train()
-    return model
+    try:
+        with job.device:
+            return AutoModelForCausalLM.from_config(job.config, dtype=job.dtype).train()
+    except ImportError:
+        raise
+    except Exception as error:  # of any kind: an unknown activation, a negative size
+        raise ValueError(f"model: transformers makes no model of its configuration: {in_one_line(error)}") from error
+
+
+def _check_positions(model: Any, seq: int) -> None:
+    """Learned positions end where their table does, which tensors without memory do not tell; computed ones go on."""
+    limit, words = getattr(model.config, "max_position_embeddings", seq), model.get_input_embeddings()
+    tables = (of for of in model.modules() if isinstance(of, nn.Embedding) and of is not words)
+    if any(table.num_embeddings == limit < seq for table in tables):
+        raise ValueError(f"seq: expected at most {limit}, the positions that the model has, got {seq}.")
 
 
 def put_adapters(model: nn.Module, job: Job) -> None:

@@ -114,12 +114,30 @@ def test_a_model_that_is_none_is_refused(config, tmp_path, monkeypatch):
         memkernels.plan(3, memory="1GB", seq=64)
     with pytest.raises(ValueError, match="no causal language model of ViTConfig"):
         memkernels.plan(transformers.ViTConfig(), memory="1GB", seq=64)
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
-    with pytest.raises(ValueError, match="model: transformers makes no configuration of it: ZeroDivisionError"):
-        memkernels.plan(tmp_path, memory="1GB", seq=64)
+    for written, error in (
+        ('{"model_type": "llama", "num_attention_heads": 0}', "configuration of it: ZeroDivisionError"),
+        ('{"model_type": "llama", "hidden_size": "64"}', "configuration of it: .* Field 'hidden_size' expected int"),
+        ('{"model_type": "nowhere"}', "configuration of it: .* model type `nowhere`"),
+        ("null", "configuration of it: TypeError"),
+        ('{"model_type": "llama", "hidden_act": "nowhere"}', "model of its configuration: KeyError: 'nowhere'"),
+    ):
+        (tmp_path / "config.json").write_text(written)
+        with pytest.raises(ValueError, match=f"model: transformers makes no {error}.*$"):
+            memkernels.plan(tmp_path, memory="1GB", seq=64)
     for path in (str(tmp_path / "nowhere"), tmp_path / "nowhere", "./nowhere", "nowhere/config.json"):
         with pytest.raises(FileNotFoundError, match=f"model: {path} does not exist"):  # the hub is not asked
             memkernels.plan(path, memory="1GB", seq=64)
+
+
+def test_a_row_has_no_more_tokens_than_a_model_has_learned_positions_for(config):
+    transformers = pytest.importorskip("transformers")
+    one = {"memory": "1GB", "recompute": "none", "offload": "none", "state_bits": 32, "step_in_backward": False}
+    one |= {"offload_states": "none", "offload_gradients": "none"}
+    model = transformers.GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    assert memkernels.plan(model, seq=16, **one).best
+    with pytest.raises(ValueError, match="seq: expected at most 16, the positions that the model has, got 17"):
+        memkernels.plan(model, seq=17, **one)
+    assert memkernels.plan(config, seq=2 * config.max_position_embeddings, **one).best  # computed ones go on
 
 
 def test_the_command_prints_a_table_and_draws_it(config, tmp_path, capsys):
