@@ -164,6 +164,9 @@ class MoE(torch.nn.Module):
 
         padding_mask (...,), bool, is True where a token is padding: its y is that of `shared` alone, else zero.
 
+        Checkpoint it with use_reentrant=False. With True torch follows no tensor within a nested result: y has its
+        gradients, and the losses, in `Routing`, have none.
+
         Raises:
             TypeError, ValueError: as the router and `ops.moe_mlp`: a dtype, shape or device that does not fit.
             RuntimeError: the router's logits are not finite; with `expert_mesh`, on the other ranks where one rank's

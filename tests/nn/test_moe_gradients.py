@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from compilers import on_every_compiler
 from experts import loop_over_tokens
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from memkernels import nn
 from memkernels.testing import check_op, random_tensor, saved_bytes
@@ -208,3 +211,20 @@ def test_x_is_kept_once_as_it_is(make):
     # Of an expert scores and logits; of a choice its two rows, its index, and its weight before and after a division.
     routing = TOKENS * (12 * 4 + 24 * k + 16) + 128
     assert x.nbytes < kept < x.nbytes + routing < 2 * x.nbytes
+
+
+def test_losses_have_their_gradients_through_a_checkpoint_that_is_not_reentrant():
+    layer, x = nn.MoE(ROUTERS["normalized"](), D, N, recompute=False), torch.randn(T, D)
+
+    def result(run):
+        y, routing = run(x.clone().requires_grad_())
+        return y, routing.load_balance_loss + routing.z_loss
+
+    def gradients(of):
+        return torch.autograd.grad(sum(part.sum() for part in of), list(layer.parameters()), retain_graph=True)
+
+    expected = gradients(result(layer))
+    checkpointed = result(partial(checkpoint, layer, use_reentrant=False))
+    for _ in range(2):  # its graph is retained
+        assert all(map(torch.equal, gradients(checkpointed), expected))
+    assert not result(partial(checkpoint, layer, use_reentrant=True))[1].requires_grad
