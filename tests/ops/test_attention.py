@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention_inputs import make_inputs, make_slopes, starts
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from memkernels import ops
@@ -301,11 +301,33 @@ def test_offsets_beyond_32_bits(implementation, dimension):
     causal=st.booleans(),
 )  # fmt: skip
 def test_any_shape(implementation, queries, keys, group, left, right, causal, **sizes):
+    """One query at least sees several keys, or none does; else see test_one_visible_key."""
+    offset = torch.arange(keys) - (torch.arange(queries)[:, None] + keys - queries)
+    seen = (offset >= -left if left >= 0 else offset == offset) & (offset <= (0 if causal else right % 2**31))
+    assume(seen.sum(1).max() != 1)
     with implementation.active() as device:
         inputs = make_inputs(
             torch.float32, device, batch=1, queries=queries, keys=keys, heads=group, kv_heads=1, **sizes
         )
         check(inputs, window=(left, right), causal=causal)
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_visible_key(implementation, dtype):
+    """The exact dq and dk are zero; each term of theirs is the rounding of dout . v and of dout . out, at any order."""
+    with implementation.active() as device:
+        inputs = make_inputs(dtype, device, queries=9, keys=9, size=17, value_size=130)
+        q, k, v = inputs.values()
+        out = ops.attention(**inputs, window=(0, 0))
+        dout = random_tensor(*out.shape, dtype=dtype, device=device, seed=3).detach()
+        dq, dk = torch.autograd.grad(out, (q, k), dout)
+        assert torch.equal(out, v.repeat_interleave(2, 2))
+        terms = (dout.double() * out.double()).abs().sum(-1, keepdim=True) * 130 * torch.finfo(torch.float32).eps
+        terms = terms * 17**-0.5
+        assert (dq.double().abs() <= terms * k.detach().double().abs().repeat_interleave(2, 2)).all()
+        bound = (terms * q.detach().double().abs()).unflatten(2, (2, 2)).sum(3)
+        assert (dk.double().abs() <= bound).all()
 
 
 def test_the_same_seed_gives_the_same_mask_and_torchs_generator_the_seed():
