@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
             print(ended.code, file=sys.stderr)
     if not step.done:
         print(
-            f"profile: step {args.step} was not reached: {args.script} called optimizer.step() {step.count} times."
-            " Steps without such a call are recorded by memkernels.profile() around them.",
+            f"profile: step {args.step} was not reached: {args.script} called optimizer.step() {step.count} times in"
+            " the thread that is recorded. Steps without such a call are recorded by memkernels.profile() around them.",
             file=sys.stderr,
         )
         return 2
@@ -60,11 +61,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Step:
-    """Records from the end of one optimizer's step to the end of the next, the one of that number."""
+    """Records from the end of one optimizer's step to the end of the next, the one of that number.
+
+    Of steps in several threads those of one count, the first that steps: a recording is of one thread.
+    """
 
     def __init__(self, output: Output, number: int):
         self._output = output
         self._number = number
+        self._thread = threading.get_ident() if number == 1 else None
+        self._lock = threading.Lock()
         self.count = 0
 
     @property
@@ -85,6 +91,10 @@ class _Step:
         self._recording.close()
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        with self._lock:
+            self._thread = self._thread or threading.get_ident()
+        if threading.get_ident() != self._thread:
+            return
         self.count += 1
         if self.count == self._number - 1:
             self._recording.begin()

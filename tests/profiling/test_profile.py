@@ -478,6 +478,38 @@ def test_the_first_step_holds_the_making_of_the_model(tmp_path, monkeypatch, cap
     assert parameters[0] < parameters[-1] - FLOAT * 64 * 64
 
 
+STEPS_IN_THREADS = """
+import threading
+import torch
+
+together = threading.Barrier(3, timeout=20)
+
+def train():
+    model = torch.nn.Linear(300, 300)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(4, 300)).sum().backward()
+        together.wait()
+        optimizer.step()
+
+threads = [threading.Thread(target=train) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_steps_of_one_thread_count(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text(STEPS_IN_THREADS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["profile", "--", "train.py"]) == 0
+    assert "peak of step 2 on cpu: " in capsys.readouterr().out
+    assert (tmp_path / "memory.html").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
