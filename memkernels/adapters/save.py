@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from torch import nn
 
@@ -17,8 +17,8 @@ from memkernels.adapters.targets import Targets, matches
 from memkernels.adapters.tensors import WEIGHTS, key_beside, key_of
 from memkernels.atomic import write_together
 from memkernels.nn.adapted_experts import ExpertsLoRA
-from memkernels.nn.expert_mesh import by_first_rank
 from memkernels.nn.lora_linear import LoRALinear
+from memkernels.optim.agreement import on_all
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -39,8 +39,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     Raises:
         TypeError: model is not a torch.nn.Module, or directory no path.
         ValueError: it has no adapter, or adapters that one configuration of PEFT's cannot tell, or is trained in a
-            module that PEFT cannot save. Nothing is written.
-        RuntimeError: with `expert_mesh`, another rank raised.
+            module that PEFT cannot save; with `expert_mesh`, the first rank raised, whose error is named. Nothing is
+            written.
     """
     from safetensors.torch import save_file
 
@@ -69,15 +69,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         for kind, tensor in to_peft(adapter).items()
     }
     tensors |= {key_beside(name): tensor.detach().clone() for name, tensor in beside.items()}  # two may be one memory
-    with ExitStack() as ranks:
-        meshes = dict.fromkeys(adapter.expert_mesh for adapter in experts.values())
-        is_first = [ranks.enter_context(by_first_rank(mesh)) for mesh in meshes]
-        if all(is_first):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_together({
-                folder / WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
-                folder / FILE: lambda file: file.write_text(text, encoding="utf-8"),
-            })  # fmt: skip
+    meshes = dict.fromkeys(of.expert_mesh for of in experts.values() if of.expert_mesh is not None)
+
+    def write() -> None:
+        if any(mesh.get_local_rank() for mesh in meshes):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_together({
+            folder / WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+            folder / FILE: lambda file: file.write_text(text, encoding="utf-8"),
+        })  # fmt: skip
+
+    agreed: Callable[[], None] = write
+    for mesh in meshes:
+        agreed = partial(on_all, mesh.get_group(), agreed)
+    agreed()
 
 
 def _config(layers: Mapping[str, LoRALinear | ExpertsLoRA]) -> AdapterConfig:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -79,29 +78,6 @@ def own_part(whole: Tensor, mesh) -> Tensor:
     return whole if mesh is None else whole.chunk(mesh.size())[mesh.get_local_rank()].contiguous()
 
 
-@contextmanager
-def by_first_rank(mesh) -> Iterator[bool]:
-    """Whether this rank is the one of the mesh that does what is within; the others, who all call it, wait for it.
-
-    Raises:
-        RuntimeError: on the others, where it raises.
-    """
-    if mesh is None:
-        yield True
-        return
-    import torch.distributed as dist
-
-    failed = torch.ones((), dtype=torch.int32, device=mesh.device_type)
-    try:
-        yield mesh.get_local_rank() == 0
-        failed.zero_()
-    finally:
-        dist.all_reduce(failed, dist.ReduceOp.MAX, group=mesh.get_group())
-    if failed.item():
-        raise RuntimeError("expert_mesh: another of its ranks raised.")
-
-
-@torch.no_grad()
 def draw_experts(weight: Tensor, mesh, draw: Callable[..., object]) -> None:
     """draw(matrix, generator=...) of each expert by a seed of its own, the same on any number of ranks."""
     seeds = torch.randint(2**63 - 1, (weight.shape[0],), device="cpu")
