@@ -8,11 +8,12 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 from memkernels.integrations.family import Family, own_window
+from memkernels.integrations.masks import begins_of
 
 
 def _packed_masks(model: Any, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """(B, 1, S, S): causal within a sequence, which begins where position_ids do not rise by one."""
-    sequence = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+    """(B, 1, S, S): causal within a sequence."""
+    sequence = begins_of(position_ids).cumsum(-1)
     tokens = torch.arange(position_ids.shape[1], device=position_ids.device)
     distance = tokens[:, None] - tokens
     hidden = (sequence[:, :, None] != sequence[:, None]) | (distance < 0)

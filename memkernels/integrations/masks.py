@@ -87,8 +87,7 @@ def told_mask(
         return one_a_row
     if position_ids.dim() != 2:
         return None
-    begins = torch.ones(shape, dtype=torch.bool, device=device)
-    begins[:, 1:] = position_ids.expand(shape).diff() != 1
+    begins = begins_of(position_ids.expand(shape))
     starts = begins.flatten().nonzero().flatten()
     if starts.shape[0] == shape[0]:
         return one_a_row
@@ -103,6 +102,11 @@ def _is_of_tokens(mask: Any) -> TypeGuard[Tensor]:
 
 def is_told(mask: Any) -> TypeGuard[Tensor]:
     return isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int32
+
+
+def begins_of(position_ids: Tensor) -> Tensor:
+    """Which tokens of (B, S) begin a packed sequence: the first, and those where position_ids do not rise by one."""
+    return position_ids.diff(prepend=position_ids[:, :1]) != 1
 
 
 def sequences(mask: Tensor) -> tuple[Tensor, int] | None:
