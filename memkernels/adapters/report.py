@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from memkernels.adapters.experts import adapted_experts
+from memkernels.memory_size import format_bytes
 from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.lora_linear import LoRALinear
 from memkernels.ops.quantized.tensor import QuantizedTensor
@@ -40,7 +41,7 @@ class LoRAReport:
     def __str__(self) -> str:
         text = f"{self.model}: {len(self.adapted)} layers with adapters, {self.trained / 1e6:.3g} million parameters"
         if self.quantized:
-            stored, dense = (f"{size / 1e6:.4g} MB" for size in (self.stored_bytes, self.dense_bytes))
+            stored, dense = map(format_bytes, (self.stored_bytes, self.dense_bytes))
             text += f"; {len(self.quantized)} of them over quantised weights: {stored}, dense {dense}"
         if self.left:
             text += f"; left as they are: {len(self.left)} layers or parameters of other kinds, {self.left[0]} first"

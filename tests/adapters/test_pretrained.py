@@ -1,10 +1,12 @@
 """load_base: what from_pretrained and lora(base="nf4") give, without the dense model; damaged and other files."""
 
+import functools
 import json
 
 import pytest
 import torch
 import transformers
+from adapter_files import change_tensors
 from safetensors.torch import load_file, save_file
 
 import memkernels
@@ -188,14 +190,7 @@ def test_pages_of_the_file_are_given_back(tmp_path):
 
 KEY = "model.layers.1.mlp.down_proj.weight"
 
-
-def change(change):
-    def of(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return of
+change = functools.partial(change_tensors, name="model.safetensors")
 
 
 def truncate(folder):

@@ -1,9 +1,12 @@
 """load_base of files that transformers does not load as they are: a matrix an expert, other names; damaged ones."""
 
+import functools
+
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from adapter_files import change_tensors
+from safetensors.torch import load_file
 from transformers import conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
@@ -148,15 +151,7 @@ def test_memory_holds_a_matrix_beside_the_quantised_model(tmp_path):
     assert run_in_child(load_peak, str(tmp_path / "large"), str(tmp_path / "small")) <= stored + 5 * matrix
 
 
-def change(change):
-    def of(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return of
-
-
+change = functools.partial(change_tensors, name="model.safetensors")
 MOE = "model.layers.1.block_sparse_moe.experts"
 KEY = f"{MOE}.1.w3.weight"
 

@@ -1,4 +1,4 @@
-"""Changes to the two files of an adapter in a folder, for tests of what does not fit."""
+"""Changes to the files of an adapter or a model in a folder, for tests of what does not fit."""
 
 import json
 
@@ -13,9 +13,9 @@ def change_config(**values):
     return change
 
 
-def change_tensors(change):
+def change_tensors(change, name="adapter_model.safetensors"):
     def of(path):
-        file = path / "adapter_model.safetensors"
+        file = path / name
         tensors = safetensors.torch.load_file(file)
         change(tensors)
         safetensors.torch.save_file(tensors, file)
