@@ -10,17 +10,16 @@ from memkernels.demo.llama import Settings, make_model, mean_loss
 pytestmark = pytest.mark.xdist_group("optimizer_states")  # one run of torch's optimizer for all
 
 SETTINGS = Settings(recompute=None, steps=500, tokens=256, width=256, feed_forward=704, layers=4)
-# Of weights and text: in 500 steps a rounding grows to some tenths of a percent of the loss, to either side.
-DRAWS = 4
 
 
-def held_out_loss(optimizer_class, draw, dtype=torch.float32, **options):
-    torch.manual_seed(draw)
+def held_out_loss(optimizer_class, dtype=torch.float32, **options):
+    torch.manual_seed(0)
     model = make_model(SETTINGS).to(dtype)
-    optimizer = optimizer_class(model.parameters(), lr=1e-3, **options)
+    # At the demo's 1e-3 training by windows so short is unstable: any rounding decides what loss it ends with.
+    optimizer = optimizer_class(model.parameters(), lr=3e-4, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, SETTINGS.steps)
     text, held_out = standard_library()
-    for batch in windows(text, SETTINGS.steps, SETTINGS.tokens, seed=draw):
+    for batch in windows(text, SETTINGS.steps, SETTINGS.tokens, seed=0):
         model(input_ids=batch[None], labels=batch[None]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -29,8 +28,8 @@ def held_out_loss(optimizer_class, draw, dtype=torch.float32, **options):
 
 
 @pytest.fixture(scope="module")
-def float32_losses():
-    return [held_out_loss(torch.optim.AdamW, draw) for draw in range(DRAWS)]
+def float32_loss():
+    return held_out_loss(torch.optim.AdamW)
 
 
 @pytest.mark.slow
@@ -45,11 +44,7 @@ def float32_losses():
     ],
     ids=str,
 )
-def test_held_out_loss_after_500_steps(float32_losses, options, allowed):
-    """Above torch's by no more than is allowed, in the mean over the draws and within two standard errors of it."""
-    losses = [held_out_loss(optim.AdamW, draw, **options) for draw in range(DRAWS)]
-    above = torch.tensor(losses) / torch.tensor(float32_losses) - 1
-    mean, error = above.mean().item(), above.std().item() / DRAWS**0.5
-    by_draw = ", ".join(f"{of:+.2%}" for of in above.tolist())
-    print(f"{options}: {mean:+.2%} of torch's, standard error {error:.2%}; by draw {by_draw}")
-    assert mean - 2 * error <= allowed
+def test_held_out_loss_after_500_steps(float32_loss, options, allowed):
+    loss = held_out_loss(optim.AdamW, **options)
+    print(f"{options}: {loss:.4f}, {loss / float32_loss - 1:+.2%} of torch's {float32_loss:.4f}")
+    assert loss < float32_loss * (1 + allowed)
