@@ -1,7 +1,7 @@
 """Tokens to their experts and back, without the experts: `index_select` and `index_add_` against the ops.
 
-The plan is made within what is measured: by a sort there, by a counting sort here. E from 8 to 256 at the same T k
-shows what the number of experts costs.
+The plan is made within what is measured: by a sort there, by a counting sort here. What the
+number of experts costs, `moe_dispatch_experts` shows.
 """
 
 from __future__ import annotations
