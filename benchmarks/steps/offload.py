@@ -7,15 +7,14 @@ not.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from memkernels.bench import Benchmark, Case, Step
+from memkernels.bench.offload import offloaded
 from memkernels.bench.registry import load
 from memkernels.bench.timer import Plan
-from memkernels.offload import offload_activations
 
 LLAMA = load(Path(__file__).with_name("llama.py"))
 SIZES = dict(LLAMA.cases[0].sizes) | {"tokens": 8192}
@@ -23,15 +22,7 @@ SIZES = dict(LLAMA.cases[0].sizes) | {"tokens": 8192}
 
 def setup(case: Case, provider: str) -> Step:
     step = LLAMA.setup(case, "eager")
-    if provider == "eager":
-        return step
-    offload = offload_activations("disk", keep_last_layers=0 if provider == "disk-all" else 1)
-
-    def forward() -> torch.Tensor | tuple[torch.Tensor, ...]:
-        with offload:
-            return step.forward()
-
-    return replace(step, forward=forward)
+    return step if provider == "eager" else offloaded(step, keep_last_layers=0 if provider == "disk-all" else 1)
 
 
 benchmark = Benchmark(

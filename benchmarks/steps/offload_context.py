@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from memkernels.bench import Benchmark, Case, Step
+from memkernels.bench.offload import offloaded
 from memkernels.bench.registry import load
-from memkernels.offload import offload_activations
 
 LLAMA = load(Path(__file__).with_name("llama.py"))
 SIZES = dict(LLAMA.cases[0].sizes)
@@ -20,13 +20,7 @@ def setup(case: Case, provider: str) -> Step:
     if provider == "eager":
         return LLAMA.setup(case, "eager")
     longer = replace(case, sizes=dict(case.sizes) | {"tokens": 8 * case.sizes["tokens"]})
-    step, offload = LLAMA.setup(longer, "memkernels-layer"), offload_activations("disk")
-
-    def forward() -> torch.Tensor | tuple[torch.Tensor, ...]:
-        with offload:
-            return step.forward()
-
-    return replace(step, forward=forward)
+    return offloaded(LLAMA.setup(longer, "memkernels-layer"))
 
 
 benchmark = Benchmark(

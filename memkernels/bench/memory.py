@@ -40,8 +40,10 @@ def measure_memory(path: str, label: str, provider: str) -> dict[str, Any]:
         torch.autograd.backward(step.outputs(), grad_outputs)
 
     full_step()  # one-time costs, compilation among them; leaves the gradients in place
+    step.release()
     accumulating = peak_bytes(full_step, device=case.device)
     step.clear_gradients()
+    step.release()
     allocating = peak_bytes(full_step, device=case.device)
     return {
         "memory": accumulating,

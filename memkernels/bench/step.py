@@ -16,12 +16,14 @@ TIME_MODES = ("forward", "backward", "full")
 class Step:
     """`forward` returns a tensor or a tuple of them, made of `inputs` and `parameters`.
 
-    Both take the gradients they require; parameters do not count as saved for backward, inputs do.
+    Both take the gradients they require; parameters do not count as saved for backward, inputs do. `release` frees what
+    the provider keeps in memory from one step for the next: it is part of a step's peak.
     """
 
     forward: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]
     inputs: tuple[torch.Tensor, ...] = ()
     parameters: tuple[torch.Tensor, ...] = ()
+    release: Callable[[], None] = lambda: None
 
     def outputs(self) -> tuple[torch.Tensor, ...]:
         """What `forward` returns, as a tuple."""
