@@ -7,7 +7,8 @@ from typing import Any
 
 
 def load_config(model: Any) -> Any:
-    """The configuration of a causal language model: by its name on the hub, its folder, its config.json, or itself.
+    """The configuration of a language model, with or without a vision tower: by its name on the hub, its folder, its
+    config.json, or itself.
 
     Raises:
         ImportError: transformers is missing.
@@ -31,9 +32,23 @@ def load_config(model: Any) -> Any:
             raise ValueError(f"model: transformers makes no configuration of it: {in_one_line(error)}") from error
     if not isinstance(config, transformers.PretrainedConfig):
         raise TypeError(f"model: expected a name, a path or a configuration, got {type(model).__name__}.")
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"model: transformers has no causal language model of {type(config).__name__}.")
+    model_class(config)
     return config
+
+
+def model_class(config: Any) -> Any:
+    """What makes the model of a configuration, with a head and a loss: one of transformers' Auto classes.
+
+    Raises:
+        ValueError: it is of another kind of model.
+    """
+    import transformers
+
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    raise ValueError(f"model: transformers has no causal language model of {type(config).__name__}.")
 
 
 def in_one_line(error: Exception) -> str:

@@ -111,8 +111,9 @@ def plan(
     step_in_backward, which excludes a norm's clipping without a second backward.
 
     Args:
-        model: of a causal language model of transformers: a name on the hub, a folder, a config.json, or a
-            configuration.
+        model: of a causal or vision-language model of transformers: a name on the hub, a folder, a config.json, or a
+            configuration. Of the latter what rows of text train: the vision tower's weights are there, frozen; what
+            images take is not counted.
         memory: bytes of each rank, a number or as "24GB" (10^9) or "80GiB" (2^30).
         seq: tokens of a row.
         batch: rows of a step, on each rank.
@@ -139,8 +140,8 @@ def plan(
         Of those from recompute to offload_gradients all are tried where None is given; "transformers" only as it is.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; a model that transformers has no causal language model
-            for, or nothing that `patch` replaces.
+        TypeError, ValueError: an argument that does not fit; a model that transformers has no causal or
+            vision-language model for, or nothing that `patch` replaces, or whose forward fails.
         OSError: the model's configuration cannot be found.
         ImportError: transformers is missing.
     """

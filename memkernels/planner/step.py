@@ -8,16 +8,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 
 from memkernels.adapters import lora
 from memkernels.integrations import patch
 from memkernels.offload.tensors import plain_parts
 from memkernels.optim import Muon
 from memkernels.optim.optimizer import LowMemoryOptimizer
-from memkernels.planner.config import in_one_line
+from memkernels.planner.config import in_one_line, model_class
 from memkernels.planner.offload import offloading
 from memkernels.planner.optimizers import make_optimizers
 from memkernels.planner.per_parameter import PerParameter
@@ -31,7 +33,7 @@ class Job:
     """What is trained; nothing of how.
 
     Args:
-        config: of a causal language model of transformers.
+        config: of a language model of transformers, with or without a vision tower.
         seq: tokens of a row.
         dtype: of the parameters and of what is computed.
         rank, base: as `memkernels.lora` takes r and base; no adapters without rank.
@@ -85,8 +87,8 @@ def trace_model(job: Job, bits: tuple[int, ...]) -> Sizes:
     with trace.running():
         model = make_model(job)
         _check_positions(model, job.seq)
-        shortened = ShortenedStack(model, trace)
-        put_adapters(model, job)
+        shortened = ShortenedStack(_decoder(model), trace)
+        choose_trained(model, job)
         times = {of: count for layer, count in shortened.layers for of in (*layer.parameters(), *layer.buffers())}
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -123,8 +125,8 @@ def trace_step(job: Job, rows: int, recompute: str | None, offload: bool) -> Tim
     with trace.running():
         model = make_model(job)
         # Offload keeps what the last layers save, and lets go of others' tensors when it comes to the next.
-        shortened = ShortenedStack(model, trace, whole=offload)
-        put_adapters(model, job)
+        shortened = ShortenedStack(_decoder(model), trace, whole=offload)
+        choose_trained(model, job)
         if recompute is not None:
             patch(model, recompute=recompute)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -135,7 +137,7 @@ def trace_step(job: Job, rows: int, recompute: str | None, offload: bool) -> Tim
         ids = torch.zeros(rows, job.seq, dtype=torch.int64, device=job.device)
         trace.events.clear()
         with offloading(trace) if offload else nullcontext():
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = _forward(model, ids)
         saved = trace.alive()
         loss.backward()
         del loss
@@ -168,11 +170,9 @@ class _Updates:
 
 def make_model(job: Job) -> nn.Module:
     """The model of a job, in training, without adapters."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with job.device:
-            return AutoModelForCausalLM.from_config(job.config, dtype=job.dtype).train()
+            return model_class(job.config).from_config(job.config, dtype=job.dtype).train()
     except ImportError:
         raise
     except Exception as error:  # of any kind: an unknown activation, a negative size
@@ -187,10 +187,30 @@ def _check_positions(model: Any, seq: int) -> None:
         raise ValueError(f"seq: expected at most {limit}, the positions that the model has, got {seq}.")
 
 
-def put_adapters(model: nn.Module, job: Job) -> None:
-    """Adapters on the weights of a model where a job has them."""
+def choose_trained(model: Any, job: Job) -> None:
+    """Adapters on the weights of a model where a job has them; frozen is what rows of text do not reach, a vision
+    tower."""
     if job.rank is not None:
         lora(model, r=job.rank, base=job.base)
+    decoder = _decoder(model)
+    if decoder is not model:
+        reached = set(decoder.parameters())
+        for parameter in model.base_model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter in reached)
+
+
+def _decoder(model: Any) -> nn.Module:
+    """What has the stack of layers that rows of text pass through."""
+    return getattr(model.base_model, "language_model", model)
+
+
+def _forward(model: nn.Module, ids: Tensor) -> Tensor:
+    """The loss of rows of text."""
+    try:
+        with mock.patch.object(fake_tensor.log, "disabled", True):  # it writes tracebacks of what it raises
+            return model(input_ids=ids, labels=ids).loss
+    except Exception as error:  # of any kind: more experts for a token than there are
+        raise ValueError(f"model: its forward fails: {in_one_line(error)}") from error
 
 
 def _repeated(trained: Sequence[Tensor], shortened: ShortenedStack) -> Iterator[Tensor]:

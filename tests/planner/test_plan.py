@@ -129,6 +129,36 @@ def test_a_model_that_is_none_is_refused(config, tmp_path, monkeypatch):
             memkernels.plan(path, memory="1GB", seq=64)
 
 
+def test_a_model_whose_forward_fails_is_named(caplog):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        num_experts=2, num_experts_per_tok=4, moe_intermediate_size=16,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="model: its forward fails: RuntimeError: k not in range"):
+        memkernels.plan(model, memory="1GB", seq=16, recompute="none", offload="none", state_bits=32)
+    assert not caplog.records
+
+
+def test_of_a_vision_language_model_what_rows_of_text_train(config):
+    """Beside a Llama's the weights of a tower, which has the longer stack."""
+    transformers = pytest.importorskip("transformers")
+    vision = {"depth": 9, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "num_heads": 2}
+    text = {key: getattr(config, key) for key in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings",
+    )}  # fmt: skip
+    axes = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    both = transformers.Qwen2_5_VLConfig(text_config=text | axes, vision_config=vision)
+    one = {"memory": "1GB", "seq": 64, "recompute": "layer", "offload": "none", "state_bits": 32}
+    one |= {"step_in_backward": False, "offload_states": "none", "offload_gradients": "none", "dtype": "float32"}
+    alone, seeing = (memkernels.plan(of, **one).estimates[0].parts for of in (transformers.Qwen2Config(**text), both))
+    assert seeing["gradients"] == alone["gradients"] and seeing["states"] == alone["states"]
+    tower = transformers.AutoModelForImageTextToText.from_config(both).model.visual
+    weights = sum(parameter.nbytes for parameter in tower.parameters())
+    assert seeing["parameters"] - alone["parameters"] == pytest.approx(weights, abs=200)  # frequencies of rotations
+
+
 def test_a_row_has_no_more_tokens_than_a_model_has_learned_positions_for(config):
     transformers = pytest.importorskip("transformers")
     one = {"memory": "1GB", "recompute": "none", "offload": "none", "state_bits": 32, "step_in_backward": False}
