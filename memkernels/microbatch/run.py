@@ -13,7 +13,7 @@ from torch import Tensor
 from memkernels.microbatch import parts
 from memkernels.microbatch.search import Fitting, known
 from memkernels.ops.checks import check_number
-from memkernels.optim.agreement import check_member, device_of, is_out_of_memory, start, wait_for
+from memkernels.optim.agreement import RankFailure, check_member, device_of, is_out_of_memory, leave, start, wait_for
 from memkernels.testing.peak_memory import peak_bytes
 
 if TYPE_CHECKING:
@@ -71,8 +71,9 @@ def micro_batch(
     exchanged before memory ran out is dropped from the optimizer's sums. At stages 1 and 2 a rank whose part fails, be
     it for memory of the exchange itself, still takes part in its exchange, in memory that was set aside before. For a
     bucket larger than `bucket_bytes`, and at stage 3, it cannot, and so the ranks exchange one number before each
-    exchange of these, by which the others hear of it. Of memory that runs out within gloo or NCCL they do not hear:
-    they raise RankFailure when that rank's process ends, as its own RankFailure makes it, or after the group's timeout.
+    exchange of these, by which the others hear of it. Memory that runs out within an exchange itself, where a rank may
+    have sent its half, ends the call: every rank raises RankFailure, over gloo at once, since that rank closes its
+    connections, over NCCL when its process ends or after the group's timeout.
 
     Args:
         step: takes a part and the number of targets, returns a loss without dimensions.
@@ -288,6 +289,10 @@ class _Run:
         try:
             limited()
             return None
+        except RankFailure:
+            if self.group is not None:
+                leave(self.group)
+            raise
         except Exception as caught:
             error = caught.with_traceback(None)
         if optimizer is not None and optimizer.backwards == backwards:

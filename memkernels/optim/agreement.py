@@ -5,29 +5,57 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+_NOBODY_SENDS = 2**31 - 1  # a tag
+_OF_MEMORY = "memory ran out on this rank within an exchange with the others."
+_OF_OTHERS = (
+    "an exchange with the other ranks failed: one of them has ended, has run out of memory within it, or did not answer"
+    " within the process group's timeout."
+)
+
 
 class RankFailure(RuntimeError):
-    """An exchange with the other ranks failed: one of them has ended, or did not answer in the group's time."""
+    """An exchange with the other ranks failed: one of them has ended, has run out of memory within it, or did not
+    answer in the group's time."""
 
 
 @contextmanager
-def exchanging() -> Iterator[None]:
-    """Has collectives that fail within it raise RankFailure, unless for memory, which they take before they begin."""
+def exchanging(group: dist.ProcessGroup | None = None, *, begun: bool = False) -> Iterator[None]:
+    """Has exchanges of a group that fail within it raise RankFailure, here and on the ranks that wait for this one.
+
+    Args:
+        begun: whether others may have this rank's half already, so that memory that runs out fails the exchange too.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        of_memory = is_out_of_memory(error)
+        if of_memory and not begun:
             raise
-        raise RankFailure(
-            "an exchange with the other ranks failed: one of them has ended, or did not answer within the process"
-            " group's timeout. What this rank holds may be half of a step: go on from the last checkpoint."
-        ) from error
+        if group is not None:
+            leave(group)
+        what = _OF_MEMORY if of_memory else _OF_OTHERS
+        raise RankFailure(f"{what} This rank may hold half of a step: go on from the last checkpoint.") from error
+
+
+def leave(group: dist.ProcessGroup) -> None:
+    """Has what the others exchange with this rank over gloo fail at once, and all that comes after it.
+
+    gloo closes a rank's connections where it has waited in vain; what it waits for here, nobody sends. From a rank that
+    has left already it does not wait.
+    """
+    if backends_of(group).get("cpu") != "gloo":
+        return
+    own = dist.get_rank(group)
+    for rank in (rank for rank in range(dist.get_world_size(group)) if rank != own):
+        with suppress(RuntimeError):
+            group.recv([torch.empty(1)], rank, _NOBODY_SENDS).wait(timedelta(milliseconds=1))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -48,33 +76,31 @@ def check_member(group: dist.ProcessGroup) -> None:
         raise ValueError("process_group: expected one that this rank is in.")
 
 
-def start(collective: Callable[..., dist.Work], *tensors: Any, **options: Any) -> dist.Work:
+class Exchange(NamedTuple):
+    """A collective that was started."""
+
+    work: dist.Work
+    group: dist.ProcessGroup
+
+
+def start(collective: Callable[..., dist.Work], *tensors: Any, group: dist.ProcessGroup, **options: Any) -> Exchange:
     """Starts a collective of torch.distributed.
 
     Raises:
         RankFailure: it fails at once.
     """
-    with exchanging():
-        return collective(*tensors, async_op=True, **options)
+    with exchanging(group):
+        return Exchange(collective(*tensors, async_op=True, group=group, **options), group)
 
 
-def wait_for(work: dist.Work) -> None:
+def wait_for(exchange: Exchange) -> None:
     """Waits for what was started.
 
     Raises:
-        RankFailure: it failed; or memory ran out on this rank where others may have its half already, so that they
-            would wait for the rest of it while this one went on. As it ends, they are told.
+        RankFailure: it failed, on this rank for memory or on another for anything.
     """
-    try:
-        with exchanging():
-            work.wait()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RankFailure(
-            "memory ran out on this rank within an exchange with the others, who wait for it until this process ends:"
-            " go on from the last checkpoint."
-        ) from error
+    with exchanging(exchange.group, begun=True):
+        exchange.work.wait()
 
 
 def backends_of(group: dist.ProcessGroup) -> dict[str, str]:

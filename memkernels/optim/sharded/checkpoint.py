@@ -279,7 +279,7 @@ def _rounds(tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> list[d
 def _failing_as(error: type[Exception], path: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
     """Has what fails within torch's Distributed Checkpoint on any rank raise `error` on all, as it does there."""
     try:
-        with warnings.catch_warnings(), nullcontext() if group is None else exchanging():
+        with warnings.catch_warnings(), nullcontext() if group is None else exchanging(group):
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             yield
     except dcp.CheckpointException as failure:

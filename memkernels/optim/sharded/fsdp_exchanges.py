@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
@@ -40,24 +43,29 @@ class Exchanges:
         finally:
             self.listen = None
 
-    def run(self, collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def run(self, exchange: Callable[[], Any], whole: Tensor, group: dist.ProcessGroup) -> Any:
+        """exchange(), of which `whole` is the larger tensor."""
         if self.listen is not None:
+            if whole.is_cpu:
+                torch.empty_like(whole)  # gloo makes one within the exchange, when it is too late to run out of memory
             self.listen()
-        with exchanging():
-            return collective(*arguments, **options)
+        with exchanging(group, begun=True):
+            return exchange()
 
 
 class _AllGather(DefaultAllGather):
     def __init__(self, exchanges: Exchanges) -> None:
         self._exchanges = exchanges
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self._exchanges.run(super().__call__, *arguments, **options)
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        exchange = functools.partial(super().__call__, output_tensor, input_tensor, group, async_op)
+        return self._exchanges.run(exchange, output_tensor, group)
 
 
 class _ReduceScatter(DefaultReduceScatter):
     def __init__(self, exchanges: Exchanges) -> None:
         self._exchanges = exchanges
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self._exchanges.run(super().__call__, *arguments, **options)
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        exchange = functools.partial(super().__call__, output_tensor, input_tensor, group, op, async_op)
+        return self._exchanges.run(exchange, input_tensor, group)

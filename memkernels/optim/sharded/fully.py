@@ -187,7 +187,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
 
     def _norm_of_sums(self) -> Tensor:
         self._check_synced()
-        with exchanging():
+        with exchanging(self.process_group):
             return total_norm(self._gradients())
 
     def _multiply_gradients(self, factor: float) -> None:

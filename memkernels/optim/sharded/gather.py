@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memkernels.optim.agreement import backends_of, start, wait_for
+from memkernels.optim.agreement import Exchange, backends_of, start, wait_for
 from memkernels.optim.sharded.layout import Bucket
 from memkernels.optim.sharded.whole import Owners
 
@@ -29,7 +29,7 @@ class Gatherer:
         self._buckets, self._values, self._group, self._owners = buckets, values, group, owners
         self._rank = dist.get_rank(group)
         self._broadcasts = bool(values) and backends_of(group).get(values[0].device.type) == "gloo"
-        self._works: dict[int, list[dist.Work]] = {}
+        self._coming: dict[int, list[Exchange]] = {}
         bucket_of = {piece.parameter: i for i, bucket in enumerate(buckets) for piece in bucket.pieces}
         layers = list(layers_of(model))
         within = {module for layer in layers for module in layer.modules()}
@@ -52,13 +52,13 @@ class Gatherer:
         if dist.get_world_size(self._group) == 1:
             return
         for i in self._order:
-            self._works[i] = list(self._gather(self._buckets[i], self._values[i]))
+            self._coming[i] = list(self._gather(self._buckets[i], self._values[i]))
 
     def wait(self, buckets: Iterable[int] | None = None) -> None:
         """Until these buckets have come; all of them by default."""
-        for i in list(self._works) if buckets is None else buckets:
-            for work in self._works.pop(i, ()):
-                wait_for(work)
+        for i in list(self._coming) if buckets is None else buckets:
+            for exchange in self._coming.pop(i, ()):
+                wait_for(exchange)
 
     def check_places(self) -> None:
         """Raises RuntimeError where a parameter has other memory than its bucket's, which new values come into."""
@@ -73,9 +73,9 @@ class Gatherer:
 
     def is_coming(self, bucket: int) -> bool:
         """Whether nobody has waited for a bucket yet."""
-        return bucket in self._works
+        return bucket in self._coming
 
-    def _gather(self, bucket: Bucket, values: Tensor) -> Iterable[dist.Work]:
+    def _gather(self, bucket: Bucket, values: Tensor) -> Iterable[Exchange]:
         if self._owners is not None:
             for piece in (piece for piece in bucket.pieces if piece.parameter.numel()):
                 whole = bucket.view(values, piece).view(-1)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memkernels.offload.store import TieredStore
-from memkernels.optim.agreement import RankFailure, device_of, start, wait_for
+from memkernels.optim.agreement import Exchange, RankFailure, device_of, start, wait_for
 from memkernels.optim.buckets import EXCHANGES_AT_ONCE
 from memkernels.optim.sharded.gather import Gatherer
 from memkernels.optim.sharded.gradients import Buffers, Gradients
@@ -26,7 +26,7 @@ class _InFlight(NamedTuple):
     bucket: int
     sent: Tensor
     received: Tensor
-    work: dist.Work
+    exchange: Exchange
 
 
 class Kept(NamedTuple):
@@ -293,11 +293,11 @@ class Reducer:
         """Starts to exchange bucket i."""
         try:
             with self._noting():
-                work = start(dist.all_to_all_single, received, sent, group=self._group)
+                exchange = start(dist.all_to_all_single, received, sent, group=self._group)
         except BaseException:
             self._give_back(i, sent, received)
             raise
-        self._in_flight.append(_InFlight(i, sent, received, work))
+        self._in_flight.append(_InFlight(i, sent, received, exchange))
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -309,9 +309,9 @@ class Reducer:
 
     def _receive(self, store: bool = True) -> None:
         """Adds up what the oldest exchange brings, or with store=False drops it."""
-        i, sent, received, work = self._in_flight.popleft()
+        i, sent, received, exchange = self._in_flight.popleft()
         with self._noting():
-            wait_for(work)
+            wait_for(exchange)
         try:
             if store:
                 self.gradients.store(i, received.view(self._ranks, -1))

@@ -44,7 +44,7 @@ class Owners:
             sums: this rank's elements of each, by place: the range that its bucket gives it.
         """
         gathered: dict[int, Tensor] = {}
-        works = []
+        exchanges = []
         for bucket in self._buckets:
             for piece in (piece for piece in bucket.pieces if piece.place in present):
                 own, owner = sums[piece.place], self.of(piece)
@@ -55,8 +55,8 @@ class Owners:
                     "input_split_sizes": [len(own) if rank == owner else 0 for rank in range(bucket.ranks)],
                 }
                 if piece.parameter.numel():
-                    works.append(start(dist.all_to_all_single, whole, own, group=self._group, **options))
+                    exchanges.append(start(dist.all_to_all_single, whole, own, group=self._group, **options))
                 gathered[piece.place] = whole.view(self.part(piece, piece.parameter).shape)
-        for work in works:
-            wait_for(work)
+        for exchange in exchanges:
+            wait_for(exchange)
         return gathered
