@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from memkernels.bench.results import Row, read
+from memkernels.memory_size import format_bytes
 
 START = "<!-- benchmarks:start, written by `python -m memkernels.bench.report` -->"
 END = "<!-- benchmarks:end -->"
@@ -102,9 +103,9 @@ def _cells(rows: list[Row]) -> tuple[str, str, str]:
     forward, full, memory = ([row for row in rows if row.mode == mode] for mode in ("forward", "full", "memory"))
     time = full or forward  # forward alone is timed of what has no backward
     return (
-        _ratios(time, lambda row: _scaled(row.median_ms or 0.0, "ms", "s")),
-        _ratios(memory, lambda row: _megabytes(row.peak_bytes)),
-        ", ".join(f"{row.provider} {_megabytes(row.saved_bytes)}" for row in memory if row.saved_bytes is not None)
+        _ratios(time, lambda row: _format_ms(row.median_ms or 0.0)),
+        _ratios(memory, lambda row: format_bytes(row.peak_bytes or 0)),
+        ", ".join(f"{row.provider} {format_bytes(row.saved_bytes)}" for row in memory if row.saved_bytes is not None)
         or "not measured",
     )
 
@@ -119,13 +120,9 @@ def _ratios(rows: list[Row], absolute: Callable[[Row], str]) -> str:
     return ", ".join(cells) or "not measured"
 
 
-def _megabytes(count: int | None) -> str:
-    return _scaled((count or 0) / 1e6, "MB", "GB")
-
-
-def _scaled(value: float, unit: str, thousand: str) -> str:
-    """Three digits, in the unit a thousand times as large where the number has more before its point."""
-    return f"{value:.3g} {unit}" if value < 999.5 else f"{value / 1000:.3g} {thousand}"
+def _format_ms(value: float) -> str:
+    """Three digits, in seconds where the number has more before its point."""
+    return f"{value:.3g} ms" if value < 999.5 else f"{value / 1000:.3g} s"
 
 
 if __name__ == "__main__":
