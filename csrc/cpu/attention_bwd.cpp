@@ -190,7 +190,7 @@ class Backward {
     pack_rows(k, call_.k.row_stride, count, call_.shape.size, to.k_rows.get(), kKeys, size_.depth);
     pack_rows(v, call_.v.row_stride, count, call_.shape.value_size, to.v_rows.get(), kKeys, value_.depth);
     pack_columns(k, call_.k.row_stride, count, call_.shape.size, to.k_units.get(), kKeyUnits, size_.rows);
-    transpose(to.k_units.get(), kKeyUnits, size_.rows, to.k_columns.get(), kKeyUnits);
+    transpose(to.k_units.get(), size_.rows, kKeyUnits, size_.rows, to.k_columns.get(), kKeyUnits);
   }
 
   // What a run of `count` tiles from `first` on and one head's queries give to dK, dV and dQ.
@@ -245,7 +245,7 @@ class Backward {
       const int64_t first = t * kQueries, count = std::min(kQueries, s.q_len - first), row = s.q_start + first;
       const auto pack = [&](const Rows<const T>& x, int64_t size, const Padded<U>& padded, U* columns, U* across) {
         pack_rows(x.at(s.batch, row, head), x.row_stride, count, size, rows.get(), kQueries, padded.depth);
-        transpose(rows.get(), kQueries, padded.depth, columns + t * padded.depth * kQueries, kQueries);
+        transpose(rows.get(), padded.depth, kQueries, padded.depth, columns + t * padded.depth * kQueries, kQueries);
         pack_columns(x.at(s.batch, row, head), x.row_stride, count, size, across + t * kQueryUnits * padded.lanes,
                      kQueryUnits, padded.lanes);
       };
@@ -330,7 +330,7 @@ class Backward {
     const auto make_rows = [&] { return Buffer<float>(kQueries * size_.rows); };
     parallel_tasks(tiles, make_rows, [&](const Buffer<float>& rows, int64_t t) {
       const int64_t first = t * kQueries;
-      transpose(&queries.dq[first * size_.rows], size_.rows, kQueries, rows.get(), size_.rows);
+      transpose(&queries.dq[first * size_.rows], kQueries, size_.rows, kQueries, rows.get(), size_.rows);
       write_rows(rows.get(), size_.rows, std::min(kQueries, s.q_len - first), call_.shape.size, grads_.dq, s.batch,
                  s.q_start + first, head);
     });

@@ -5,16 +5,14 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/tensors.h"
 #include "cpu/philox_vec.h"
+#include "cpu/tasks.h"
 #include "cpu/tile_matmul.h"
 
 namespace memkernels::cpu {
@@ -24,10 +22,6 @@ constexpr int64_t kVecs = 3;
 constexpr int64_t kQueries = kVecs * kLanes;
 constexpr int64_t kKeys = 48;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 // A (B, S, H, D) or, packed, (T, H, D) tensor with its last dimension contiguous.
 template <typename T>
@@ -64,23 +58,6 @@ struct Padded {
       : depth(round_up((size + kDepth<U> - 1) / kDepth<U>, kDepthStep<U>)),
         rows(round_up(size, kRows<U>)),
         lanes(round_up(size, kLanes)) {}
-};
-
-// Memory for a thread, aligned to a cache line.
-template <typename U>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<U*>(::operator new[](std::max<int64_t>(count, 1) * sizeof(U), kAlign))) {}
-  U* get() const { return data_.get(); }
-  U& operator[](int64_t i) const { return data_.get()[i]; }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(U* p) const { ::operator delete[](p, kAlign); }
-  };
-  std::unique_ptr<U, Free> data_;
 };
 
 // The keys that the queries [first, last) of a sequence see: [begin, end).
@@ -159,24 +136,6 @@ struct Dropout {
     for (int r = 0; r < 4; ++r) keep[r] = words[r] >= threshold;
   }
 };
-
-// Runs task(scratch, index) for each index, handing them out one by one, in order: tasks differ in length under causal
-// masks. Each thread makes its scratch before it takes a task: a failed allocation leaves none taken and not done.
-template <typename MakeScratch, typename Task>
-void parallel_tasks(int64_t count, MakeScratch&& make_scratch, Task&& task) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    auto scratch = make_scratch();
-    for (int64_t i = next++; i < count; i = next++) task(scratch, i);
-  });
-}
-
-// The same for tasks without scratch.
-template <typename Task>
-void parallel_tasks(int64_t count, Task&& task) {
-  parallel_tasks(count, [] { return nullptr; }, [&](std::nullptr_t, int64_t i) { task(i); });
-}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace memkernels::cpu

@@ -64,7 +64,7 @@ class Forward {
                 &k[t * kKeys * size.depth], kKeys, size.depth);
       pack_columns(call_.v.at(s.batch, s.k_start + key, task.kv_head), call_.v.row_stride, count,
                    call_.shape.value_size, columns.get(), key_units, value.rows);
-      transpose(columns.get(), key_units, value.rows, &v[t * value.rows * key_units], key_units);
+      transpose(columns.get(), value.rows, key_units, value.rows, &v[t * value.rows * key_units], key_units);
     }
 
     Buffer<U> q_rows(kQueries * size.depth), q(size.depth * kQueries), p(key_units * kQueries);
@@ -74,7 +74,7 @@ class Forward {
         const int64_t count = std::min(kQueries, task.last - first);
         pack_rows(call_.q.at(s.batch, s.q_start + first, head), call_.q.row_stride, count, call_.shape.size,
                   q_rows.get(), kQueries, size.depth);
-        transpose(q_rows.get(), kQueries, size.depth, q.get(), kQueries);
+        transpose(q_rows.get(), size.depth, kQueries, size.depth, q.get(), kQueries);
         std::fill_n(o.get(), value.rows * kQueries, 0.0f);
 
         Vec largest[kVecs], sum[kVecs] = {};

@@ -7,6 +7,7 @@
 // the same layouts are multiplied 16 rows, 16 units and 16 columns at a time, in its tile registers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -54,6 +55,8 @@ constexpr int kWideVecs = 3;
 template <typename U>
 constexpr int kDepthStep = kByAmx<U> ? 8 : 1;
 
+constexpr int64_t kLineUnits = 16;  // of a cache line
+
 inline void multiply_add(Vec& c, float a, const float* b) {
   c += a * load(b);
 }
@@ -63,9 +66,10 @@ inline void multiply_add(Vec& c, uint32_t a, const uint32_t* b) {
 }
 #endif
 
-template <int rows, int vecs, typename U>
+// With kAhead, rows of `next_a`, of a's stride, are fetched into the cache meanwhile.
+template <int rows, int vecs, bool kAhead = false, typename U>
 inline void register_tile(int64_t depth, const U* a, int64_t a_stride, const U* b, int64_t b_stride, float* c,
-                          int64_t c_stride, bool accumulate) {
+                          int64_t c_stride, bool accumulate, const U* next_a = nullptr) {
 #if defined(CPU_CAPABILITY_AMX)
   if constexpr (kByAmx<U>) return amx_rows<vecs>(depth, a, 4 * a_stride, b, 4 * b_stride, c, 4 * c_stride, accumulate);
 #endif
@@ -74,6 +78,9 @@ inline void register_tile(int64_t depth, const U* a, int64_t a_stride, const U* 
     for (int n = 0; n < vecs; ++n) sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes) : Vec{};
   }
   for (int64_t k = 0; k < depth; ++k) {
+    if (kAhead && k % kLineUnits == 0) {
+      for (int m = 0; m < rows; ++m) __builtin_prefetch(next_a + m * a_stride + k);
+    }
     for (int m = 0; m < rows; ++m) {
       for (int n = 0; n < vecs; ++n) multiply_add(sums[m][n], a[m * a_stride + k], b + k * b_stride + n * kLanes);
     }
@@ -123,6 +130,8 @@ template <typename U>
   }
 }
 
+constexpr int64_t kRowsAhead = 16;  // that packing fetches into the cache
+
 // Packing. All write zeros where the source has no element.
 
 // Rows as they are, units along each row: out[rows_out][units_out].
@@ -137,7 +146,10 @@ void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t size, U* out,
     const T* from = x + r * x_stride;
     if constexpr (kDepth<U> == 1) {
       int64_t u = 0;
-      for (; u + kLanes <= size; u += kLanes) store(to + u, load(from + u));
+      for (; u + kLanes <= size; u += kLanes) {
+        __builtin_prefetch(from + kRowsAhead * x_stride + u);
+        store(to + u, load(from + u));
+      }
       for (; u < units_out; ++u) to[u] = u < size ? static_cast<float>(from[u]) : 0.0f;
     } else {
       std::memcpy(to, from, size * sizeof(T));
@@ -145,6 +157,18 @@ void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t size, U* out,
     }
   }
 }
+
+#if defined(CPU_CAPABILITY_AVX512)
+// Two vectors of pairs from 32 elements of two rows.
+inline void interleave(const BFloat16* even, const BFloat16* odd, uint32_t* out) {
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, first, b));
+  _mm512_storeu_si512(out + kLanes, _mm512_permutex2var_epi16(a, second, b));
+}
+#endif
 
 // Units across rows: out[units_out][size_out], unit u of column c holds rows u * depth, ... of x.
 template <typename T, typename U>
@@ -163,6 +187,13 @@ void pack_columns(const T* x, int64_t x_stride, int64_t rows, int64_t size, U* o
       int64_t c = 0;
       if (2 * u + 1 < rows) {
         const T* even = x + 2 * u * x_stride;
+#if defined(CPU_CAPABILITY_AVX512)
+        for (; c + 2 * kLanes <= size; c += 2 * kLanes) {
+          __builtin_prefetch(even + kRowsAhead * x_stride + c);
+          __builtin_prefetch(even + (kRowsAhead + 1) * x_stride + c);
+          interleave(even + c, even + x_stride + c, to + c);
+        }
+#endif
         for (; c + kLanes <= size; c += kLanes) {
           const IntVec low = bits_as<IntVec>(load(even + c)), high = bits_as<IntVec>(load(even + x_stride + c));
           const IntVec pair = high | ((low >> 16) & 0xffff);
@@ -174,15 +205,53 @@ void pack_columns(const T* x, int64_t x_stride, int64_t rows, int64_t size, U* o
   }
 }
 
-// out[columns][out_stride] = in[rows][columns] transposed, in blocks that fit a few cache lines.
+#if defined(CPU_CAPABILITY_AVX512)
+// 16 x 16 words.
+inline void transpose_block(const void* in, int64_t in_stride, void* out, int64_t out_stride) {
+  const auto* from = static_cast<const char*>(in);
+  auto* to = static_cast<char*>(out);
+  __m512i rows[16], pairs[16];
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + 4 * i * in_stride);
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  // Of four rows, the columns 4 q + c in part q of rows[4 * (i / 4) + c].
+  for (int i = 0; i < 16; i += 4) {
+    rows[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  constexpr int kEven = 0x88, kOdd = 0xdd;  // parts 0 and 2, 1 and 3 of each operand
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even = _mm512_shuffle_i32x4(rows[c], rows[4 + c], kEven);
+    const __m512i odd = _mm512_shuffle_i32x4(rows[c], rows[4 + c], kOdd);
+    const __m512i even_below = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], kEven);
+    const __m512i odd_below = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], kOdd);
+    _mm512_storeu_si512(to + 4 * c * out_stride, _mm512_shuffle_i32x4(even, even_below, kEven));
+    _mm512_storeu_si512(to + 4 * (4 + c) * out_stride, _mm512_shuffle_i32x4(odd, odd_below, kEven));
+    _mm512_storeu_si512(to + 4 * (8 + c) * out_stride, _mm512_shuffle_i32x4(even, even_below, kOdd));
+    _mm512_storeu_si512(to + 4 * (12 + c) * out_stride, _mm512_shuffle_i32x4(odd, odd_below, kOdd));
+  }
+}
+#endif
+
+// out[columns][out_stride] = in[rows][in_stride] transposed, in blocks that fit a few cache lines.
 template <typename U>
-void transpose(const U* in, int64_t rows, int64_t columns, U* out, int64_t out_stride) {
+void transpose(const U* in, int64_t in_stride, int64_t rows, int64_t columns, U* out, int64_t out_stride) {
   constexpr int64_t block = 16;
   for (int64_t r0 = 0; r0 < rows; r0 += block) {
     for (int64_t c0 = 0; c0 < columns; c0 += block) {
-      const int64_t r1 = r0 + block < rows ? r0 + block : rows, c1 = c0 + block < columns ? c0 + block : columns;
+      const int64_t r1 = std::min(r0 + block, rows), c1 = std::min(c0 + block, columns);
+#if defined(CPU_CAPABILITY_AVX512)
+      if (r1 - r0 == block && c1 - c0 == block) {
+        transpose_block(in + r0 * in_stride + c0, in_stride, out + c0 * out_stride + r0, out_stride);
+        continue;
+      }
+#endif
       for (int64_t c = c0; c < c1; ++c) {
-        for (int64_t r = r0; r < r1; ++r) out[c * out_stride + r] = in[r * columns + c];
+        for (int64_t r = r0; r < r1; ++r) out[c * out_stride + r] = in[r * in_stride + c];
       }
     }
   }
