@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(memkernels, CPU, m) {
   MEMKERNELS_IMPL(layer_norm_bwd);
   MEMKERNELS_IMPL(layer_norm_fwd);
   MEMKERNELS_IMPL(lion_);
+  MEMKERNELS_IMPL(matmul_into_);
   MEMKERNELS_IMPL(moe_combine);
   MEMKERNELS_IMPL(moe_combine_bwd);
   MEMKERNELS_IMPL(moe_dispatch);

@@ -1,8 +1,9 @@
-"""Products of matrices as the ops multiply: torch's, but by blocks in float32 where torch has nothing fast.
+"""Products of matrices as the ops multiply: torch's, but where torch has nothing as fast on a CPU.
 
-Without AVX-512 for bfloat16 and AVX512-FP16 for float16, torch multiplies such matrices on CPU without vectors, up to
-a hundred times slower than float32. There a block of each operand is widened in front of a float32 product, and the sum
-is rounded once.
+- With AVX-512 for bfloat16 and no AMX, csrc/cpu/matmul.cpp multiplies what is not small.
+- Without AVX-512 for bfloat16 and AVX512-FP16 for float16, torch multiplies such matrices without vectors, up to a
+  hundred times slower than float32. There a block of each operand is widened in front of a float32 product, and the sum
+  is rounded once.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from memkernels._library import define, implement_with_python
+from memkernels._library import cpu_isa, define, implement_with_python
+from memkernels.ops.huge_pages import on_huge_pages
 
 _BLOCK = 1024  # of rows, columns and depth: 12 MiB in all, and conversions of a few percent of the product's time
 
@@ -27,32 +30,38 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
 SLOW_DTYPES = _slow_dtypes()
 
 
+# The dtypes that csrc/cpu/matmul.cpp multiplies on this processor.
+NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16} if cpu_isa() == "avx512" else ())
+_LEAST_NATIVE = 1 << 22  # m n k
+_LONGEST_PACKED = 4 << 10  # bytes of a row of a
+
+
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """a b, for a (m, k) and b (k, n) of one dtype; as `torch.mm`."""
-    return _by_blocks(a, b, None, 1.0, out) if _is_slow(a) else torch.mm(a, b, out=out)
+    return torch.mm(a, b, out=out) if _is_torchs(a) else _product(a, b, None, 1.0, out)
 
 
 def addmm(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
     """c + alpha a b, for c that broadcasts to (m, n) and may be `out`; as `torch.addmm`."""
-    return _by_blocks(a, b, c, alpha, out) if _is_slow(a) else torch.addmm(c, a, b, alpha=alpha, out=out)
+    return torch.addmm(c, a, b, alpha=alpha, out=out) if _is_torchs(a) else _product(a, b, c, alpha, out)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, for x (tokens, in) and weight (out, in); as `torch.nn.functional.linear`."""
-    if _is_slow(x):
-        return _by_blocks(x, weight.t(), bias, 1.0, None)
-    return torch.nn.functional.linear(x, weight, bias)
+    if _is_torchs(x):
+        return torch.nn.functional.linear(x, weight, bias)
+    return _product(x, weight.t(), bias, 1.0, None)
 
 
-def _is_slow(a: Tensor) -> bool:
-    return a.dtype in SLOW_DTYPES and a.device.type == "cpu"
+def _is_torchs(a: Tensor) -> bool:
+    return a.device.type != "cpu" or a.dtype not in NATIVE_DTYPES | SLOW_DTYPES
 
 
-def _by_blocks(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, out: Tensor | None) -> Tensor:
-    if torch.compiler.is_compiling():  # opaque, or Inductor would leave out the sum's rounding
-        product = torch.ops.memkernels.mm_by_blocks(a, b, c, alpha)
+def _product(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, out: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():  # opaque: sizes are not known, and Inductor would leave out a sum's rounding
+        product = torch.ops.memkernels.matmul(a, b, c, alpha)
         return product if out is None else out.copy_(product)
-    return _multiply(a, b, c, alpha, _new_product(a, b, c, alpha) if out is None else out)
+    return _multiply(a, b, c, alpha, on_huge_pages(_new_product(a, b, c, alpha)) if out is None else out)
 
 
 def _new_product(a: Tensor, b: Tensor, c: Tensor | None, alpha: float) -> Tensor:
@@ -66,6 +75,29 @@ def _multiply(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, out: Tensor)
             f"a, b, out: expected (m, k), (k, n) and (m, n) of one dtype, got {tuple(a.shape)} {a.dtype},"
             f" {tuple(b.shape)} {b.dtype} and {tuple(out.shape)}."
         )
+    if _takes_native(a, b, out):
+        torch.ops.memkernels.matmul_into_(a, b, None if c is None else c.expand(shape), alpha, out)
+        return out
+    if a.dtype in SLOW_DTYPES:
+        return _by_blocks(a, b, c, alpha, out)
+    return torch.mm(a, b, out=out) if c is None else torch.addmm(c, a, b, alpha=alpha, out=out)
+
+
+def _takes_native(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether csrc/cpu/matmul.cpp is the faster: a has enough rows and columns for its tiles, and they are in its order
+    or short enough to be packed (`python -m memkernels.bench matmul`)."""
+    (m, k), n = a.shape, b.shape[1]
+    return (
+        a.dtype in NATIVE_DTYPES
+        and 1 in out.stride()
+        and m >= 32
+        and k >= 64
+        and (a.stride(1) == 1 or (n >= 64 and k * a.dtype.itemsize <= _LONGEST_PACKED))
+        and m * n * k >= _LEAST_NATIVE
+    )
+
+
+def _by_blocks(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, out: Tensor) -> Tensor:
     added = None if c is None else c.expand(out.shape)
     for columns in _blocks(b.shape[1]):
         for rows in _blocks(a.shape[0]):
@@ -86,5 +118,14 @@ def _widened(block: Tensor) -> Tensor:
     return block.float() if block.stride(1) == 1 else block.t().float().t()
 
 
-define("mm_by_blocks(Tensor a, Tensor b, Tensor? c, float alpha) -> Tensor", _new_product)
-implement_with_python("mm_by_blocks", lambda a, b, c, alpha: _multiply(a, b, c, alpha, _new_product(a, b, c, alpha)))
+# out = c + alpha a b
+define("matmul_into_(Tensor a, Tensor b, Tensor? c, float alpha, Tensor(a!) out) -> ()")
+# The same as a new tensor, by whatever `_multiply` takes.
+define("matmul(Tensor a, Tensor b, Tensor? c, float alpha) -> Tensor", _new_product)
+implement_with_python("matmul", lambda a, b, c, alpha: _multiply(a, b, c, alpha, _new_product(a, b, c, alpha)))
+
+
+@register_flop_formula([torch.ops.memkernels.matmul, torch.ops.memkernels.matmul_into_])
+def _flops(a_shape, b_shape, *args, **kwargs) -> int:
+    """What `torch.utils.flop_counter` counts, two for a multiplication with its addition."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]

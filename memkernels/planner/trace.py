@@ -68,11 +68,13 @@ class Trace(TorchDispatchMode):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it tensors have no memory, and are recorded; products are made in one piece.
+        """Within it tensors have no memory, and are recorded; products are torch's.
 
-        By blocks, where this processor takes them, they would be traced block by block, some thousands a step.
+        By blocks, where this processor takes them, they would be traced block by block, some thousands a step; those of
+        csrc/cpu/matmul.cpp are no operations that torch counts.
         """
-        with mock.patch.object(matmul, "SLOW_DTYPES", frozenset()), self._fake, self:
+        none: frozenset[torch.dtype] = frozenset()
+        with mock.patch.multiple(matmul, SLOW_DTYPES=none, NATIVE_DTYPES=none), self._fake, self:
             yield
 
     def storages(self, tensor: Tensor) -> set[int]:

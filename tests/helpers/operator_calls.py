@@ -325,6 +325,17 @@ def _huge_pages() -> list[Call]:
     return [Call("on_huge_pages_", {"fresh": _floats(3, 70)}, {"fresh": [_floats(70, 3).t()]})]
 
 
+def _matmul() -> list[Call]:
+    right = {"a": _floats(7, 70), "b": _floats(70, 5), "c": _floats(7, 5), "alpha": 0.5, "out": _floats(7, 5)}
+    wrong = {
+        "a": [(7,), (7, 69), (6, 70), (7, 70, 1), (7, 0), BFLOAT16, DOUBLE],
+        "b": [(70,), (69, 5), (70, 6), BFLOAT16],
+        "c": [(5,), (6, 5), (7, 1), BFLOAT16],
+        "out": [(35,), (6, 5), (7, 6), BFLOAT16, strided(right["out"])],
+    }
+    return [Call("matmul_into_", right, wrong)]
+
+
 def strided(tensor: Tensor) -> Tensor:
     """The same elements, each beside another."""
     return torch.stack([tensor, tensor], -1)[..., 0]
@@ -413,6 +424,6 @@ def _muon_momentum() -> Call:
 
 CALLS = [
     *(*_moe(), *_expert_activation(), *_gated_activation(), *_norms(), *_rotary(), *_attention(), *_cross_entropy()),
-    *(*_nf4(), *_fp8_blocks(), *_row_words(), *_huge_pages(), *_optimizers()),
+    *(*_nf4(), *_fp8_blocks(), *_row_words(), *_huge_pages(), *_matmul(), *_optimizers()),
 ]
 CUDA_CALLS = [*(call for call in CALLS if call.operator in CUDA_OPERATORS), *_wide_norm(), _muon_momentum()]

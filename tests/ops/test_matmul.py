@@ -1,4 +1,5 @@
-"""The products of the ops: torch's, and by float32 blocks where torch multiplies 16-bit elements without vectors."""
+"""The products of the ops: torch's, those of csrc/cpu/matmul.cpp, and by float32 blocks where torch multiplies 16-bit
+elements without vectors."""
 
 import pytest
 import torch
@@ -16,10 +17,16 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=["torch", "blocks"], autouse=True)
+def has_work_for_native(a, b, out):
+    return a.numel() > 0 and b.numel() > 0 and 1 in out.stride()
+
+
+@pytest.fixture(params=["torch", "native", "blocks"], autouse=True)
 def by(request, monkeypatch):
-    slow = frozenset() if request.param == "torch" else frozenset({torch.bfloat16, torch.float16})
-    monkeypatch.setattr(matmul, "SLOW_DTYPES", slow)
+    """Whose products."""
+    monkeypatch.setattr(matmul, "NATIVE_DTYPES", frozenset(DTYPES if request.param == "native" else ()))
+    monkeypatch.setattr(matmul, "SLOW_DTYPES", frozenset(DTYPES[:2] if request.param == "blocks" else ()))
+    monkeypatch.setattr(matmul, "_takes_native", lambda *args: request.param == "native" and has_work_for_native(*args))
     monkeypatch.setattr(matmul, "_BLOCK", 16)
 
 
@@ -47,6 +54,19 @@ def test_products(sizes, layout, dtype):
         total = LAYOUTS[layout](c.clone())
         assert matmul.addmm(total, a, b, out=total) is total
         check("addmm in place", total, torch.addmm, c, a, b)
+
+
+# Sums over several parts of k, and more of a than is packed at a time.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [(70, 5001, 70), (1100, 4300, 20)], ids=str)
+@pytest.mark.parametrize("by", ["native"], indirect=True)
+def test_native_products_of_many_parts(sizes, layout, dtype):
+    a, b, c = operands(*sizes, dtype)
+    a, b = LAYOUTS[layout](a), LAYOUTS[layout](b)
+    with poisoned_memory():
+        check("mm", matmul.mm(a, b), torch.mm, a, b)
+        check("addmm", matmul.addmm(c, a, b), torch.addmm, c, a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,6 +102,7 @@ def test_compiles_to_the_same(dtype):
     def products(a, b, c):
         return matmul.mm(a, b), matmul.addmm(c, a, b, alpha=0.5), matmul.linear(a, b.t(), c[0])
 
+    torch.compiler.reset()
     tensors = operands(33, 47, 17, dtype)
     compiled = torch.compile(products, fullgraph=True)(*tensors)
     for actual, expected in zip(compiled, products(*tensors), strict=True):
@@ -91,19 +112,34 @@ def test_compiles_to_the_same(dtype):
 def test_the_operator_of_compiled_code():
     a, b, c = operands(33, 47, 17, torch.bfloat16)
     for added in (None, c):
-        torch.library.opcheck(torch.ops.memkernels.mm_by_blocks, (a, b, added, 0.5))
+        torch.library.opcheck(torch.ops.memkernels.matmul, (a, b, added, 0.5))
 
 
 def peak_of_a_wide_operand():
-    matmul.SLOW_DTYPES = frozenset({torch.bfloat16})
+    matmul.NATIVE_DTYPES, matmul.SLOW_DTYPES = frozenset(), frozenset({torch.bfloat16})
     a, b = (torch.ones(*size, dtype=torch.bfloat16) for size in ((64, 4096), (4096, 8192)))
     matmul.mm(a, b)
     return peak_bytes(lambda: matmul.mm(a, b))
 
 
+@pytest.mark.parametrize("by", ["blocks"], indirect=True)
 def test_holds_a_few_blocks_and_no_widened_operand():
     blocks, widened = 3 * 4 << 20, 4096 * 8192 * 4
     assert run_in_child(peak_of_a_wide_operand) <= 64 * 8192 * 2 + 2 * blocks < widened / 4
+
+
+def peak_of_a_transposed_operand():
+    matmul.NATIVE_DTYPES = frozenset({torch.bfloat16})
+    a, b = (torch.ones(*size, dtype=torch.bfloat16) for size in ((2048, 16384), (2048, 64)))
+    matmul.mm(a.t(), b)
+    return peak_bytes(lambda: matmul.mm(a.t(), b))
+
+
+@pytest.mark.parametrize("by", ["native"], indirect=True)
+def test_packs_a_part_of_an_operand():
+    packed, of_a_thread = 2 << 20, (2048 * 64 + 4096 * 64) * 4  # a panel, and the sums of a task's rows
+    bound = 16384 * 64 * 2 + packed + torch.get_num_threads() * of_a_thread + (2 << 20)
+    assert run_in_child(peak_of_a_transposed_operand) <= bound < 2048 * 16384 * 2 / 4
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

@@ -88,7 +88,7 @@ class HeadGradients:
 
     def _add_product(self, total: Tensor, dlogits: Tensor, weight: Tensor) -> None:
         if self.product is None:
-            total.addmm_(dlogits, weight)
+            addmm(total, dlogits, weight, out=total)
         else:
             total.add_(mm(dlogits, weight, out=self.product))
 
