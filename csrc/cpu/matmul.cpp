@@ -1,4 +1,5 @@
-// out = c + alpha a b: products of whole matrices, for processors on which torch's are far from the peak.
+// out = c + alpha a b: products of whole matrices, for processors on which torch's are far from the peak. c and out may
+// be float32 where a and b are narrower.
 //
 // A panel of b, 4 vectors wide and a part of k deep, is packed into units along k (tile_matmul.h) that stay in the L2
 // cache, and is multiplied by 6 rows of a at a time, read from where they are; the next 6 are fetched ahead. Where a's
@@ -120,10 +121,11 @@ struct Addend {
   }
 };
 
-template <typename T, typename U>
+// Operands of T, in units of U; c and out of O.
+template <typename T, typename U, typename O>
 class Product {
  public:
-  Product(const Operand<T>& a, const Operand<T>& b, const Addend<T>& c, float alpha, T* out, int64_t out_stride,
+  Product(const Operand<T>& a, const Operand<T>& b, const Addend<O>& c, float alpha, O* out, int64_t out_stride,
           int64_t m, int64_t n, int64_t k)
       : a_(a), b_(b), c_(c), alpha_(alpha), out_(out), out_stride_(out_stride), m_(m), n_(n), k_(k) {}
 
@@ -243,7 +245,7 @@ class Product {
   }
 
   void write(const float* sums, int64_t row, int64_t column, int64_t count) const {
-    T* to = out_ + row * out_stride_ + column;
+    O* to = out_ + row * out_stride_ + column;
     if (count == kPanel && c_.data == nullptr) {
       for (int64_t i = 0; i < kPanel; i += 2 * kLanes) {
         store_pair(to + i, load(sums + i) * alpha_, load(sums + i + kLanes) * alpha_);
@@ -262,9 +264,9 @@ class Product {
   }
 
   const Operand<T> a_, b_;
-  const Addend<T> c_;
+  const Addend<O> c_;
   const float alpha_;
-  T* const out_;
+  O* const out_;
   const int64_t out_stride_, m_, n_, k_;
 };
 
@@ -281,11 +283,11 @@ Tensor with_neighbours(const Tensor& matrix) {
 }
 
 // For out (m, n) of neighbours along n.
-template <typename T>
+template <typename T, typename O>
 void multiply_into(const Tensor& a, const Tensor& b, const std::optional<Tensor>& c, float alpha, Tensor& out) {
-  const Addend<T> addend = c.has_value() ? Addend<T>{c->const_data_ptr<T>(), c->stride(0), c->stride(1)} : Addend<T>{};
-  const Product<T, Unit<T>> product(Operand<T>(a, 1), Operand<T>(b, 0), addend, alpha, out.mutable_data_ptr<T>(),
-                                    out.stride(0), a.size(0), b.size(1), a.size(1));
+  const Addend<O> addend = c.has_value() ? Addend<O>{c->const_data_ptr<O>(), c->stride(0), c->stride(1)} : Addend<O>{};
+  const Product<T, Unit<T>, O> product(Operand<T>(a, 1), Operand<T>(b, 0), addend, alpha, out.mutable_data_ptr<O>(),
+                                       out.stride(0), a.size(0), b.size(1), a.size(1));
   product.run();
 }
 
@@ -294,8 +296,8 @@ void matmul_into_(const Tensor& a_in, const Tensor& b_in, const std::optional<Te
   check_dim("b", b_in, 2);
   const int64_t m = a_in.size(0), n = b_in.size(1);
   check_tensor("b", b_in, a_in.scalar_type(), {a_in.size(1), n});
-  check_tensor("c", c_in, a_in.scalar_type(), {m, n});
-  check_tensor("out", out, a_in.scalar_type(), {m, n});
+  check_shape("out", out, {m, n});
+  check_tensor("c", c_in, out.scalar_type(), {m, n});
   STD_TORCH_CHECK(has_rows(out) || has_columns(out), "out: expected elements that are neighbours along one dimension");
   STD_TORCH_CHECK(a_in.size(1) > 0, "a: expected at least one column");
   if (m == 0 || n == 0) return;
@@ -308,7 +310,8 @@ void matmul_into_(const Tensor& a_in, const Tensor& b_in, const std::optional<Te
     if (c.has_value()) c = flipped(*c);
   }
   if (c.has_value() && c->size(1) > 1 && c->stride(1) > 1) c = as_contiguous(*c);
-  dispatch_floating("a", a, [&]<typename T>() { multiply_into<T>(a, b, c, static_cast<float>(alpha), out); });
+  dispatch_floating("a", a, "out", out.scalar_type(),
+                    [&]<typename T, typename O>() { multiply_into<T, O>(a, b, c, static_cast<float>(alpha), out); });
 }
 
 MEMKERNELS_CPU_KERNEL(matmul_into_);

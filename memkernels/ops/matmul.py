@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from memkernels._library import cpu_isa, define, implement_with_python
 from memkernels.ops.huge_pages import on_huge_pages
@@ -28,8 +27,6 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
 
 
 SLOW_DTYPES = _slow_dtypes()
-
-
 # The dtypes that csrc/cpu/matmul.cpp multiplies on this processor.
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16} if cpu_isa() == "avx512" else ())
 _LEAST_NATIVE = 1 << 22  # m n k
@@ -44,6 +41,20 @@ def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
 def addmm(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
     """c + alpha a b, for c that broadcasts to (m, n) and may be `out`; as `torch.addmm`."""
     return torch.addmm(c, a, b, alpha=alpha, out=out) if _is_torchs(a) else _product(a, b, c, alpha, out)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor, memory: Tensor | None = None) -> None:
+    """total += a b, for total of a's dtype or float32.
+
+    Args:
+        memory: for the product, (m, n) of a's dtype, where it is made and rounded before it is added; new by default.
+    """
+    if total.dtype == a.dtype:
+        addmm(total, a, b, out=total)
+    elif _is_torchs(a) or torch.compiler.is_compiling() or not _sums_wide(a, b, total):
+        total.add_(mm(a, b, out=memory))
+    else:
+        _multiply(a, b, total, 1.0, total)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,6 +92,10 @@ def _multiply(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, out: Tensor)
     if a.dtype in SLOW_DTYPES:
         return _by_blocks(a, b, c, alpha, out)
     return torch.mm(a, b, out=out) if c is None else torch.addmm(c, a, b, alpha=alpha, out=out)
+
+
+def _sums_wide(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    return a.dtype in SLOW_DTYPES or _takes_native(a, b, out)
 
 
 def _takes_native(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -123,9 +138,3 @@ define("matmul_into_(Tensor a, Tensor b, Tensor? c, float alpha, Tensor(a!) out)
 # The same as a new tensor, by whatever `_multiply` takes.
 define("matmul(Tensor a, Tensor b, Tensor? c, float alpha) -> Tensor", _new_product)
 implement_with_python("matmul", lambda a, b, c, alpha: _multiply(a, b, c, alpha, _new_product(a, b, c, alpha)))
-
-
-@register_flop_formula([torch.ops.memkernels.matmul, torch.ops.memkernels.matmul_into_])
-def _flops(a_shape, b_shape, *args, **kwargs) -> int:
-    """What `torch.utils.flop_counter` counts, two for a multiplication with its addition."""
-    return 2 * a_shape[0] * a_shape[1] * b_shape[1]

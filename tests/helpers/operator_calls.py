@@ -331,7 +331,7 @@ def _matmul() -> list[Call]:
         "a": [(7,), (7, 69), (6, 70), (7, 70, 1), (7, 0), BFLOAT16, DOUBLE],
         "b": [(70,), (69, 5), (70, 6), BFLOAT16],
         "c": [(5,), (6, 5), (7, 1), BFLOAT16],
-        "out": [(35,), (6, 5), (7, 6), BFLOAT16, strided(right["out"])],
+        "out": [(35,), (6, 5), (7, 6), BFLOAT16, DOUBLE, strided(right["out"])],
     }
     return [Call("matmul_into_", right, wrong)]
 

@@ -28,6 +28,7 @@ def by(request, monkeypatch):
     monkeypatch.setattr(matmul, "SLOW_DTYPES", frozenset(DTYPES[:2] if request.param == "blocks" else ()))
     monkeypatch.setattr(matmul, "_takes_native", lambda *args: request.param == "native" and has_work_for_native(*args))
     monkeypatch.setattr(matmul, "_BLOCK", 16)
+    return request.param
 
 
 def operands(m, k, n, dtype):
@@ -54,6 +55,25 @@ def test_products(sizes, layout, dtype):
         total = LAYOUTS[layout](c.clone())
         assert matmul.addmm(total, a, b, out=total) is total
         check("addmm in place", total, torch.addmm, c, a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_of_float32(layout, dtype):
+    a, b, c = (LAYOUTS[layout](t) for t in operands(33, 47, 70, dtype))
+    total, memory = c.to(torch.float32, copy=True), torch.empty_like(c)
+    with poisoned_memory():
+        matmul.add_product_(total, a, b)
+        matmul.add_product_(total, a, b, memory)
+    exact, plain = c.double() + 2 * a.double() @ b.double(), c.float() + (a @ b).float() + (a @ b).float()
+    assert_within_factor_two("total", total, exact, plain)
+
+
+def test_sums_of_float32_keep_what_a_narrow_term_would_lose(by):
+    ones = torch.ones(40, 257, dtype=torch.bfloat16)  # 257 is no bfloat16
+    total = torch.zeros(40, 40)
+    matmul.add_product_(total, ones, ones.t())
+    assert total[0, 0].item() == (256 if by == "torch" else 257)
 
 
 # Sums over several parts of k, and more of a than is packed at a time.
@@ -90,6 +110,7 @@ def test_sums_keep_what_bfloat16_would_lose():
     assert matmul.mm(ones, ones.t()).item() == 1000
 
 
+@pytest.mark.parametrize("by", ["torch", "blocks"], indirect=True)
 def test_multiplies_once():
     a, b, _ = operands(200, 300, 400, torch.bfloat16)
     with FlopCounterMode(display=False) as counter:

@@ -11,7 +11,7 @@ from torch import Tensor
 from memkernels.ops.huge_pages import on_huge_pages
 from memkernels.ops.linear_cross_entropy.head import Head
 from memkernels.ops.lora_linear.dropout import row_dropout_add_
-from memkernels.ops.matmul import addmm, mm
+from memkernels.ops.matmul import add_product_, addmm, mm
 
 
 def new_gradient(like: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
@@ -72,10 +72,10 @@ class HeadGradients:
         if self.wanted.weight:
             self._set_weight(part, scaled, dlogits)
         if self.dx is not None and self.through is None:
-            self._add_product(self.dx, scaled, weight)
+            add_product_(self.dx, scaled, weight, self.product)
         elif self.dx is not None and self.through is not None:
-            self._add_product(self.dx, dlogits, weight)
-            self._add_product(self.through, torch.mul(dlogits, g[part] - 1, out=scaled), weight)
+            add_product_(self.dx, dlogits, weight, self.product)
+            add_product_(self.through, torch.mul(dlogits, g[part] - 1, out=scaled), weight, self.product)
 
     def _set_weight(self, part: slice, scaled: Tensor, dlogits: Tensor) -> None:
         """dweight, which autocast rounds as it does a weight's own cast."""
@@ -85,12 +85,6 @@ class HeadGradients:
             addmm(term, dlogits.t(), head.unscaled_x, out=term)
         if cast:
             self.dweight[part] = term
-
-    def _add_product(self, total: Tensor, dlogits: Tensor, weight: Tensor) -> None:
-        if self.product is None:
-            addmm(total, dlogits, weight, out=total)
-        else:
-            total.add_(mm(dlogits, weight, out=self.product))
 
     def _add_adapter(self, part: slice, dlogits: Tensor, g: Tensor | None) -> None:
         """The scale goes to what is of B's size and dtype: dlogits may be narrower."""
