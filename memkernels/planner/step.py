@@ -170,8 +170,11 @@ class _Updates:
 
 def make_model(job: Job) -> nn.Module:
     """The model of a job, in training, without adapters."""
+    from transformers import PreTrainedModel
+
     try:
-        with job.device:
+        # First values are drawn until every one is within bounds, which those that there are not never are.
+        with job.device, mock.patch.object(PreTrainedModel, "initialize_weights", lambda _: None):
             return model_class(job.config).from_config(job.config, dtype=job.dtype).train()
     except ImportError:
         raise

@@ -159,6 +159,16 @@ def test_of_a_vision_language_model_what_rows_of_text_train(config):
     assert seeing["parameters"] - alone["parameters"] == pytest.approx(weights, abs=200)  # frequencies of rotations
 
 
+def test_a_tower_whose_first_values_are_drawn_within_bounds():
+    """transformers draws them anew until each is, which tensors without memory do not tell."""
+    transformers = pytest.importorskip("transformers")
+    text = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    one = {"memory": "1GB", "recompute": "layer", "offload": "none", "state_bits": 32, "step_in_backward": False}
+    assert memkernels.plan(model, seq=16, offload_states="none", offload_gradients="none", **one).best
+
+
 def test_a_row_has_no_more_tokens_than_a_model_has_learned_positions_for(config):
     transformers = pytest.importorskip("transformers")
     one = {"memory": "1GB", "recompute": "none", "offload": "none", "state_bits": 32, "step_in_backward": False}
