@@ -175,6 +175,15 @@ def test_compiles_whole_with_its_backward_and_equals_eager(kind, backend):
         compiled(ill.requires_grad_(), PADDING)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_inference_compiles_whole_and_equals_eager(kind):
+    torch.compiler.reset()
+    layer, x = LAYERS[kind]().eval(), random_tensor(T, D, dtype=torch.float32).detach()
+    with torch.no_grad():
+        eager, ours = (run(x)[0] for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")))
+    torch.testing.assert_close(ours, eager)
+
+
 def test_experts_that_choose_compile_whole_and_equal_eager():
     torch.compiler.reset()  # the layers above have made it compile `MoE.forward` as often as it may
     layer = nn.MoE(nn.ExpertChoiceRouter(D, E), D, N)

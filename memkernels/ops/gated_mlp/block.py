@@ -205,8 +205,9 @@ class _GatedMLP(torch.autograd.Function):
     """Saves x (..., d), s of an adapter of w_down, and the parameters."""
 
     @staticmethod
-    def forward(ctx, plan, x, *tensors):
+    def forward(ctx, plan, *arguments):
         ctx.plan = plan
+        x, *tensors = arguments
         keeps_low_rank = plan.needs_low_rank(ctx.needs_input_grad[2:])
         with torch.autocast(x.device.type, enabled=False):
             y, s = plan.bind(tensors).forward(x.reshape(-1, x.shape[-1]), keeps_low_rank)

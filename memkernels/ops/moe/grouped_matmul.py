@@ -29,8 +29,9 @@ class _GroupedMatmul(torch.autograd.Function):
     """Saves x_grouped where a weight has a gradient, the offsets and the weights."""
 
     @staticmethod
-    def forward(ctx, description, x_grouped, offsets, *tensors):
+    def forward(ctx, description, *arguments):
         ctx.description = description
+        x_grouped, offsets, *tensors = arguments
         ctx.save_for_backward(x_grouped if any(ctx.needs_input_grad[3:]) else None, offsets, *tensors)
         with torch.autocast(x_grouped.device.type, enabled=False):
             return description.bind(tensors).forward(x_grouped, None, Groups(offsets, x_grouped.shape[0]))

@@ -61,8 +61,9 @@ class _MoEMLP(torch.autograd.Function):
     """Saves x, the routing and the parameters; the pre-activation too unless it is recomputed."""
 
     @staticmethod
-    def forward(ctx, layer, x, expert_weights, row_of_pair, pair_of_row, offsets, counts, token_offsets, *tensors):
+    def forward(ctx, layer, *arguments):
         ctx.layer = layer
+        x, expert_weights, row_of_pair, pair_of_row, offsets, counts, token_offsets, *tensors = arguments
         plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts, token_offsets)
         groups = Groups(offsets, pair_of_row.shape[0])
         with torch.autocast(x.device.type, enabled=False):
