@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from memkernels.integrations.plain import is_own
 from memkernels.nn.adapted_experts import AdaptedExperts, ExpertsLoRA
 from memkernels.nn.expert_mesh import gathered, held
 from memkernels.nn.moe import MoE
+from memkernels.optim.agreement import on_all
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -124,6 +126,18 @@ def add_adapter(model: nn.Module, place: ExpertsPlace, r: int, **options: Any) -
         owner = _replace(model, owner)
     mesh = getattr(owner, "expert_mesh", None)
     owner.adapters[place.weight] = ExpertsLoRA(held(getattr(owner, place.weight), mesh), r, expert_mesh=mesh, **options)
+
+
+def meshes_of(adapters: Iterable[ExpertsLoRA]) -> list[Any]:
+    """Those whose ranks hold adapted experts, each once."""
+    return list(dict.fromkeys(of.expert_mesh for of in adapters if of.expert_mesh is not None))
+
+
+def on_ranks_of(meshes: Iterable[Any], function: Callable[[], Any]) -> None:
+    """function() on the ranks of meshes, which all call it; where it raises on one, every rank raises."""
+    for mesh in meshes:
+        function = partial(on_all, mesh.get_group(), function)
+    function()
 
 
 def to_peft(adapter: ExpertsLoRA) -> dict[str, Tensor]:

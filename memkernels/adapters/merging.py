@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from memkernels.adapters.experts import adapted_experts
+from memkernels.adapters.experts import adapted_experts, meshes_of, on_ranks_of
 from memkernels.adapters.layers import adapted_layers
 from memkernels.ops.quantized.tensor import QuantizedTensor
+from memkernels.optim.local import local_of
 
 
 def merge_adapter(model: nn.Module) -> None:
@@ -16,24 +17,29 @@ def merge_adapter(model: nn.Module) -> None:
 
     In place, by `nn.LoRALinear.merge` and `nn.ExpertsLoRA.merge`; above the model are needed a tile of rows and, with
     DoRA, a few rows a layer. A quantised weight becomes a dense one, layer by layer, so that the model grows to its
-    dense size, and is kept beside.
+    dense size, and is kept beside. Where experts are on several ranks (`nn.MoE` with `expert_mesh`), all ranks call it,
+    and each merges what it holds.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
         ValueError: it has no adapter, one that is merged already, or one that is not finite; a dense weight that is
-            also another layer's, as that of a head which is tied to the embedding is. The layers are named. The model
-            is unchanged.
+            also another layer's, as that of a head which is tied to the embedding is. The layers are named. With
+            `expert_mesh`, another rank raised, whose error is named. The model is unchanged.
     """
     layers, experts = adapted_layers(model), adapted_experts(model)
     checks: dict[str, Callable] = {name: layer.merged_scale for name, layer in layers.items()}
     checks |= {place.name: adapter.check_merge for place, adapter in experts.items()}
-    for name, check in checks.items():
-        try:
-            check()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    adapted = [layer.base_layer.weight for layer in layers.values()] + [place.value(model) for place in experts]
-    _check_own_weights(model, adapted)
+
+    def check() -> None:
+        for name, of_adapter in checks.items():
+            try:
+                of_adapter()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        adapted = [layer.base_layer.weight for layer in layers.values()] + [place.value(model) for place in experts]
+        _check_own_weights(model, adapted)
+
+    on_ranks_of(meshes_of(experts.values()), check)
     for layer in layers.values():
         layer.merge()
     for place, adapter in experts.items():
@@ -43,7 +49,7 @@ def merge_adapter(model: nn.Module) -> None:
 def unmerge_adapter(model: nn.Module) -> None:
     """Takes every adapter of a model out of its layer's weight again, to the weight's rounding.
 
-    Quantised weights are put back exactly.
+    Quantised weights are put back exactly. Experts on several ranks as in `merge_adapter`.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -65,9 +71,9 @@ def _check_own_weights(model: nn.Module, weights: Iterable[Tensor]) -> None:
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(name, recurse=False):
             if not isinstance(parameter, QuantizedTensor) and parameter.numel():
-                holders.setdefault(parameter.data_ptr(), []).append(key)
+                holders.setdefault(local_of(parameter).data_ptr(), []).append(key)
     for weight in weights:
-        names = [] if isinstance(weight, QuantizedTensor) else holders.get(weight.data_ptr(), [])
+        names = [] if isinstance(weight, QuantizedTensor) else holders.get(local_of(weight).data_ptr(), [])
         if len(names) > 1:
             raise ValueError(
                 f"{' and '.join(names)}: expected a weight of each layer's own, got one that a merge would change for "

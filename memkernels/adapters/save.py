@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from memkernels.adapters.beside import tensors_beside, trained_modules
 from memkernels.adapters.config import FILE, AdapterConfig
-from memkernels.adapters.experts import ExpertsPlace, adapted_experts, to_peft
+from memkernels.adapters.experts import ExpertsPlace, adapted_experts, meshes_of, on_ranks_of, to_peft
 from memkernels.adapters.layers import adapted_layers, folder_of
 from memkernels.adapters.targets import Targets, matches
 from memkernels.adapters.tensors import WEIGHTS, key_beside, key_of
 from memkernels.atomic import write_together
 from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.lora_linear import LoRALinear
-from memkernels.optim.agreement import on_all
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -69,7 +67,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         for kind, tensor in to_peft(adapter).items()
     }
     tensors |= {key_beside(name): tensor.detach().clone() for name, tensor in beside.items()}  # two may be one memory
-    meshes = dict.fromkeys(of.expert_mesh for of in experts.values() if of.expert_mesh is not None)
+    meshes = meshes_of(experts.values())
 
     def write() -> None:
         if any(mesh.get_local_rank() for mesh in meshes):
@@ -80,10 +78,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             folder / FILE: lambda file: file.write_text(text, encoding="utf-8"),
         })  # fmt: skip
 
-    agreed: Callable[[], None] = write
-    for mesh in meshes:
-        agreed = partial(on_all, mesh.get_group(), agreed)
-    agreed()
+    on_ranks_of(meshes, write)
 
 
 def _config(layers: Mapping[str, LoRALinear | ExpertsLoRA]) -> AdapterConfig:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memkernels import ops
-from memkernels.nn.expert_mesh import draw_experts, experts_parameter, held, take_shards
+from memkernels.nn.expert_mesh import draw_experts, held, sharded, take_shards
 from memkernels.nn.lora_linear import check_adapter
 from memkernels.ops.checks import check_parameter_dtype
 from memkernels.ops.gated_activation.op import check_activation
@@ -61,8 +61,8 @@ class ExpertsLoRA(torch.nn.Module):
         options: dict[str, Any] = {
             "device": weight.device, "dtype": dtype or torch.promote_types(weight.dtype, torch.float32)
         }  # fmt: skip
-        self.lora_A = experts_parameter(torch.empty(experts, r, size, **options), expert_mesh)
-        self.lora_B = experts_parameter(torch.zeros(experts, out, r, **options), expert_mesh)
+        self.lora_A = torch.nn.Parameter(sharded(torch.empty(experts, r, size, **options), expert_mesh))
+        self.lora_B = torch.nn.Parameter(sharded(torch.zeros(experts, out, r, **options), expert_mesh))
         draw_experts(self.lora_A, expert_mesh, partial(torch.nn.init.uniform_, a=-(size**-0.5), b=size**-0.5))
 
     @property
@@ -80,8 +80,8 @@ class ExpertsLoRA(torch.nn.Module):
     def merge(self, weight: Tensor) -> Tensor:
         """The weights with it, rounded to their dtype, a tile of one expert's rows at a time.
 
-        Dense ones are written in place. In the place of quantised ones come dense ones, since an adapter is finer than
-        their steps, and they are kept for `unmerge`.
+        Dense ones are written in place, with `expert_mesh` by each rank its own. In the place of quantised ones come
+        dense ones, since an adapter is finer than their steps, and they are kept for `unmerge`.
 
         Raises:
             ValueError: as `check_merge`.
@@ -89,10 +89,8 @@ class ExpertsLoRA(torch.nn.Module):
         self.check_merge()
         merged = weight
         if isinstance(weight, QuantizedTensor):
-            merged, self._quantized = (
-                torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
-                weight.detach(),
-            )
+            dense = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            merged, self._quantized = sharded(dense, self.expert_mesh), weight.detach()
         self._add(weight, self.scaling, merged)
         self.merged = True
         return merged
@@ -113,24 +111,21 @@ class ExpertsLoRA(torch.nn.Module):
         return weight
 
     def check_merge(self) -> None:
-        """That it may be merged.
+        """That it may be merged; with `expert_mesh` of the factors that this rank holds.
 
         Raises:
-            ValueError: it is merged already, not finite, or of experts on several ranks.
+            ValueError: it is merged already, or not finite.
         """
-        if self.expert_mesh is not None:
-            raise ValueError(
-                "expert_mesh: expected experts of one process, which merges what save_adapter writes of several ranks."
-            )
         if self.merged:
             raise ValueError("ExpertsLoRA: it is merged already.")
         for name, parameter in self.named_parameters():
-            if not bool(parameter.isfinite().all()):
+            if not bool(held(parameter, self.expert_mesh).isfinite().all()):
                 raise ValueError(f"{name}: expected finite numbers to merge, got others.")
 
     def _add(self, weight: Tensor, scaling: float, out: Tensor) -> None:
-        """Writes weight + scaling B A into out, which may be weight."""
-        for expert, (a, b) in enumerate(zip(self.lora_A, self.lora_B, strict=True)):
+        """Writes weight + scaling B A into out, which may be weight, of the experts that this rank holds."""
+        weight, out, lora_a, lora_b = (held(of, self.expert_mesh) for of in (weight, out, self.lora_A, self.lora_B))
+        for expert, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
             for tile, rows in _row_tiles(weight, expert):
                 out[expert, tile].copy_(rows.addmm_(b[tile].to(rows.dtype), a.to(rows.dtype), alpha=scaling))
 

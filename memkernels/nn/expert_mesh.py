@@ -54,9 +54,13 @@ def check_settings(mesh, settings: Mapping[str, object]) -> None:
             raise ValueError(f"{name}: the ranks of expert_mesh differ: {', '.join(map(str, values))}.")
 
 
-def experts_parameter(local: Tensor, mesh) -> torch.nn.Parameter:
-    """Of each rank's (E / ranks, ...), a DTensor (E, ...); without a mesh, which is None, of (E, ...) itself."""
-    return torch.nn.Parameter(local if mesh is None else _sharded(local, mesh))
+def sharded(local: Tensor, mesh) -> Tensor:
+    """Of each rank's (E / ranks, ...), a DTensor (E, ...); without a mesh, which is None, (E, ...) itself."""
+    if mesh is None:
+        return local
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
 
 
 def held(weight: Tensor, mesh) -> Tensor:
@@ -94,10 +98,4 @@ def take_shards(module: torch.nn.Module, names: Sequence[str], mesh, state_dict:
     for name in names if mesh is not None else ():
         given: Any = state_dict.get(prefix + name)
         if type(given) in (Tensor, torch.nn.Parameter) and given.shape == getattr(module, name).shape:
-            state_dict[prefix + name] = _sharded(own_part(given, mesh), mesh)
-
-
-def _sharded(local: Tensor, mesh) -> Tensor:
-    from torch.distributed.tensor import DTensor, Shard
-
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+            state_dict[prefix + name] = sharded(own_part(given, mesh), mesh)

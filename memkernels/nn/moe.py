@@ -15,8 +15,8 @@ from memkernels.nn.expert_mesh import (
     check_mesh,
     check_settings,
     draw_experts,
-    experts_parameter,
     held,
+    sharded,
     take_shards,
 )
 from memkernels.nn.routers import Router, Routing, SwitchRouter
@@ -124,7 +124,8 @@ class MoE(torch.nn.Module):
         self.reset_parameters()
 
     def _experts_weight(self, experts: int, out: int, size: int, device, dtype) -> torch.nn.Parameter:
-        return experts_parameter(torch.empty(experts, out, size, device=device, dtype=dtype), self.expert_mesh)
+        local = torch.empty(experts, out, size, device=device, dtype=dtype)
+        return torch.nn.Parameter(sharded(local, self.expert_mesh))
 
     def reset_parameters(self) -> None:
         """Truncated normal of variance 0.1 / fan-in (Switch Transformers, section 2.4), each expert by its own seed."""

@@ -6,12 +6,14 @@ import torch.distributed as dist
 from adapted_models import randomise
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import memkernels
 from memkernels import nn, quant
 from memkernels.nn.expert_mesh import held
 
 D, N, E = 24, 20, 6
+WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 class Block(torch.nn.Module):
@@ -21,7 +23,7 @@ class Block(torch.nn.Module):
         self.into = torch.nn.Linear(D, D)
         self.moe = nn.MoE(nn.TopKRouter(D, E, 2), D, N, expert_mesh=mesh)
         if quantize is not None:
-            for name in ("gate_up_proj", "down_proj"):
+            for name in WEIGHTS:
                 weight = quantize(held(getattr(self.moe, name), mesh).detach())
                 setattr(self.moe, name, torch.nn.Parameter(weight, requires_grad=False))
 
@@ -65,7 +67,35 @@ def there_and_back(folder):
             torch.testing.assert_close(model(x), single(x))
         memkernels.save_adapter(model, folder / "quantised")
         assert files(folder / "quantised") == files(folder / "whole")
+        merge_and_unmerge(model, single, x)
+    model, single = Block(mesh), Block()
+    for each in (model, single):
+        memkernels.load_adapter(each, folder / "ranks")
+    merge_and_unmerge(model, single, x)
     refusals(mesh, model, folder)
+
+
+def merge_and_unmerge(model, single, x):
+    """Of experts on several ranks: the weights of one process, and what was there before."""
+    expected, before = model(x), {name: getattr(model.moe, name).detach().clone() for name in WEIGHTS}
+    for each in (model, single):
+        memkernels.merge_adapter(each)
+    torch.testing.assert_close(model(x), expected)
+    for name in WEIGHTS:
+        merged = getattr(model.moe, name)
+        assert isinstance(merged, DTensor) and merged.shape[0] == E and not merged.requires_grad
+        if not isinstance(before[name], quant.NF4Tensor):  # whose nested absolute maxima are those of a rank
+            assert torch.equal(merged.full_tensor(), getattr(single.moe, name))
+    with pytest.raises(ValueError, match=r"into: LoRALinear: it is merged already"):
+        memkernels.merge_adapter(model)
+    memkernels.unmerge_adapter(model)
+    for name, weight in before.items():
+        after = getattr(model.moe, name)
+        if isinstance(weight, quant.QuantizedTensor):
+            assert all(torch.equal(*parts) for parts in zip(after.parts, weight.parts, strict=True))
+        else:
+            torch.testing.assert_close(after, weight)
+    torch.testing.assert_close(model(x), expected)
 
 
 def refusals(mesh, model, folder):
@@ -74,8 +104,16 @@ def refusals(mesh, model, folder):
     error, message = (NotADirectoryError, "file") if first else (ValueError, "rank 0: NotADirectoryError: .*file")
     with pytest.raises(error, match=message):
         memkernels.save_adapter(model, folder / "file" / "within")
-    with pytest.raises(ValueError, match=r"moe\.gate_up_proj: expert_mesh: expected experts of one process"):
+    before = {name: held(of, mesh).clone() for name, of in model.state_dict().items()}
+    factor = held(model.moe.adapters["down_proj"].lora_B.detach(), mesh)
+    kept = factor.clone()
+    message = r"moe\.down_proj: lora_B: expected finite numbers"
+    if not first:
+        factor[0] = torch.inf
+    with pytest.raises(ValueError, match=f"^{message}" if not first else f"^rank 1: ValueError: {message}"):
         memkernels.merge_adapter(model)
+    factor.copy_(kept)
+    assert all(torch.equal(held(of, mesh), before[name]) for name, of in model.state_dict().items())
     with pytest.raises(ValueError, match=r"into: its adapter is not merged"):
         memkernels.unmerge_adapter(model)
     other = Block(mesh)
