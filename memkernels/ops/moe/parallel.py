@@ -222,7 +222,9 @@ def start_moe_mlp(
     the first half's y beside the second's, and the second's y beside what is run `beside`: the shared experts, for one.
     In backward dy and, with `recompute`, x travel beside the backward of that, those of the first half also beside the
     second's products, and dx beside the gradient of w_gate_up, the second half's also beside the first's products.
-    The first half's x in forward, and that of a lone expert, is waited for with nothing beside it. The halves'
+    The first half's x in forward, and that of a lone expert, is waited for with nothing beside it: what is run `beside`
+    could be there, and then the last y in forward and the first dy in backward had nothing; products of the rank's own
+    rows alone would round otherwise than one process's, and be summed apart in the weights' gradients. The halves'
     gradients of a weight are joined: for a moment they and the whole are there.
 
     Raises:
