@@ -15,9 +15,9 @@ FILE = "adapter_config.json"
 
 # What says nothing about how an adapter computes, or which layers have one.
 _SILENT = (
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "runtime_config", "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
 )  # fmt: skip
 # Ways of drawing an adapter that leave the base as it is.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -27,7 +27,8 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")
 class AdapterConfig:
     """How the adapters of a model compute; the patterns are by name of a layer, as regular expressions on its end.
 
-    bias: "lora_only" trains those of the adapted layers.
+    bias: "lora_only" trains those of the adapted layers, "all" whatever is called so.
+    ensure_weight_tying: what is tied to a module that is trained whole stays so, and is trained with it.
     """
 
     r: int
@@ -36,6 +37,7 @@ class AdapterConfig:
     use_dora: bool = False
     use_rslora: bool = False
     bias: str = "none"
+    ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -79,6 +81,7 @@ def _adapter_config(file: Path, values: dict[str, Any]) -> AdapterConfig:
         "use_dora": bool(values.get("use_dora")),
         "use_rslora": bool(values.get("use_rslora")),
         "bias": values.get("bias") or "none",
+        "ensure_weight_tying": bool(values.get("ensure_weight_tying")),
     }
     if not 0.0 <= fields["lora_dropout"] < 1.0:
         raise ValueError(f"{file}: lora_dropout: expected a number in [0, 1), got {fields['lora_dropout']}.")
@@ -89,15 +92,13 @@ def _adapter_config(file: Path, values: dict[str, Any]) -> AdapterConfig:
         for key, value in pattern.items():
             _expression(file, name, key)
             (_rank if name == "rank_pattern" else _number)(file, f"{name}: {key}", value)
-    expected = {"peft_type": ("LORA",), "bias": ("none", "lora_only", None), "init_lora_weights": _INITS}
+    expected = {"peft_type": ("LORA",), "bias": ("none", "lora_only", "all", None), "init_lora_weights": _INITS}
     for key, allowed in expected.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{file}: {key}: expected {' or '.join(map(repr, allowed))}, got {values[key]!r}.")
     for key in ("lora_dropout", "use_dora") if values.get("target_parameters") else ():
         if fields[key]:
             raise ValueError(f"{file}: {key}: expected none beside target_parameters, got {fields[key]!r}.")
-    if values.get("ensure_weight_tying") and values.get("modules_to_save"):
-        raise ValueError(f"{file}: ensure_weight_tying: expected none beside modules_to_save, got True.")
     for key, value in values.items():
         if value and key not in (*fields, *patterns, *expected, *_SILENT, *vars(Targets())):
             raise ValueError(f"{file}: {key}: memkernels has no adapter with this option, got {value!r}.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memkernels.adapters.beside import fill_beside, tensors_beside
+from memkernels.adapters.beside import embeddings_beside, fill_beside, tensors_beside
 from memkernels.adapters.config import AdapterConfig, read_config
 from memkernels.adapters.experts import ExpertsPlace, adapted_experts, add_adapter, from_peft, targeted_places
 from memkernels.adapters.layers import bases, check_layers, folder_of, linear_layers, replace_layers
@@ -26,8 +26,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     """Puts the adapters that PEFT or `save_adapter` wrote into a model, in place; their parameters are trained.
 
     Everything is checked before anything is changed. The adapter keeps the file's dtype where that is the layer's or
-    float32, and becomes float32 otherwise. What the file has trained beside them, modules whole (`modules_to_save`) and
-    adapted layers' biases (`bias="lora_only"`), takes the model's place, and is trained too.
+    float32, and becomes float32 otherwise. What the file has trained beside them, modules whole (`modules_to_save`;
+    with ensure_weight_tying what is tied to them too) and biases (`bias="lora_only"` or "all"), takes the model's
+    place, and is trained too. Embeddings that it has frozen, of a head with an adapter or of a vocabulary that was
+    extended, are copied into the model's, which is extended before by `model.resize_token_embeddings`.
 
     Args:
         model: without adapters: they are put where the file has them, on layers that `memkernels.lora` takes,
@@ -55,7 +57,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     has_adapters = any(isinstance(module, (LoRALinear, ExpertsLoRA)) for module in model.modules())
     places = _checked_experts(model, given, has_adapters)
     layers = _checked_linears(model, given, [name for name in tensors if name not in places], has_adapters)
-    _check_beside(model, given, layers, [*layers, *(place.owner for place in places.values())])
+    trained = _checked_beside(model, given, layers, [*layers, *(place.owner for place in places.values())])
     if not has_adapters:
         read = bases(model, layers.values())
         adapted = {layer: _adapted(read[layer], config, name) for name, layer in layers.items()}
@@ -67,7 +69,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         _fill_linear(layer, config, name, tensors[name])
     for place, adapter in adapted_experts(model).items():
         _fill_experts(adapter, config, place, model, tensors[place.layer])
-    fill_beside(model, given.others)
+    fill_beside(model, given.others, trained, config.ensure_weight_tying)
     return [*layers, *(place.name for place in places.values())]
 
 
@@ -142,17 +144,20 @@ def _checked_experts(model: nn.Module, given: _Given, has_adapters: bool) -> dic
     return places
 
 
-def _check_beside(model: nn.Module, given: _Given, layers: dict[str, Any], adapted: list[str]) -> None:
-    """That the file has what it trains beside the adapters on `layers`, and that these are not within it."""
-    biases = given.config.bias == "lora_only"
-    expected = tensors_beside(model, given.targets.modules_to_save or (), layers, biases)
+def _checked_beside(model: nn.Module, given: _Given, layers: dict[str, Any], adapted: list[str]) -> dict[str, Tensor]:
+    """By key, what the file trains beside the adapters on `layers`, which are not within it.
+
+    Frozen embeddings it may have besides.
+    """
+    expected = tensors_beside(model, given.targets.modules_to_save or (), layers, given.config.bias)
     for name in adapted:
         within = next(
             (key for key in expected if key.startswith(f"{name}.") and key != f"{name}.base_layer.bias"), None
         )
         if within is not None:
             raise ValueError(f"{given.at(name)}: expected no adapter of what modules_to_save names: {within}.")
-    check_beside(given.file, given.others, expected)
+    check_beside(given.file, given.others, expected, embeddings_beside(model, layers))
+    return expected
 
 
 def _check_rank(name: str, adapter: LoRALinear | ExpertsLoRA, config: AdapterConfig) -> None:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
-from memkernels.adapters.beside import tensors_beside, trained_modules
+from memkernels.adapters.beside import (
+    all_biases,
+    are_tied,
+    bias_of,
+    embeddings_beside,
+    has_extended_vocabulary,
+    tensors_beside,
+    trained_modules,
+)
 from memkernels.adapters.config import FILE, AdapterConfig
 from memkernels.adapters.experts import ExpertsPlace, adapted_experts, meshes_of, on_ranks_of, to_peft
 from memkernels.adapters.layers import adapted_layers, folder_of
@@ -17,13 +26,15 @@ from memkernels.adapters.tensors import WEIGHTS, key_beside, key_of
 from memkernels.atomic import write_together
 from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.lora_linear import LoRALinear
+from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT reads: `peft.PeftModel.from_pretrained`.
 
-    What else of the model is trained is written too: biases of adapted layers, and modules with other parameters that
-    require a gradient, whole (`modules_to_save`).
+    What else of the model is trained is written too: biases of adapted layers, or all there are, and modules with other
+    parameters that require a gradient, whole (`modules_to_save`; ensure_weight_tying where two are one parameter). So
+    are embeddings where the model's configuration has another vocabulary than the one that it was made from.
 
     Both are written beside their places and then moved there, adapter_config.json last and the old one taken away
     first: where it is, the two are of one call.
@@ -44,12 +55,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     folder = folder_of(directory)
     layers, experts = adapted_layers(model), adapted_experts(model)
-    config = _config({**layers, **{place.name: adapter for place, adapter in experts.items()}})
+    bias = bias_of(model, layers)
+    config = _config({**layers, **{place.name: adapter for place, adapter in experts.items()}}, bias)
     owners = [*layers, *(place.owner for place in experts)]
     known = [of for layer in layers.values() for of in (*layer.adapter.values(), layer.bias)]
     known += [of for adapter in experts.values() for of in adapter.parameters()]
+    if bias == "all":
+        known += all_biases(model).values()
     modules = trained_modules(model, owners, known)
-    beside = tensors_beside(model, modules, layers, config.bias == "lora_only")
+    beside = tensors_beside(model, modules, layers, bias)
+    if has_extended_vocabulary(model):
+        beside = _embeddings(model, layers) | beside
+    config = replace(config, ensure_weight_tying=are_tied(model, modules))
     conv = any(type(layer.base_layer) is not nn.Linear for layer in layers.values())
     targets = Targets(
         _targets(model, layers),
@@ -81,19 +98,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     on_ranks_of(meshes, write)
 
 
-def _config(layers: Mapping[str, LoRALinear | ExpertsLoRA]) -> AdapterConfig:
+def _embeddings(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+    """By key, embeddings as dense tensors without adapters."""
+    found = embeddings_beside(model, layers)
+    for name, layer in layers.items():
+        if layer.merged and any(key.startswith(f"{name}.") for key in found):
+            raise ValueError(f"{name}: expected an adapter that is not merged, since its base is saved too.")
+    return {key: of.dequantize() if isinstance(of, QuantizedTensor) else of for key, of in found.items()}
+
+
+def _config(layers: Mapping[str, LoRALinear | ExpertsLoRA], bias: str) -> AdapterConfig:
     """One configuration of every adapter, with patterns where rank or alpha are not the first one's."""
     (first_name, first), *_ = layers.items()
     for name, layer in layers.items():
         for option in ("dropout_p", "use_dora", "use_rslora"):
             if getattr(layer, option) != getattr(first, option):
                 raise ValueError(f"{name}: {option}: expected that of {first_name}, as PEFT's configuration has one.")
-    biases = [layer.bias for layer in layers.values() if isinstance(layer, LoRALinear) and layer.bias is not None]
     return AdapterConfig(
-        first.r, first.alpha, first.dropout_p, first.use_dora, first.use_rslora,
-        "lora_only" if any(bias.requires_grad for bias in biases) else "none",
-        {_whole(name): layer.r for name, layer in layers.items() if layer.r != first.r},
-        {_whole(name): layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
+        first.r, first.alpha, first.dropout_p, first.use_dora, first.use_rslora, bias,
+        rank_pattern={_whole(name): layer.r for name, layer in layers.items() if layer.r != first.r},
+        alpha_pattern={_whole(name): layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
     )  # fmt: skip
 
 

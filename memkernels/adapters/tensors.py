@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memkernels.ops.checks import PLAIN_TENSORS
+
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {
@@ -14,6 +16,8 @@ _SUFFIXES = {
     "lora_B": ".lora_B.weight",
     "lora_magnitude_vector": ".lora_magnitude_vector",
 }
+# What PEFT writes again of modules_to_save where the vocabulary was extended, or with bias="all".
+_COPIES = (".modules_to_save.", ".original_module.")
 
 
 def key_of(layer: str, kind: str) -> str:
@@ -55,7 +59,8 @@ def read_tensors(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Te
         if not tensor.isfinite().all():
             raise ValueError(f"{file}: {key}: expected finite values.")
         if kind is None:
-            others[key.removeprefix(_PREFIX)] = tensor
+            if not any(of in key for of in _COPIES):
+                others[key.removeprefix(_PREFIX)] = tensor
             continue
         layers.setdefault(key[len(_PREFIX) : -len(_SUFFIXES[kind])], {})[kind] = tensor
     if not layers:
@@ -80,19 +85,23 @@ def check_tensors(file: Path, layer: str, tensors: dict[str, Tensor], shapes: di
             raise ValueError(f"{file}: {key_of(layer, kind)}: the configuration has no use_dora.")
 
 
-def check_beside(file: Path, others: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """That of the tensors beside adapters the file has those of `expected`, of the model, and no other.
+def check_beside(
+    file: Path, others: dict[str, Tensor], expected: dict[str, Tensor], allowed: dict[str, Tensor]
+) -> None:
+    """That of the tensors beside adapters the file has those of `expected`, of the model, and no other but `allowed`.
 
     Raises:
         ValueError: file and key are named.
     """
-    for name in others:
-        if name not in expected:
-            raise ValueError(f"{file}: {key_beside(name)}: not a key of a linear layer's LoRA adapter.")
-    for name, own in expected.items():
+    for name in expected:
         if name not in others:
             raise ValueError(f"{file}: {key_beside(name)}: missing, though the configuration has it trained.")
-        given = others[name]
+    for name, given in others.items():
+        own = expected.get(name, allowed.get(name))
+        if own is None:
+            raise ValueError(f"{file}: {key_beside(name)}: not a key of a linear layer's LoRA adapter.")
+        if type(own) not in PLAIN_TENSORS:
+            raise ValueError(f"{file}: {key_beside(name)}: the model's is no plain tensor, but {type(own).__name__}.")
         if given.shape != own.shape or given.is_floating_point() != own.is_floating_point():
             raise ValueError(
                 f"{file}: {key_beside(name)}: expected shape {tuple(own.shape)} and a dtype as {own.dtype}, got "

@@ -23,7 +23,10 @@ BATCH = {"input_ids": IDS, "labels": IDS}
 OPTIONS = {
     "modules": {"modules_to_save": ["lm_head", "norm", "nothing"]},
     "biases": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
     "both": {"modules_to_save": ["embed_tokens", "lm_head"], "bias": "lora_only"},
+    "modules with all biases": {"modules_to_save": ["v_proj"], "bias": "all"},
+    "tied modules": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
 }
 
 
@@ -37,10 +40,20 @@ def make_model(tied=False):
     return model
 
 
-def trained_by_peft(tied=False, targets=("q_proj", "up_proj"), **options):
+def extended(folder, tied, seed):
+    """With six tokens more than the model that it is read from, in a folder; the seed is that of their embeddings."""
+    make_model(tied).save_pretrained(folder)
+    model = transformers.Qwen2ForCausalLM.from_pretrained(folder)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(107, mean_resizing=False)
+    return model.eval()
+
+
+def trained_by_peft(tied=False, targets=("q_proj", "up_proj"), model=None, **options):
     torch.manual_seed(2)
     options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False} | options
-    model = peft.get_peft_model(make_model(tied), peft.LoraConfig(target_modules=list(targets), **options)).eval()
+    model = make_model(tied) if model is None else model
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets), **options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -48,8 +61,8 @@ def trained_by_peft(tied=False, targets=("q_proj", "up_proj"), **options):
     return model
 
 
-def logits(model):
-    return model.eval()(input_ids=IDS).logits
+def logits(model, ids=IDS):
+    return model.eval()(input_ids=ids).logits
 
 
 def files(directory):
@@ -69,10 +82,12 @@ def test_there_and_back(options, tied, tmp_path):
     assert count(ours) == count(theirs)
     memkernels.save_adapter(ours, tmp_path / "ours")
     (config, saved), (_, expected) = files(tmp_path / "ours"), files(tmp_path / "theirs")
+    expected = {key: of for key, of in expected.items() if "original_module" not in key and "to_save" not in key}
     assert saved.keys() == expected.keys() and all(torch.equal(saved[key], expected[key]) for key in saved)
     assert config["bias"] == options.get("bias", "none") and ("modules_to_save" in options) == bool(
         config["modules_to_save"]
     )
+    assert config["ensure_weight_tying"] == (tied and "ensure_weight_tying" in options)
     again = peft.PeftModel.from_pretrained(make_model(tied), tmp_path / "ours")
     torch.testing.assert_close(logits(again), logits(theirs))
     with torch.no_grad():
@@ -85,25 +100,105 @@ def test_there_and_back(options, tied, tmp_path):
     assert all(parameter is before[name] for name, parameter in ours.named_parameters() if parameter.requires_grad)
 
 
-@pytest.mark.parametrize("recompute", [None, "sublayer", "layer"])
-def test_they_train_as_those_of_peft(recompute, tmp_path):
-    def by_our_names(step):
-        return {
-            name.removeprefix("base_model.model.").replace("modules_to_save.default.", ""): of
-            for name, of in step.items()
-        }
+TRAINED = {
+    "modules and biases": (False, {"modules_to_save": ["lm_head", "norm"], "bias": "lora_only"}),
+    "all biases": (False, {"bias": "all"}),
+    "tied modules": (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "untied modules": (True, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+}
 
-    options = {"modules_to_save": ["lm_head", "norm"], "bias": "lora_only"}
-    theirs = trained_by_peft(**options).train()
+
+@pytest.mark.parametrize("recompute", [None, "sublayer", "layer"])
+@pytest.mark.parametrize(("tied", "options"), TRAINED.values(), ids=TRAINED)
+def test_they_train_as_those_of_peft(tied, options, recompute, tmp_path):
+    def step(of, model):  # by our names, without the biases of keys, whose gradient is zero
+        found = {
+            name.removeprefix("base_model.model.").replace("modules_to_save.default.", ""): value
+            for name, value in of(model, BATCH).items()
+        }
+        return {name: value for name, value in found.items() if not name.endswith("k_proj.bias")}
+
+    theirs = trained_by_peft(tied, **options).train()
     theirs.save_pretrained(tmp_path)
-    plain, exact = (
-        by_our_names(of) for of in (train_step(theirs, BATCH), exact_step(trained_by_peft(**options), BATCH))
-    )
-    ours = make_model()
+    plain, exact = step(train_step, theirs), step(exact_step, trained_by_peft(tied, **options))
+    ours = make_model(tied)
     memkernels.load_adapter(ours, tmp_path)
     if recompute is not None:
         assert not memkernels.patch(ours, recompute=recompute).left
-    assert_same_step(train_step(ours.train(), BATCH), exact, plain)
+    assert_same_step(step(train_step, ours.train()), exact, plain)
+
+
+EXTENDED = {
+    "adapters alone": {},
+    "adapter of the head": {"targets": ["q_proj", "lm_head"]},
+    "both trained": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "one trained": {"modules_to_save": ["embed_tokens"]},
+    "one trained with what is tied to it": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("options", EXTENDED.values(), ids=EXTENDED)
+def test_an_extended_vocabulary_there_and_back(options, tied, tmp_path):
+    ids = torch.cat([IDS, IDS % 6 + 101], 1)
+    if options.get("targets"):  # of a head with an adapter PEFT writes not the embedding
+        ids = IDS
+    theirs = trained_by_peft(model=extended(tmp_path / "base", tied, 4), **options)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = extended(tmp_path / "base", tied, 5)
+    memkernels.load_adapter(ours, tmp_path / "theirs")
+    expected = logits(theirs, ids)
+    torch.testing.assert_close(logits(ours, ids), expected, rtol=1e-4, atol=1e-5)
+    memkernels.save_adapter(ours, tmp_path / "ours")
+    again, back = (extended(tmp_path / "base", tied, seed) for seed in (6, 7))
+    memkernels.load_adapter(back, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "ours")
+    for model in (again, back):
+        torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+    assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in ours.parameters()]
+    if options.get("targets") and not tied:
+        memkernels.merge_adapter(ours)
+        with pytest.raises(ValueError, match=r"^lm_head: expected an adapter that is not merged"):
+            memkernels.save_adapter(ours, tmp_path / "ours")
+
+
+def test_a_head_with_an_adapter_of_peft(tmp_path):
+    """Its file has the head's weight too."""
+    theirs = trained_by_peft(targets=["q_proj", "lm_head"])
+    theirs.save_pretrained(tmp_path)
+    ours = make_model()
+    with torch.no_grad():
+        ours.lm_head.weight.zero_()
+    memkernels.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)
+    assert not ours.lm_head.base_layer.weight.requires_grad
+    quantised = make_model().requires_grad_(False)
+    weight = quant.quantize_int8(quantised.lm_head.weight)
+    quantised.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=r"safetensors: .*lm_head\.base_layer\.weight: .* no plain tensor, but Int8Te"):
+        memkernels.load_adapter(quantised, tmp_path)
+    assert type(quantised.lm_head) is torch.nn.Linear
+
+
+def test_all_biases_that_the_user_trains_are_saved(tmp_path):
+    model = make_model()
+    memkernels.lora(model, 3, dropout=0.0, targets=["q_proj", "o_proj"])
+    with torch.no_grad():
+        for name, parameter in randomise(model).named_parameters():
+            if name.endswith("bias"):
+                parameter.requires_grad_(True).add_(1)
+    memkernels.save_adapter(model, tmp_path)
+    config, tensors = files(tmp_path)
+    assert config["bias"] == "all" and not config["modules_to_save"]
+    assert sum(key.endswith("bias") for key in tensors) == 2 * 3
+    again, ours = peft.PeftModel.from_pretrained(make_model(), tmp_path), make_model()
+    memkernels.load_adapter(ours, tmp_path)
+    for other in (again, ours):
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-5)
+    model.model.layers[0].self_attn.v_proj.bias.requires_grad_(False)  # one is frozen: the others' modules are whole
+    memkernels.save_adapter(model, tmp_path)
+    config, _ = files(tmp_path)
+    assert config["bias"] == "lora_only" and "model.layers.1.self_attn.v_proj" in config["modules_to_save"]
 
 
 def test_classifiers_of_peft(tmp_path):
@@ -191,7 +286,13 @@ def test_what_peft_does_not_save_is_refused(train, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-HEAD, BIAS = (f"base_model.model.{of}" for of in ("lm_head.weight", "model.layers.1.self_attn.q_proj.base_layer.bias"))
+HEAD, NORM, EMBEDDING, BIAS = (
+    f"base_model.model.{of}"
+    for of in (
+        "lm_head.weight", "model.norm.weight", "model.embed_tokens.weight",
+        "model.layers.1.self_attn.q_proj.base_layer.bias",
+    )
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain model", "adapted model"])
@@ -199,10 +300,13 @@ HEAD, BIAS = (f"base_model.model.{of}" for of in ("lm_head.weight", "model.layer
     ("change", "message"),
     [
         (change_config(modules_to_save="lm_head"), r"config\.json: modules_to_save: expected a list, got 'lm_head'"),
-        (change_config(ensure_weight_tying=True), r"config\.json: ensure_weight_tying: expected none beside mod"),
         (change_config(modules_to_save=[1]), r"config\.json: modules_to_save: expected texts"),
-        (change_config(bias="all"), r"config\.json: bias: expected 'none' or 'lora_only' or None, got 'all'"),
-        (change_config(modules_to_save=None), rf"safetensors: {HEAD}: not a key of a linear layer's LoRA adapter"),
+        (change_config(bias="lora"), r"config\.json: bias: expected 'none' or 'lora_only' or 'all' or None, got"),
+        (change_config(bias="all"), r"safetensors: .*0\.self_attn\.k_proj\.bias: missing, though the configuration"),
+        (change_tensors(lambda of: of.update({NORM: of[BIAS].clone()})),
+         rf"safetensors: {NORM}: not a key of a linear layer's LoRA adapter"),
+        (change_tensors(lambda of: of.update({EMBEDDING: of[HEAD][1:].clone()})),
+         rf"safetensors: {EMBEDDING}: expected shape \(101, 24\) and a dtype as torch\.float32, got \(100, 24\)"),
         (change_config(bias="none"), r"safetensors: .*q_proj\.base_layer\.bias: not a key of a linear layer's LoRA ad"),
         (change_config(modules_to_save=["lm_head", "self_attn"]), r"q_proj.*: expected no adapter of what modules_to"),
         (change_tensors(lambda of: of.pop(HEAD)), rf"safetensors: {HEAD}: missing, though the configuration"),
