@@ -76,6 +76,29 @@ def test_loss_and_gradients(make_adapted, make_batch, dtype, autocast, options):
     assert all(torch.equal(value, plain[name]) for name, value in step(model, batch).items())
 
 
+# By option what is left to PEFT or transformers, and whether the head is tied to the embedding.
+BESIDE = {
+    "embedding": (False, {"target_modules": ["q_proj", "embed_tokens"]}, {"lora.layer.Embedding"}),
+    "embedding and head": (
+        True,
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True},
+        {"lora.layer.Embedding"},
+    ),
+    "modules": (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, set()),
+    "tokens": (True, {"trainable_token_indices": [5, 6]}, {"TrainableTokensLayer", "lm_head has"}),
+}
+
+
+@pytest.mark.parametrize(("tied", "options", "left"), BESIDE.values(), ids=BESIDE)
+def test_what_is_trained_beside_or_on_embeddings(make_adapted, make_batch, tied, options, left):
+    make = lambda: make_adapted(config={"tie_word_embeddings": tied}, lora_alpha=0.1, **options)  # noqa: E731
+    batch, model = make_batch("right"), make()
+    plain, exact = step(model, batch), exact_step(make(), batch)
+    reasons = set(memkernels.patch(model).left.values())
+    assert len(reasons) == len(left) and all(any(of in reason for reason in reasons) for of in left)
+    assert_same_step(step(model, batch), exact, plain)
+
+
 LAYERS = {
     "excluded": {"exclude_modules": ["layers.0.self_attn.q_proj", "down_proj"]},
     "some layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
