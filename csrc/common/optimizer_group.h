@@ -19,7 +19,8 @@ inline void check_array(const char* name, size_t i, const Tensor& t, ScalarType 
 
 // `moments` and `absmax` hold those of every parameter for the first moment, then for the second; absmax is empty where
 // states have 16 bits or more. `remainders` is empty, or has an empty tensor where a parameter is rounded. `origins`
-// are multiples of kRun. `grad_factor` and `lr_factor` are one float32 each beside the parameters.
+// are multiples of kRun where moments have fewer bits. `grad_factor` and `lr_factor` are one float32 each beside the
+// parameters.
 inline Group make_group(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
                         const std::vector<Tensor>& moments, const std::vector<Tensor>& absmax,
                         const std::vector<Tensor>& remainders, const std::vector<int64_t>& steps,
@@ -76,8 +77,9 @@ inline Group make_group(const std::vector<Tensor>& parameters, const std::vector
               .bfloat16 = dtype == ScalarType::BFloat16,
               .index = static_cast<uint32_t>(indices[i]),
               .step = static_cast<uint32_t>(steps[i])};
-    STD_TORCH_CHECK(slot.origin >= 0 && slot.origin % kRun == 0, "origins[", i, "]: expected a multiple of ", kRun,
-                    ", got ", slot.origin);
+    const int64_t cut = coded && moment_count > 0 ? kRun : 1;
+    STD_TORCH_CHECK(slot.origin >= 0 && slot.origin % cut == 0, "origins[", i, "]: expected a multiple of ", cut,
+                    " from 0 on, got ", slot.origin);
     for (size_t moment = 0; moment < moment_count; ++moment) {
       const size_t at = moment * count + i;
       check_array("moments", at, moments[at], moment_dtype, state_bits == 4 ? (size + 1) / 2 : size);

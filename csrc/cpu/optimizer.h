@@ -15,9 +15,10 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kElementsPerTask = 32768;  // a multiple of kRun
 
-// Calls body(copies...) with the n < 256 elements of each storage in memory for a run, zeros beyond, and copies back.
+// Calls body(copies...) with the n < 256 elements of each storage from element `before` on of memory for a run, zeros
+// beyond and before, and copies back.
 template <typename T, typename Body, typename... Storage>
-void padded(int64_t n, const T* grad, Body&& body, Storage... storage) {
+void padded(int64_t before, int64_t n, const T* grad, Body&& body, Storage... storage) {
   struct Copy {
     void* original;
     void* copy;
@@ -28,15 +29,15 @@ void padded(int64_t n, const T* grad, Body&& body, Storage... storage) {
   Copy copies[kMaxArrays];
   int count = 0;
   const auto into_copy = [&](auto*& data, int64_t elements) {
-    Copy& copy = copies[count];
-    copy = {data, memory + count * kArrayBytes, elements * static_cast<int64_t>(sizeof(*data))};
+    auto* copy = reinterpret_cast<std::remove_reference_t<decltype(data)>>(memory + count * kArrayBytes);
+    copies[count] = {data, copy + before, elements * static_cast<int64_t>(sizeof(*data))};
+    std::memcpy(copies[count].copy, data, copies[count].bytes);
     ++count;
-    std::memcpy(copy.copy, copy.original, copy.bytes);
-    data = static_cast<std::remove_reference_t<decltype(data)>>(copy.copy);
+    data = copy;
   };
   (storage.arrays(n, into_copy), ...);
   T* grad_copy = reinterpret_cast<T*>(memory + kMaxArrays * kArrayBytes);
-  std::memcpy(grad_copy, grad, n * sizeof(T));
+  std::memcpy(grad_copy + before, grad, n * sizeof(T));
   body(grad_copy, storage...);
   for (int i = 0; i < count; ++i) std::memcpy(copies[i].original, copies[i].copy, copies[i].bytes);
 }
@@ -66,20 +67,25 @@ struct PlainGradient {
   const T* at(int64_t first, int64_t) const { return data + first; }
 };
 
-// Elements [first, last) of a parameter, `first` a multiple of 256.
+// Elements [first, last) of a parameter, of which element -before is a run's first.
 template <typename Update, typename Gradient, typename Parameter, typename... Moments>
-void update_range(const Update& update, int64_t first, int64_t last, float grad_scale, Gradient gradient,
-                  Parameter parameter, Moments... moments) {
+void update_range(const Update& update, int64_t before, int64_t first, int64_t last, float grad_scale,
+                  Gradient gradient, Parameter parameter, Moments... moments) {
+  const auto update_part = [&](int64_t within, int64_t n) {
+    padded(
+        within, n, gradient.at(first, n),
+        [&](const auto* grad_run, auto... copies) {
+          update_run(update, first - within, within + n, grad_scale, grad_run, copies...);
+        },
+        parameter.at(first), moments.at(first)...);
+    first += n;
+  };
+  const int64_t within = (before + first) % kRun;
+  if (within > 0) update_part(within, std::min(last - first, kRun - within));
   for (; first + kRun <= last; first += kRun) {
     update_run(update, first, kRun, grad_scale, gradient.at(first, kRun), parameter.at(first), moments.at(first)...);
   }
-  if (first == last) return;
-  padded(
-      last - first, gradient.at(first, last - first),
-      [&](const auto* grad_run, auto... copies) {
-        update_run(update, first, last - first, grad_scale, grad_run, copies...);
-      },
-      parameter.at(first), moments.at(first)...);
+  if (first < last) update_part(0, last - first);
 }
 
 // Calls body(grad, parameter) with their types.
@@ -116,19 +122,28 @@ void with_moments(const Group& group, const Slot& slot, Body&& body) {
   });
 }
 
-// Calls body(slot, first, last) for ranges of elements that together are all of the group's, in parallel.
+// How many elements of a slot's first run are before the slot's.
+inline int64_t before(const Slot& slot) {
+  return slot.origin % kRun;
+}
+
+// Calls body(slot, first, last) for ranges of elements that together are all of the group's, in parallel; none but the
+// last of a slot ends within a run.
 template <typename Body>
 void for_each_range(const Group& group, const Body& body) {
   std::vector<int64_t> first_task{0};
   for (const Slot& slot : group.slots) {
-    first_task.push_back(first_task.back() + (slot.size + kElementsPerTask - 1) / kElementsPerTask);
+    first_task.push_back(first_task.back() + (before(slot) + slot.size + kElementsPerTask - 1) / kElementsPerTask);
   }
   torch::stable::parallel_for(0, first_task.back(), 1, [&](int64_t task, int64_t end) {
     while (task < end) {
       const auto next = std::upper_bound(first_task.begin(), first_task.end(), task);
       const Slot& slot = group.slots[next - first_task.begin() - 1];
-      const int64_t origin = *(next - 1), stop = std::min(end, *next);
-      body(slot, (task - origin) * kElementsPerTask, std::min(slot.size, (stop - origin) * kElementsPerTask));
+      const int64_t stop = std::min(end, *next);
+      const auto element_of = [&](int64_t of) {
+        return std::clamp<int64_t>((of - *(next - 1)) * kElementsPerTask - before(slot), 0, slot.size);
+      };
+      body(slot, element_of(task), element_of(stop));
       task = stop;
     }
   });
@@ -144,7 +159,7 @@ void step_group(const Group& group, const Rule& rule, const GradientOf& gradient
     if (group.lr_factor != nullptr) update = update.scaled(*group.lr_factor);
     with_parameter(group, slot, [&](const auto* grad, auto parameter) {
       with_moments<kSigned...>(group, slot, [&](auto... moments) {
-        update_range(update, first, last, grad_scale, gradient_of(grad), parameter, moments...);
+        update_range(update, before(slot), first, last, grad_scale, gradient_of(grad), parameter, moments...);
       });
     });
   });

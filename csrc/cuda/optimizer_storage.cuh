@@ -93,21 +93,37 @@ __device__ __forceinline__ void load_values(const T* data, const Run& run, Value
   }
 }
 
-// Words of Philox on their way between the lanes of a warp.
+// Words of Philox on their way between the lanes of a warp: of 48 counters, which serve a run wherever it begins.
 struct alignas(16) RandomWords {
-  uint32_t word[kOptimizerWarps][4][32];
+  uint32_t word[kOptimizerWarps][4][48];
 };
 
-// The random bits of a lane's elements. Each lane makes the four words of one of the run's 32 counters, and takes from
-// four lanes each what RandomPlace says that its elements have.
+// The random bits of a lane's elements. Each lane makes the four words of one of the run's 32 counters, or of 48, and
+// takes from those what RandomPlace says that its elements have: four neighbours at once where the run begins with a
+// counter's first element.
 __device__ __forceinline__ void random_bits(const RandomPlace& place, int64_t first, int32_t (&bits)[kQuads][kQuad]) {
-  uint32_t words[4] = {place.counter(first) + lane(), place.tensor, place.parameter, place.step};
-  philox(words, place.seed);
   auto& shared = shared_memory<RandomWords>().word[threadIdx.x / 32];
+  const int before = static_cast<int>((place.origin + first) % 128);
   __syncwarp();  // what another tensor's call reads there is read
+#pragma unroll 1
+  for (int counter = lane(); counter < (before == 0 ? 32 : 48); counter += 32) {
+    uint32_t words[4] = {place.counter(first) + counter, place.tensor, place.parameter, place.step};
+    philox(words, place.seed);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) shared[i][lane()] = words[i];
+    for (int i = 0; i < 4; ++i) shared[i][counter] = words[i];
+  }
   __syncwarp();
+  if (before > 0) {
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) {
+        const int at = before + first_of(quad) + i;
+        bits[quad][i] = shared[at % 128 / 32][at / 128 * 16 + at % 16] >> (at / 16 % 2 * 16) & 0xFFFF;
+      }
+    }
+    return;
+  }
   const int shift = lane() / 4 % 2 * 16;
 #pragma unroll
   for (int quad = 0; quad < kQuads; ++quad) {

@@ -37,7 +37,8 @@ class AdamW(LowMemoryOptimizer):
     bfloat16 parameters need more bits than they have, since most updates are below their last one:
 
     - rounding="stochastic" rounds each updated value up or down at random, so that the mean is right. The random bits
-      are Philox at the seed, the step, the parameter's place in the optimizer and the element's index.
+      are Philox at the seed, the step, the parameter's place in the optimizer and the element's index, of a DTensor
+      divided by rows that in the whole parameter.
     - rounding="remainder" keeps the 16 bits that bfloat16 lacks as a state (int16, 2 bytes a parameter): together they
       are an exact float32 master weight. The parameter is that weight to nearest (of two as near the larger magnitude).
       What else writes into the parameter moves the master weight with it, to within one unit in bfloat16's last place.

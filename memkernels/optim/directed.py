@@ -82,7 +82,7 @@ class DirectedOptimizer(LowMemoryOptimizer):
         dense = local if local.is_contiguous() else local.contiguous()
         return Stored(
             param, local, dense, local_of(param.grad).contiguous(), state, int(state["step"]), place,
-            self._origin_of(param), signed_scale,
+            self._origin_of(param, group), signed_scale,
         )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ params and grads: float32 or bfloat16, a gradient of its parameter's dtype, cont
 parameter for the first moment, then for the second, as `codes` stores them; absmax: likewise, empty from 16 bits on.
 remainders: empty, or for each parameter the int16 that make an exact float32 of bfloat16, none where it is rounded.
 steps: those of this call, from 1 on. indices: each parameter's place among all of the optimizer's, for the random bits;
-origins: for them too, what the first element is of the whole parameter, of which this may be a part: a multiple of 256.
+origins: for them too, what the first element is of the whole parameter, of which this may be a part: a multiple of 256
+where moments have 8 or 4 bits.
 The gradient is multiplied by grad_scale and grad_factor first: together the clipping factor over the loss's scale,
 negative to maximise. lr is multiplied by lr_factor. grad_factor and lr_factor are one float32 each on the parameters'
 device, which the host does not wait for.

@@ -51,7 +51,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
     steps_in_backward = False  # by `step_in_backward`, which has hooks on its parameters
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        # Of a parameter that is a part of a larger one, which of its elements is the first: a multiple of 256.
+        # Of a parameter that is a part of a larger one, which of its elements is the first.
         self.origins: dict[Tensor, int] = {}
         super().__init__(params, defaults)
 
@@ -215,7 +215,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             remainders if group["rounding"] == "remainder" else [],
             [int(state["step"]) + 1 for state in states],
             list(chosen),
-            [self._origin_of(p) for p in chosen.values()],
+            [self._origin_of(p, group) for p in chosen.values()],
             group["seed"],
             group["state_bits"],
             -scale if group["maximize"] else scale,
@@ -230,11 +230,13 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
                 param.copy_(value)
         torch.autograd.graph.increment_version(list(chosen.values()))
 
-    def _origin_of(self, param: Tensor) -> int:
-        """Where a parameter's random bits begin: at its first element, or a little before it."""
+    def _origin_of(self, param: Tensor, group: dict[str, Any]) -> int:
+        """Where a parameter's random bits begin: at its first element; where moments are in blocks, which a DTensor's
+        rows may begin within and then have of their own, a little before it."""
         if param not in self.origins:
-            self.origins[param] = first_element(param) // 256 * 256
-        return self.origins[param]
+            self.origins[param] = first_element(param)
+        in_blocks = group["state_bits"] < 16 and self.moments(group)
+        return self.origins[param] // 256 * 256 if in_blocks else self.origins[param]
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state, local = self.state[param], local_of(param)

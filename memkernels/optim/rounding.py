@@ -17,14 +17,15 @@ def random_bits(
     Args:
         tensor: 0 for the parameter, 1 and 2 for its moments.
         index: the parameter's place among all of the optimizer's.
-        origin: the first element, a multiple of 128.
+        origin: the first element.
     """
-    runs = -(-size // 128)
+    first, before = divmod(origin, 128)
+    runs = -(-(before + size) // 128)
     key = torch.tensor(seed, dtype=torch.int64, device=device)
-    counter = torch.arange(origin // 8, origin // 8 + runs * 16, device=device).view(runs, 1, 16)
+    counter = torch.arange(first * 16, (first + runs) * 16, device=device).view(runs, 1, 16)
     which, parameter, time = (key.new_full((1, 1, 1), value) for value in (tensor, index, step))
     words = torch.cat(philox(key, (counter, which, parameter, time)), dim=1)
-    return torch.stack([words & 0xFFFF, words >> 16], dim=2).view(-1)[:size].int()
+    return torch.stack([words & 0xFFFF, words >> 16], dim=2).view(-1)[before : before + size].int()
 
 
 def round_stochastic(values: Tensor, random: Tensor) -> Tensor:

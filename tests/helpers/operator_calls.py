@@ -357,7 +357,7 @@ def _optimizers() -> list[Call]:
     numbers = {
         "steps": [[], [1], [1, 2, 3]],
         "indices": [[], [0], [0, 1, 2]],
-        "origins": [[], [0], [0, 1], [0, -256]],
+        "origins": [[], [0], [0, -256]],
         "state_bits": [0, 2, 64],
         "grad_factor": [(2,), DOUBLE],
         "lr_factor": [(2,), DOUBLE],
@@ -383,7 +383,8 @@ def _optimizers() -> list[Call]:
         scalars = {"steps": [1, 2], "indices": [0, 1], "origins": [0, 256], "seed": 3, "state_bits": bits}
         scales = {"grad_scale": 1.0, "grad_factor": torch.ones(()), "lr_factor": torch.ones(()), "lr": 0.1}
         right = lists | scalars | scales | options[operator]
-        calls.append(Call(operator, right, wrong | numbers))
+        within_a_block = {"origins": [*numbers["origins"], [0, 1]]} if blocks else {}
+        calls.append(Call(operator, right, wrong | numbers | within_a_block))
     tensors = [_floats(5), _floats(7).bfloat16()]
     calls += _adafactor(next(of for of in calls if of.operator == "sgd_"))
     return [*calls, Call("square_sum", {"tensors": tensors}, {"tensors": [[tensors[0], tensors[1].double()]]})]

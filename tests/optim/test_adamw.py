@@ -175,18 +175,19 @@ def test_results_do_not_depend_on_threads_or_on_other_parameters(bits, dtype):
 
 
 @on_every_implementation
-@every_width
+@pytest.mark.parametrize(("bits", "cut"), [(32, 77), (16, 2304), (16, 77), (16, 40001), (8, 2304), (4, 2304)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_parameter_cut_at_a_block_has_the_same_values_and_states(implementation, bits, dtype):
-    """By a part of it alone, in the whole one's place, random bits included."""
-    whole = torch.nn.Parameter(normal(5000, 0, dtype))
-    parts = [torch.nn.Parameter(part.clone()) for part in whole.detach().split([2304, 2696])]
+def test_a_parameter_that_is_cut_has_the_same_values_and_states(implementation, bits, cut, dtype):
+    """By a part of it alone, in the whole one's place, random bits included: anywhere, but for blocks between them."""
+    size = 75000
+    whole = torch.nn.Parameter(normal(size, 0, dtype))
+    parts = [torch.nn.Parameter(part.clone()) for part in whole.detach().split([cut, size - cut])]
     optimizers = [optim.AdamW([param], **OPTIONS, state_bits=bits) for param in (whole, *parts)]
-    optimizers[2].origins[parts[1]] = 2304
+    optimizers[2].origins[parts[1]] = cut
     with implementation.active():
         for step in range(3):
-            whole.grad = normal(5000, 100 + step, dtype)
-            for part, grad in zip(parts, whole.grad.split([2304, 2696]), strict=True):
+            whole.grad = normal(size, 100 + step, dtype)
+            for part, grad in zip(parts, whole.grad.split([cut, size - cut]), strict=True):
                 part.grad = grad
             for optimizer in optimizers:
                 optimizer.step()

@@ -108,7 +108,7 @@ def test_operator_passes_opcheck_and_refuses_what_does_not_fit(bits):
         (2, [moments[0], moments[1][:-1]], r"moments\[1\]: expected"),
         (2, moments[:1], "moments: expected 2 for 1 parameters, got 1"),
         (4, [torch.ones(300, dtype=torch.int16)], r"remainders\[0\]: a float32 parameter has none"),
-        (7, [128], r"origins\[0\]: expected a multiple of 256, got 128"),
+        (7, [-256], r"origins\[0\]: expected a multiple of (256|1) from 0 on, got -256"),
         (9, 5, "state_bits: expected 32, 16, 8 or 4, got 5"),
         (11, torch.ones(2), "grad_factor: expected one element, got 2"),
         (11, torch.ones((), dtype=torch.float64), "grad_factor: expected dtype Float, got Double"),

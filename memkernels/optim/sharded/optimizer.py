@@ -63,8 +63,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     every parameter; a mesh of two dimensions (replicas, shards) divides among the second and copies along the first
     (hybrid sharding). What FSDP2 asks holds: the model is called as a whole, every rank calls the same layers (of what
     is in them a rank may leave out parameters), and the last part of a batch is outside of `no_sync()`; `step` raises
-    RuntimeError otherwise. States in 8 or 4 bits need rows that fall to the ranks at multiples of 256 elements. A model
-    that `fully_shard` has been applied to stays as it is, for another optimizer with other `params`, or as the caller
+    RuntimeError otherwise. Random bits are those of the element's index in the whole parameter, wherever a rank's rows
+    begin; states in 8 or 4 bits need rows that fall to the ranks at multiples of 256 elements. A model that
+    `fully_shard` has been applied to stays as it is, for another optimizer with other `params`, or as the caller
     divided it. What follows is of stages 1, 2.
 
     Each rank has ranges of elements, cut at multiples of 256 elements of each parameter, whatever the parameters'
