@@ -36,8 +36,9 @@ def offload_states(
 
     A step goes over the parameters one by one: the states of one are in memory, the next are read ahead, and the last
     are being written. It gives the same bits as in memory. With `step_in_backward` pass its `optimizer`, with a sharded
-    optimizer the `local` one. `state_dict` has the states as tensors, all in memory; `load_state_dict` moves what it
-    loads. `optimizer.state` maps a parameter to a read-only mapping, which reads from the tier what is asked of it.
+    optimizer the `local` one. `state_dict` has the states as tensors, all in memory, and so has a copy of the
+    optimizer; `load_state_dict` moves what it loads. `optimizer.state` maps a parameter to a read-only mapping, which
+    reads from the tier what is asked of it.
 
     Args:
         optimizer: of this package; it may have made steps.
@@ -100,6 +101,10 @@ class TieredState(Mapping[str, Any]):
         for key in self._divided:
             state[key] = as_parameter(state[key], self._param)
         return {key: state[key] for key in self._order}, flat
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy's are in memory."""
+        return dict, (self.load()[0],)
 
     def items(self) -> Any:
         return self.load()[0].items()

@@ -1,5 +1,6 @@
 """offload_states: the bits of a step whose states were in memory all along, wherever they are in between."""
 
+import copy
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -63,6 +64,15 @@ def test_steps_keep_their_bits(folder, tier, optimizer_class, dtype, options):
     assert (statistics.disk_bytes_written > 0) == (tier != "host")
     on_disk = sum(not isinstance(state, dict) for state in optimizer.state.values())
     assert {"host": on_disk == 0, "disk": on_disk >= 6, "auto": 2 <= on_disk < 6}[tier]
+
+
+def test_a_copy_has_its_states_in_memory(folder):
+    model, optimizer = build()
+    offload_states(optimizer, "disk", min_bytes=1, path=folder)
+    train(model, optimizer, 2)
+    copied = copy.deepcopy((model, optimizer))
+    assert copied[1].tiers is None and all(type(state) is dict for state in copied[1].state.values())
+    assert_same(train(*copied, 2, first=2), train(model, optimizer, 2, first=2))
 
 
 def test_the_disk_tier_reads_what_it_wrote(folder):
