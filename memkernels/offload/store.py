@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ TIERS = ("host", "disk", "auto")
 
 STAGING_BYTES = 128 << 20  # bytes of host memory through which the disk is written and read, by default
 _SLAB_STEP = 16 << 20
+_PARTS = 8  # that the staging blocks hold of a tensor which is larger than they are
 # They hand parts to the disk and compute checksums: more than cores, which are busy with what trains.
 THREADS = 8
 
@@ -35,7 +36,8 @@ class Stored:
 
     They came from `device` and go back there. On disk: `extent` is where, `block` the memory they are still or again
     in, `reading` what fills it from the file, and `filling` what filled it from a device's memory. `lent` is what was
-    handed out last, and `arrival` the same where a copy brought it.
+    handed out last, and `arrival` the same where a copy brought it. Of those that passed in `parts` these have it all
+    but `lent`.
     """
 
     nbytes: int
@@ -47,6 +49,7 @@ class Stored:
     reading: Any = None
     lent: Lent | None = None
     arrival: Arrival | None = None
+    parts: tuple[Stored, ...] = ()
 
     @property
     def at_hand(self) -> bool:
@@ -74,8 +77,8 @@ class TieredStore:
     in the file ("auto").
 
     What goes to disk is copied into a few staging blocks, so that its owner may free it at once, and written from
-    there; the blocks written last stay, for as long as nothing else needs them, and are not read again. It may be used
-    from several threads.
+    there; the blocks written last stay, for as long as nothing else needs them, and are not read again. What of the
+    host's is larger than all of them passes in parts. It may be used from several threads.
 
     Memory of a CUDA device is copied on streams of the store's own, beside what is computed, and the slab is pinned.
     Memory of the host is copied by the thread that puts it: a copy beside would take cores and bandwidth from what is
@@ -85,8 +88,8 @@ class TieredStore:
     Args:
         tier: "host", "disk" or "auto".
         max_host_bytes: bytes of host memory the store may hold. "host": default all there is. "disk": those of the
-            staging blocks, default 128 MiB, or one tensor where that is larger. "auto": default half of what is
-            available now, within the limits of control groups; a quarter of it is for staging.
+            staging blocks, default 128 MiB, and where one tensor of a device is larger, that. "auto": default half of
+            what is available now, within the limits of control groups; a quarter of it is for staging.
         path: folder of the file, on a file system that is not in memory; default that of `tempfile`.
 
     Raises:
@@ -172,6 +175,20 @@ class TieredStore:
             stored.filling = self._fill(stored.block, source)
             self.statistics.host_bytes += nbytes
             return stored
+        if nbytes <= self._staging:
+            return self._put_on_disk(source)
+        if not self._staging_may_grow:
+            raise MemoryError(
+                f"{self._named}: {nbytes} bytes of one tensor wanted, {self._staging} available in the staging blocks"
+                " that max_host_bytes allows."
+            )
+        if self.is_device(source.device):  # on which it is to arrive whole
+            return self._put_on_disk(source)
+        parts = source.split(-(-self._staging // _PARTS))
+        return Stored(nbytes, source.device, parts=tuple(self._put_on_disk(part) for part in parts))
+
+    def _put_on_disk(self, source: Tensor) -> Stored:
+        nbytes = source.numel()
         with self._lock:
             self._make_room(nbytes)
             block = self._allocate(nbytes)
@@ -191,8 +208,10 @@ class TieredStore:
         Raises:
             OSError: reading failed, or a checksum does not match.
         """
-        copies, then = self._copies_of(stored.device), list(then)
+        copies, then = self._copies_of(stored.device), list(_in_parts(then))
         with self._lock:
+            if stored.parts:
+                return self._load_parts(stored, then)
             self.statistics.loads += 1
             found = self._at_hand(stored)
             if found is not None:
@@ -211,6 +230,19 @@ class TieredStore:
                     assert found is not None
             self._send_ahead(then)
             return found
+
+    def _load_parts(self, stored: Stored, then: list[Stored]) -> Tensor:
+        found = self._at_hand(stored)
+        if found is not None:
+            self._read_ahead(then, beside=stored)
+            return found
+        found = torch.empty(stored.nbytes, dtype=torch.uint8)
+        ahead, last = [*reversed(stored.parts), *then], stored.nbytes
+        for i, part in enumerate(reversed(stored.parts)):
+            found[last - part.nbytes : last].copy_(self.load(part, ahead[i + 1 : i + 1 + _PARTS]))
+            last -= part.nbytes
+        stored.lent = Lent(found)
+        return found
 
     def trim(self) -> None:
         """Gives host memory back to the system, and the file's end to its disk, that nothing needed since this was
@@ -321,11 +353,6 @@ class TieredStore:
 
     def _make_room(self, nbytes: int) -> None:
         """Lets go of staging blocks, oldest first, until `nbytes` fit beside the others."""
-        if nbytes > self._staging and not self._staging_may_grow:
-            raise MemoryError(
-                f"{self._named}: {nbytes} bytes of one tensor wanted, {self._staging} available in the staging blocks"
-                " that max_host_bytes allows."
-            )
         waiting = self._waiting()
         held = sum(stored.nbytes for stored in waiting)
         for stored in waiting:
@@ -359,6 +386,15 @@ class TieredStore:
         live = [stored for ref in self._in_memory if (stored := ref()) is not None and stored.block is not None]
         self._in_memory = [weakref.ref(stored) for stored in live]
         return live
+
+
+def _in_parts(several: Iterable[Stored]) -> Iterator[Stored]:
+    """Each, or the parts that are to be read of it: those written last come first, and may be in memory still."""
+    for stored in several:
+        if not stored.parts:
+            yield stored
+        elif not stored.at_hand:
+            yield from reversed(stored.parts)
 
 
 def _succeeded(transfer: Any) -> bool:

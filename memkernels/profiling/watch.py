@@ -77,7 +77,7 @@ class Watch:
         for held in gc.get_objects():
             if issubclass(type(held), Tensor):
                 add([held], "temporary")
-            elif issubclass(type(held), store.Stored):
+            elif issubclass(type(held), store.Stored) and not held.parts:  # which are found too
                 self._count("kept", held)
             # Without its attribute the making of one failed, and somebody holds the error.
             elif issubclass(type(held), nn.Module) and hasattr(held, "_parameters"):

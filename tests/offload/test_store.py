@@ -161,12 +161,39 @@ def test_more_than_the_limit_is_an_error_that_names_it(tmp_path):
         store.put(noise(MB + 1))
 
 
-def test_without_a_limit_a_large_tensor_passes(tmp_path):
+@pytest.fixture
+def small(tmp_path):
+    """Without a limit of the caller's, and with few staging blocks all the same."""
     store = TieredStore("disk", path=tmp_path)
     store._staging = MB
-    stored = store.put(noise(3 * MB))
-    store.put(noise(MB)).extent.writing.wait()
-    assert torch.equal(store.load(stored), noise(3 * MB))
+    return store
+
+
+def test_without_a_limit_a_large_tensor_passes_in_parts(small):
+    sources = [noise(3 * MB + 5, 0), noise(MB, 1), noise(2 * MB, 2)]
+    large, other, last = stored = [small.put(source) for source in sources]
+    assert small._slab.statistics()["peak_in_use"] == MB
+    for _ in range(2):
+        for kept, source in zip(stored, sources, strict=True):
+            assert torch.equal(small.load(kept, then=[large, last]), source)
+    assert small._slab.statistics()["peak_in_use"] <= 2 * MB + MB // 4  # and one in use
+    first = small.load(large)
+    assert small.load(large, then=[last]).data_ptr() == first.data_ptr()
+    first.zero_()
+    assert torch.equal(small.load(large), sources[0]) and other.parts == ()
+
+
+def test_parts_of_a_large_tensor_are_read_ahead(small):
+    large, other = small.put(noise(3 * MB)), small.put(noise(MB, 1))
+    other.extent.writing.wait()
+    small.load(other, then=[large])
+    ahead = [part for part in large.parts if part.reading is not None]
+    assert ahead == list(large.parts[-8:])
+    for part in ahead:
+        part.reading.wait()
+    ready, read = small.statistics.loads_ready, small.statistics.disk_bytes_read
+    assert torch.equal(small.load(large), noise(3 * MB))
+    assert small.statistics.loads_ready >= ready + 8 and small.statistics.disk_bytes_read == read + 2 * MB
 
 
 def test_without_the_runtime_the_reason_is_given(monkeypatch):
