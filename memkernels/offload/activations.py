@@ -35,15 +35,15 @@ class offload_activations:
     A tensor moves as the bytes of its storage: what several saved tensors share (views, transposes, the parts of a
     split) moves once, expanded dimensions take no room, and views come back with their strides. Of tensor subclasses
     that wrap others (DTensor, quantised tensors) the parts move. A tensor is copied when it is saved, so that its
-    memory is free as soon as nothing else holds it, and so that it may be written to afterwards.
+    memory is free as soon as nothing else holds it. A write to it afterwards raises in backward, as without offload.
 
     Tensors of a GPU are copied to pinned memory and back on streams of their own, beside what is computed, which waits
-    for a copy only where it uses what arrives, or where copies hold more than 256 MiB of the GPU's memory. So a write
-    to what was saved raises in backward, as it does without offload. This has not run on a GPU yet.
+    for a copy only where it uses what arrives, or where copies hold more than 256 MiB of the GPU's memory. This has not
+    run on a GPU yet.
 
     These stay where they are: parameters and buffers of modules, leaves that require a gradient, tensors of fewer than
-    `min_bytes` bytes, those of the last layers, and other kinds of tensors (sparse, or of classes that do not say what
-    they wrap; those of torch's quantised dtypes). In-place changes of what stays raise in backward, as without offload.
+    `min_bytes` bytes, those of the last layers, and other kinds of tensors (sparse; nested but not jagged; of torch's
+    quantised dtypes; of classes that do not say what they wrap).
 
     Of a compiled module autograd sees what is saved when its graph has run: so what a graph of the whole model saves
     moves after its forward, and is in memory together until then. Compile its layers instead (`layer.compile()`), whose
@@ -57,10 +57,10 @@ class offload_activations:
             name, mode 0600, that goes with the process however that ends; preallocated, past the page cache where the
             file system offers that, with a CRC32C for each 64 KiB. "auto": host memory to its limit, then disk.
         max_host_bytes: bytes of host memory that offload may hold. "host": of the tensors, default all memory. "disk":
-            of the staging blocks that tensors pass through, default 128 MiB, or one tensor where that is larger.
-            "auto": of both, default half of what is available; a quarter of it is for staging. What backward is
-            using does not count. It is taken as it is needed, as is room on the disk, 256 MiB at a time; what 64
-            entries in a row did not need goes back.
+            of the staging blocks that tensors pass through, default 128 MiB; what is larger passes in parts, of a GPU
+            through so many more. "auto": of both, default half of what is available; a quarter of it is for staging.
+            What backward is using does not count. It is taken as it is needed, as is room on the disk, 256 MiB at a
+            time; what 64 entries in a row did not need goes back.
         path: folder of the file, on a disk; default that of `tempfile`.
         min_bytes: what is smaller stays.
         keep_last_layers: what is saved from the beginning of the last so many layers until backward begins, by the

@@ -47,23 +47,23 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class _Unchanged:
-    """What autograd checks of what it saves without hooks: that `counted`, of that shape, is still of `version`."""
+    """What autograd checks of what it saves without hooks: that `counted`, of a tensor so `named`, is at `version`."""
 
     counted: Tensor
     version: int
-    shape: torch.Size
+    named: str
 
     @staticmethod
-    def of(tensor: Tensor) -> _Unchanged:
-        return _Unchanged(witness_of(tensor), tensor._version, tensor.shape)
+    def of(tensor: Tensor, counted: Tensor | None = None) -> _Unchanged:
+        named = "a nested tensor" if tensor.is_nested else f"a tensor of shape {tuple(tensor.shape)}"
+        return _Unchanged(witness_of(tensor) if counted is None else counted, tensor._version, named)
 
     def check(self) -> None:
         version = self.counted._version
         if version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation:"
-                f" a tensor of shape {tuple(self.shape)} is at version {version}; expected version {self.version}"
-                " instead."
+                f" {self.named} is at version {version}; expected version {self.version} instead."
             )
 
 
@@ -78,7 +78,7 @@ class _Stays:
     @staticmethod
     def of(tensor: Tensor, claim: Claim | None = None) -> _Stays:
         kept = tensor.detach()
-        return _Stays(kept, _Unchanged(kept, tensor._version, tensor.shape), claim)
+        return _Stays(kept, _Unchanged.of(tensor, kept), claim)
 
     def unpack(self) -> Tensor:
         self.unchanged.check()
@@ -87,10 +87,7 @@ class _Stays:
 
 @dataclass(frozen=True, eq=False)
 class _Moved:
-    """`nbytes` of a storage, in `codec` where there is one.
-
-    `unchanged` is given where the tensor must not change, since its copy was under way.
-    """
+    """`nbytes` of a storage, in `codec` where there is one."""
 
     stored: Stored
     nbytes: int
@@ -99,28 +96,23 @@ class _Moved:
     session: Session
     tape: Tape
     position: int
-    unchanged: _Unchanged | None
+    unchanged: _Unchanged
 
     def unpack(self) -> Tensor:
-        if self.unchanged is not None:
-            self.unchanged.check()
+        self.unchanged.check()
         return self.session.load(self)
 
 
 @dataclass(frozen=True, eq=False)
 class _Wrapped:
-    """A tensor subclass, such as DTensor or NF4Tensor, whose parts went their own ways.
-
-    `unchanged` is given where one of them must not change.
-    """
+    """A tensor subclass, such as DTensor or NF4Tensor, whose parts went their own ways."""
 
     rebuild: Callable[[dict[str, Any]], Tensor]
     parts: dict[str, Any]
-    unchanged: _Unchanged | None
+    unchanged: _Unchanged
 
     def unpack(self) -> Tensor:
-        if self.unchanged is not None:
-            self.unchanged.check()
+        self.unchanged.check()
         parts = {name: part.unpack() if isinstance(part, _PACKED) else part for name, part in self.parts.items()}
         return self.rebuild(parts).detach()
 
@@ -239,7 +231,7 @@ class Session:
             self,
             self._tape,
             self._tape.append(found),
-            _Unchanged.of(tensor) if self._store.is_device(tensor.device) else None,
+            _Unchanged.of(tensor),
         )
 
     def _take(self, tensor: Tensor, source: Source, compressible: bool) -> tuple[Stored | Claim, _Entry]:
@@ -264,18 +256,18 @@ class Session:
             if isinstance(part, Tensor) and (name == "_values" or not tensor.is_nested):
                 parts[name] = self._pack(part, whole)
         cls, size, stride = type(tensor), tensor.size(), tensor.stride()
-        bound = any(part.unchanged is not None for part in parts.values() if isinstance(part, _PACKED))
         return _Wrapped(
             lambda parts: cls.__tensor_unflatten__(parts, context, size, stride),
             parts,
-            _Unchanged.of(tensor) if bound else None,
+            _Unchanged.of(tensor),
         )
 
     def _stays(self, tensor: Tensor) -> bool:
         """Parameters, buffers and what else its owner holds on to; small tensors; those of the last layers."""
         if type(tensor) not in PLAIN_TENSORS or tensor.layout != torch.strided or tensor.device.type == "meta":
             return True
-        if tensor.is_quantized or tensor._is_zerotensor():  # the latter has no memory
+        # Nested tensors that are no subclass have sizes for each part; those of zeros have no memory.
+        if tensor.is_quantized or tensor.is_nested or tensor._is_zerotensor():
             return True
         for owner in (tensor, tensor._base):
             if owner is not None and (isinstance(owner, torch.nn.Parameter) or (owner.is_leaf and owner.requires_grad)):

@@ -57,10 +57,6 @@ class _CountingStore:
     def claim_in_place(self, device: torch.device, nbytes: int) -> None:
         """Nothing stays where it is."""
 
-    def is_device(self, device: torch.device) -> bool:
-        """No copy is ever under way."""
-        return False
-
     def let_go(self) -> None:
         """There is nothing to let go of."""
 

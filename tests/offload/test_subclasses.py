@@ -81,28 +81,36 @@ def test_tensors_of_torchs_quantised_dtypes_stay(tmp_path):
     assert torch.equal(x.grad, torch.ones(8, 256) @ weight.dequantize())
 
 
-def changed_in_place(h):
-    """sin(h) + cos(2 h), where h becomes 2 h between."""
-    first = h.sin()
-    h.mul_(2)
-    return (first + h.cos()).sum()
-
-
-def test_dtensors_that_change_in_place(tmp_path, mesh):
+@pytest.mark.parametrize("min_bytes", [1, MB], ids=["moved", "stays"])
+def test_dtensors_that_change_in_place(tmp_path, mesh, min_bytes):
     from torch.distributed.tensor import DTensor, Shard
 
     x = torch.randn(64, 64)
     sharded = DTensor.from_local(x, mesh, [Shard(0)]).requires_grad_()
-    offload = disk(tmp_path)
+    offload = disk(tmp_path, min_bytes=min_bytes)
     with offload:
-        loss = changed_in_place(sharded * 1)
-    loss.backward()
-    assert offload.statistics["moved"] == 2
-    torch.testing.assert_close(sharded.grad.full_tensor(), x.cos() - 2 * (2 * x).sin())
-    with disk(tmp_path, min_bytes=MB):
-        loss = changed_in_place(sharded * 1)
+        h = sharded * 1
+        before = h.sin()
+        h.mul_(2)
+        after = h.cos()
+    assert offload.statistics["moved"] == (2 if min_bytes == 1 else 0)
+    (gradient,) = torch.autograd.grad(after.sum(), sharded)
+    torch.testing.assert_close(gradient.full_tensor(), -2 * (2 * x).sin())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        before.sum().backward()
+
+
+def test_nested_tensors_that_are_no_subclass_stay(tmp_path):
+    leaves = [torch.randn(n, 16, requires_grad=True) for n in (30, 50)]
+
+    def gradients():
+        nested = torch.nested.as_nested_tensor(leaves)
+        loss = torch.nested.to_padded_tensor((nested * 2).softmax(-1), 0).square().sum()
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    with disk(tmp_path):
+        found = gradients()
+    assert_same_bits(found, gradients())
 
 
 def test_jagged_tensors(tmp_path):
