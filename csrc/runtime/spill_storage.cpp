@@ -89,6 +89,7 @@ void SpillStorage::grow(int64_t missing) {
     if (failed && errno == EOPNOTSUPP) failed = ftruncate(descriptor_, ranges_.size() + step);
     if (!failed) return ranges_.grow(step);
     error = errno;
+    if (ftruncate(descriptor_, ranges_.size()) != 0) break;  // ext4 keeps what it found before the disk was full
   }
   throw FileError(error,
                   std::string("disk tier: ") + std::strerror(error) + ": " + std::to_string(missing) +

@@ -20,7 +20,9 @@ constexpr long long kEverything = 1LL << 62;
 extern "C" {
 
 int fallocate(int fd, int mode, off_t offset, off_t bytes) {
-  if (offset + bytes > number("FULL_DISK_PREALLOCATES", kEverything)) {
+  const long long holds = number("FULL_DISK_PREALLOCATES", kEverything);
+  if (offset + bytes > holds) {
+    if (offset < holds) syscall(SYS_fallocate, fd, mode, offset, holds - offset);  // as ext4, which keeps what it found
     errno = ENOSPC;
     return -1;
   }
