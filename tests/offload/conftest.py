@@ -13,6 +13,15 @@ def tmp_path(tmp_path):
         yield folder
 
 
+@pytest.fixture(params=[True, False], ids=["io_uring", "threads"])
+def io_uring(request):
+    """Whether a file has it; each test runs with it, where the kernel has it, and without."""
+    runtime = pytest.importorskip("memkernels._runtime", reason="built without pybind11 or Python's headers")
+    if request.param and (missing := runtime.io_uring_missing()):
+        pytest.skip(missing)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def no_io_uring(tmp_path_factory):
     """Environment variables under which a process has no io_uring; see no_io_uring.cpp."""
