@@ -84,7 +84,8 @@ def embeddings_beside(model: nn.Module, layers: Container[str]) -> dict[str, Ten
 
 def has_extended_vocabulary(model: Any) -> bool:
     """Whether the configuration that the model came with, of a folder or of the Hub's cache, has another vocab_size."""
-    config, name = getattr(model, "config", None), getattr(model, "name_or_path", None)
+    config: Any = getattr(model, "config", None)
+    name = getattr(model, "name_or_path", None)
     if not name or not hasattr(config, "get_text_config"):
         return False
     try:
