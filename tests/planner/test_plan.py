@@ -163,8 +163,10 @@ def test_a_tower_whose_first_values_are_drawn_within_bounds():
     """transformers draws them anew until each is, which tensors without memory do not tell."""
     transformers = pytest.importorskip("transformers")
     text = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    text["num_key_value_heads"] = 1
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    vision |= {"image_size": 28, "patch_size": 14}
+    model = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     one = {"memory": "1GB", "recompute": "layer", "offload": "none", "state_bits": 32, "step_in_backward": False}
     assert memkernels.plan(model, seq=16, offload_states="none", offload_gradients="none", **one).best
 
