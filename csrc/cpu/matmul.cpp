@@ -1,5 +1,5 @@
-// out = c + alpha a b: products of whole matrices, for processors on which torch's are far from the peak. c and out may
-// be float32 where a and b are narrower.
+// out = c + alpha a b: products of whole matrices, where they are faster than torch's (`python -m memkernels.bench
+// matmul`). c and out may be float32 where a and b are narrower.
 //
 // A panel of b, 4 vectors wide and a part of k deep, is packed into units along k (tile_matmul.h) that stay in the L2
 // cache, and is multiplied by 6 rows of a at a time, read from where they are; the next 6 are fetched ahead. Where a's

@@ -130,8 +130,6 @@ template <typename U>
   }
 }
 
-constexpr int64_t kRowsAhead = 16;  // that packing fetches into the cache
-
 // Packing. All write zeros where the source has no element.
 
 // Rows as they are, units along each row: out[rows_out][units_out].
@@ -146,10 +144,7 @@ void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t size, U* out,
     const T* from = x + r * x_stride;
     if constexpr (kDepth<U> == 1) {
       int64_t u = 0;
-      for (; u + kLanes <= size; u += kLanes) {
-        __builtin_prefetch(from + kRowsAhead * x_stride + u);
-        store(to + u, load(from + u));
-      }
+      for (; u + kLanes <= size; u += kLanes) store(to + u, load(from + u));
       for (; u < units_out; ++u) to[u] = u < size ? static_cast<float>(from[u]) : 0.0f;
     } else {
       std::memcpy(to, from, size * sizeof(T));
@@ -159,6 +154,8 @@ void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t size, U* out,
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kRowsAhead = 16;  // that packing of pairs fetches into the cache
+
 // Two vectors of pairs from 32 elements of two rows.
 inline void interleave(const BFloat16* even, const BFloat16* odd, uint32_t* out) {
   const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,

@@ -82,6 +82,7 @@ def own_part(whole: Tensor, mesh) -> Tensor:
     return whole if mesh is None else whole.chunk(mesh.size())[mesh.get_local_rank()].contiguous()
 
 
+@torch.no_grad()
 def draw_experts(weight: Tensor, mesh, draw: Callable[..., object]) -> None:
     """draw(matrix, generator=...) of each expert by a seed of its own, the same on any number of ranks."""
     seeds = torch.randint(2**63 - 1, (weight.shape[0],), device="cpu")

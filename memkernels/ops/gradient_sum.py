@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memkernels.ops.matmul import add_product_, mm
+from memkernels.ops.matmul import add_product
 
 
 class GradientSum:
     """The gradient of one tensor, summed over tiles of tokens, in float32 or wider.
 
     The sum is rounded to the tensor's dtype once, and so is each tile's term, but for products that are added as they
-    are made (`add_product_`). A single tile's term is the sum itself: no buffer is made.
+    are made (`add_product`). A single tile's term is the sum itself: no buffer is made.
 
     Args:
         tensor: whose gradient it is.
@@ -35,12 +35,7 @@ class GradientSum:
 
     def add_product(self, dy: Tensor, x: Tensor) -> None:
         """Adds dy^T x: the gradient of a weight (out, in) from dy (tokens, out) and x (tokens, in)."""
-        if self.total is None and self.wide_dtype == torch.float32 != dy.dtype:
-            self.total = dy.new_zeros(dy.shape[1], x.shape[1], dtype=torch.float32)
-        if self.total is None or self.total.dtype not in (dy.dtype, torch.float32):
-            self.add(mm(dy.t(), x))
-        else:
-            add_product_(self.total, dy.t(), x)
+        self.total = add_product(self.total, dy.t(), x, self.wide_dtype)
 
     def result(self) -> Tensor:
         """The gradient, in the tensor's dtype; zeros if nothing was added."""

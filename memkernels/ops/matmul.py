@@ -43,18 +43,20 @@ def addmm(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, out: Tensor | 
     return torch.addmm(c, a, b, alpha=alpha, out=out) if _is_torchs(a) else _product(a, b, c, alpha, out)
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor, memory: Tensor | None = None) -> None:
-    """total += a b, for total of a's dtype or float32.
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
+    """total + a b in `dtype`, that of total, which is written to; a new tensor where total is None.
 
     Args:
         memory: for the product, (m, n) of a's dtype, where it is made and rounded before it is added; new by default.
     """
-    if total.dtype == a.dtype:
-        addmm(total, a, b, out=total)
-    elif _is_torchs(a) or torch.compiler.is_compiling() or not _sums_wide(a, b, total):
-        total.add_(mm(a, b, out=memory))
-    else:
-        _multiply(a, b, total, 1.0, total)
+    if dtype == a.dtype:
+        return mm(a, b) if total is None else addmm(total, a, b, out=total)
+    if dtype == torch.float32 and not _is_torchs(a) and not torch.compiler.is_compiling():
+        sums = a.new_empty(a.shape[0], b.shape[1], dtype=dtype) if total is None else total
+        if a.dtype in SLOW_DTYPES or _takes_native(a, b, sums):
+            return _multiply(a, b, total, 1.0, sums)
+    product = mm(a, b, out=memory)
+    return product.to(dtype) if total is None else total.add_(product)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,10 +94,6 @@ def _multiply(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, out: Tensor)
     if a.dtype in SLOW_DTYPES:
         return _by_blocks(a, b, c, alpha, out)
     return torch.mm(a, b, out=out) if c is None else torch.addmm(c, a, b, alpha=alpha, out=out)
-
-
-def _sums_wide(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    return a.dtype in SLOW_DTYPES or _takes_native(a, b, out)
 
 
 def _takes_native(a: Tensor, b: Tensor, out: Tensor) -> bool:

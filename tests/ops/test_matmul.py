@@ -63,17 +63,18 @@ def test_sums_of_float32(layout, dtype):
     a, b, c = (LAYOUTS[layout](t) for t in operands(33, 47, 70, dtype))
     total, memory = c.to(torch.float32, copy=True), torch.empty_like(c)
     with poisoned_memory():
-        matmul.add_product_(total, a, b)
-        matmul.add_product_(total, a, b, memory)
+        assert matmul.add_product(total, a, b, torch.float32) is total
+        assert matmul.add_product(total, a, b, torch.float32, memory) is total
+        check("alone", matmul.add_product(None, a, b, torch.float32), lambda a, b: (a @ b).to(total.dtype), a, b)
     exact, plain = c.double() + 2 * a.double() @ b.double(), c.float() + (a @ b).float() + (a @ b).float()
     assert_within_factor_two("total", total, exact, plain)
 
 
 def test_sums_of_float32_keep_what_a_narrow_term_would_lose(by):
     ones = torch.ones(40, 257, dtype=torch.bfloat16)  # 257 is no bfloat16
-    total = torch.zeros(40, 40)
-    matmul.add_product_(total, ones, ones.t())
-    assert total[0, 0].item() == (256 if by == "torch" else 257)
+    for total in (None, torch.zeros(40, 40)):
+        found = matmul.add_product(total, ones, ones.t(), torch.float32)
+        assert found.dtype == torch.float32 and found[0, 0].item() == (256 if by == "torch" else 257)
 
 
 # Sums over several parts of k, and more of a than is packed at a time.

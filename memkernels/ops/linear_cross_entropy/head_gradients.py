@@ -11,7 +11,7 @@ from torch import Tensor
 from memkernels.ops.huge_pages import on_huge_pages
 from memkernels.ops.linear_cross_entropy.head import Head
 from memkernels.ops.lora_linear.dropout import row_dropout_add_
-from memkernels.ops.matmul import add_product_, addmm, mm
+from memkernels.ops.matmul import add_product, addmm, mm
 
 
 def new_gradient(like: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
@@ -72,10 +72,11 @@ class HeadGradients:
         if self.wanted.weight:
             self._set_weight(part, scaled, dlogits)
         if self.dx is not None and self.through is None:
-            add_product_(self.dx, scaled, weight, self.product)
+            add_product(self.dx, scaled, weight, self.wide_dtype, self.product)
         elif self.dx is not None and self.through is not None:
-            add_product_(self.dx, dlogits, weight, self.product)
-            add_product_(self.through, torch.mul(dlogits, g[part] - 1, out=scaled), weight, self.product)
+            add_product(self.dx, dlogits, weight, self.wide_dtype, self.product)
+            torch.mul(dlogits, g[part] - 1, out=scaled)
+            add_product(self.through, scaled, weight, self.wide_dtype, self.product)
 
     def _set_weight(self, part: slice, scaled: Tensor, dlogits: Tensor) -> None:
         """dweight, which autocast rounds as it does a weight's own cast."""
