@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ def is_autocast(x: Tensor) -> bool:
 def product_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where it casts, else x's."""
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Where autocast casts no operand of products with x. On meta it casts none, and raises where it is asked to."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def check_product_dtype(x: Tensor, dtype: torch.dtype, **weights: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from memkernels._library import define, implement_with_triton
 from memkernels.ops.attention import reference
 from memkernels.ops.attention.backends import Call, operators, select_implementation
 from memkernels.ops.attention.checks import check_arguments
-from memkernels.ops.autocast import product_dtype
+from memkernels.ops.autocast import product_dtype, without_autocast
 from memkernels.ops.checks import check_flag, check_floating
 from memkernels.ops.distinct import distinct
 from memkernels.ops.once_differentiable import once_differentiable
@@ -173,7 +173,7 @@ def attention(
         masks = (cu_seqlens_q, None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k, alibi_slopes, seed)
         out, lse = _Attention.apply(*distinct(q, k, v, sinks, *masks), options, deterministic, implementation)
     else:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             out, lse = reference.attention(
                 q, k, v, scale=scale, window=(left, right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
                 dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.attention.backends import operators
+from memkernels.ops.autocast import without_autocast
 from memkernels.ops.block_norm import Norm, NormDescription
 from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
@@ -228,7 +229,7 @@ class _AttentionBlock(torch.autograd.Function):
     def forward(ctx, plan, x, context_but_sinks, sinks, *tensors):
         context = Context._make((*context_but_sinks, sinks))
         ctx.plan = plan
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y, out, lse = plan.bind(context, tensors).forward(x)
         ctx.save_for_backward(x, compressible(out), lse, *context, *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -240,7 +241,7 @@ class _AttentionBlock(torch.autograd.Function):
         x, out, lse, *rest = ctx.saved_tensors
         context, tensors = Context._make(rest[: len(Context._fields)]), rest[len(Context._fields) :]
         x_needed, _, sinks_needed, *needed = ctx.needs_input_grad[1:]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             gradients = Gradients(plan, tensors, x_needed, sinks_needed, needed)
             dx = plan.bind(context, tensors).backward(dy.reshape(-1, dy.shape[-1]), x, out, lse, gradients)
         return None, dx if x_needed else None, None, gradients.sinks, *results(gradients.sums)

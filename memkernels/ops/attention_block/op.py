@@ -13,7 +13,7 @@ from memkernels.ops.attention_block import reference
 from memkernels.ops.attention_block.block import Context, Plan
 from memkernels.ops.attention_block.block import attention_block as run
 from memkernels.ops.attention_block.checks import check_layout, check_sequences
-from memkernels.ops.autocast import product_dtype
+from memkernels.ops.autocast import product_dtype, without_autocast
 from memkernels.ops.block_norm import make_norm, make_rms_norm
 from memkernels.ops.checks import check_flag, check_floating
 from memkernels.ops.philox import seed_tensor
@@ -110,7 +110,7 @@ def attention_block(
     if has_kernels:
         return run(x_in, plan, context, tensors).view(*x.shape[:-1], base_of(w_o).shape[0])
     weights = as_product_weights(x, plan.dtype, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return reference.attention_block(
             x if norm_weight is not None else x.to(plan.dtype), **weights, num_heads=num_heads, norm=norm,
             norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, norm_offset=norm_offset,

@@ -13,6 +13,7 @@ from torch import Tensor
 from memkernels.ops.attention_block import block as attention_block
 from memkernels.ops.attention_block.op import attention_block as attention_sublayer
 from memkernels.ops.attention_block.op import plan_attention_block
+from memkernels.ops.autocast import without_autocast
 from memkernels.ops.distinct import distinct
 from memkernels.ops.gated_mlp import block as gated_mlp
 from memkernels.ops.gated_mlp.op import gated_mlp as mlp_sublayer
@@ -54,7 +55,7 @@ class _DecoderLayer(torch.autograd.Function):
     def forward(ctx, plan, x, context_but_sinks, sinks, *tensors):
         context = attention_block.Context._make((*context_but_sinks, sinks))
         ctx.plan = plan
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             attention, mlp = plan.bind(context, tensors)
             rows = x.reshape(-1, x.shape[-1])
             y, out, lse = attention.forward(x)
@@ -75,7 +76,7 @@ class _DecoderLayer(torch.autograd.Function):
         x_needed, _, sinks_needed, *needed = ctx.needs_input_grad[1:]
         first = plan.attention.num_tensors
         attention_needed = x_needed or sinks_needed or any(needed[:first])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             attention, mlp = plan.bind(context, tensors)
             rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             of_mlp = gated_mlp.Gradients(plan.mlp, tensors[first:], attention_needed, needed[first:], rows.shape[0])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memkernels.ops.autocast import without_autocast
 from memkernels.ops.block_norm import Norm, NormDescription
 from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import GradientSum, gradient_sums, results
@@ -209,7 +210,7 @@ class _GatedMLP(torch.autograd.Function):
         ctx.plan = plan
         x, *tensors = arguments
         keeps_low_rank = plan.needs_low_rank(ctx.needs_input_grad[2:])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y, s = plan.bind(tensors).forward(x.reshape(-1, x.shape[-1]), keeps_low_rank)
         ctx.save_for_backward(x, s, *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -219,7 +220,7 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx, dy):
         plan = ctx.plan
         x, s, *tensors = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             rows = x.reshape(-1, x.shape[-1])
             x_needed, *needed = ctx.needs_input_grad[1:]
             gradients = Gradients(plan, tensors, x_needed, needed, rows.shape[0])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import has_kernel, missing
-from memkernels.ops.autocast import product_dtype
+from memkernels.ops.autocast import product_dtype, without_autocast
 from memkernels.ops.block_norm import make_norm, make_rms_norm
 from memkernels.ops.checks import check_dropout_p, check_floating, check_same_device, check_shape, check_tile_tokens
 from memkernels.ops.dropped_projection import DroppedProjection
@@ -100,7 +100,7 @@ def gated_mlp(
     weights = as_product_weights(
         x, plan.dtype, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
     )
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return reference.gated_mlp(
             x, **weights, activation=activation, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
             norm_eps=norm_eps, norm_offset=norm_offset, post_norm_weight=post_norm_weight, dropout_p=dropout_p,

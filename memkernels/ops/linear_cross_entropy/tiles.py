@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import has_kernel
+from memkernels.ops.autocast import without_autocast
 from memkernels.ops.linear_cross_entropy import reference
 from memkernels.ops.linear_cross_entropy.head import Head, HeadArguments
 from memkernels.ops.linear_cross_entropy.head_gradients import HeadGradients
@@ -66,7 +67,7 @@ def linear_cross_entropy_fwd(
     row_max = x.new_full(labels.shape, -torch.inf, dtype=wide)
     row_sum, target_logit, logit_sum = torch.zeros_like(row_max).repeat(3, 1).unbind()
     merge = _kernel("cross_entropy_stats", x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         for part, _, logits in _tiles(head):
             merge(
                 logits, labels, part.start, vocab_size, ignore_index, softcap, row_max, row_sum, target_logit, logit_sum
@@ -100,7 +101,7 @@ def linear_cross_entropy_bwd(
     labels, vocab_size = target.reshape(-1).contiguous(), head.vocab_size
     grad_loss = grad_losses.reshape(-1).contiguous()
     to_gradient_ = _kernel("cross_entropy_grad_", x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         gradients = HeadGradients(head, wanted)
         for part, weight, logits in _tiles(head):
             to_gradient_(

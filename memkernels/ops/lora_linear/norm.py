@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import define, implement_with_python
+from memkernels.ops.autocast import without_autocast
 from memkernels.ops.quantized.tensor import QuantizedTensor
 
 _TILE_ELEMENTS = 1 << 20
@@ -57,7 +58,7 @@ def _row_squares(weight: Tensor) -> Tensor:
 def _adapted_row_norms(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, squares: Tensor | None
 ) -> Tensor:
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         total = _row_squares(weight) if squares is None else squares.clone()
         a, b = lora_a.to(total.dtype), lora_b.to(total.dtype)
         total.add_(torch.linalg.vecdot(b @ (a @ a.t()), b), alpha=scaling**2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkernels.ops.autocast import as_product_dtype, product_dtype
+from memkernels.ops.autocast import as_product_dtype, product_dtype, without_autocast
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import gradient_sums, results
@@ -19,7 +19,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, description, x, *tensors):
         projection = description.bind(tensors)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             rows = x.reshape(-1, x.shape[-1])
             s = projection.down(rows)
             y = projection.up(rows, s)
@@ -35,7 +35,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, s, *tensors = ctx.saved_tensors
         dx_needed, *needed = ctx.needs_input_grad[1:]
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             sums = gradient_sums(tensors, needed)
             rows = None if x is None else x.reshape(-1, x.shape[-1])
             projection = ctx.description.bind(tensors)

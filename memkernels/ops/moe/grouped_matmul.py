@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import has_kernel
-from memkernels.ops.autocast import product_dtype
+from memkernels.ops.autocast import product_dtype, without_autocast
 from memkernels.ops.distinct import distinct
 from memkernels.ops.gradient_sum import gradient_sums, results
 from memkernels.ops.moe import reference
@@ -33,7 +33,7 @@ class _GroupedMatmul(torch.autograd.Function):
         ctx.description = description
         x_grouped, offsets, *tensors = arguments
         ctx.save_for_backward(x_grouped if any(ctx.needs_input_grad[3:]) else None, offsets, *tensors)
-        with torch.autocast(x_grouped.device.type, enabled=False):
+        with without_autocast(x_grouped):
             return description.bind(tensors).forward(x_grouped, None, Groups(offsets, x_grouped.shape[0]))
 
     @staticmethod
@@ -42,7 +42,7 @@ class _GroupedMatmul(torch.autograd.Function):
         x_grouped, offsets, *tensors = ctx.saved_tensors
         projection, groups = ctx.description.bind(tensors), Groups(offsets, dy.shape[0])
         sums = gradient_sums(tensors, ctx.needs_input_grad[3:])
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             p = projection.low_rank_grad(dy, None, groups)
             if x_grouped is not None:
                 projection.add_gradients(dy, None, x_grouped, None, groups, sums, p)
@@ -84,7 +84,7 @@ def grouped_matmul(x_grouped: Tensor, weights: ExpertsWeight, plan: DispatchPlan
     x_grouped = x_grouped.to(dtype)
     backend = select_backend(backend, x_grouped, weights)
     if not has_kernel("moe_dispatch", x_grouped):
-        with torch.autocast(x_grouped.device.type, enabled=False):
+        with without_autocast(x_grouped):
             return reference.grouped_matmul(x_grouped, dense_of(weights), plan.offsets)
     projection = projection_of(weights, backend)
     return _GroupedMatmul.apply(projection.description, *distinct(x_grouped, plan.offsets, *projection.tensors))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import has_kernel
-from memkernels.ops.autocast import product_dtype
+from memkernels.ops.autocast import product_dtype, without_autocast
 from memkernels.ops.checks import check_dropout_p, check_flag, check_shape
 from memkernels.ops.distinct import distinct
 from memkernels.ops.gated_activation.op import check_activation
@@ -66,7 +66,7 @@ class _MoEMLP(torch.autograd.Function):
         x, expert_weights, row_of_pair, pair_of_row, offsets, counts, token_offsets, *tensors = arguments
         plan = DispatchPlan(row_of_pair, pair_of_row, offsets, counts, token_offsets)
         groups = Groups(offsets, pair_of_row.shape[0])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             gate_up_projection, down = layer.bind(tensors)
             gate_up = gate_up_projection.forward(x, token_of_row(plan), groups)
             kept = None if layer.recompute else compressible(gate_up)
@@ -92,7 +92,7 @@ class _MoEMLP(torch.autograd.Function):
         x_needed, weights_needed = ctx.needs_input_grad[1:3]
         sums = gradient_sums(tensors, ctx.needs_input_grad[8:])
         gate_up_sums, down_sums = split_by((layer.gate_up, layer.down), sums)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             gate_up_projection, down = layer.bind(tensors)
             dy = dy.contiguous()
             activated = _row_weight(expert_weights, plan), layer.gated, layer.activation
@@ -214,7 +214,7 @@ def moe_mlp(
     mask_seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     if not (has_kernel("moe_dispatch", x) and has_kernel("expert_activation_fwd", x)):
         dense = {name: dense_of(weight) for name, weight in weights.items()}
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return reference.moe_mlp(
                 x, *plan[:3], expert_weights, **dense, activation=activation, dropout_p=dropout_p, seed=mask_seed,
                 token_offsets=plan.token_offsets,

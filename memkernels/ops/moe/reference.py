@@ -14,18 +14,22 @@ from memkernels.ops.lora_linear.reference import row_dropout
 def plan(expert_ids: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row_of_pair, pair_of_row, offsets and counts of a `DispatchPlan`."""
     ids = expert_ids.reshape(-1).long()
-    if ids.numel() and (ids.min() < 0 or ids.max() > num_experts):
-        raise RuntimeError(f"expert_ids: expected 0 to {num_experts} (num_experts: nowhere), got an id out of range")
+    torch._assert_async(
+        ((ids >= 0) & (ids <= num_experts)).all(),
+        f"expert_ids: expected 0 to {num_experts} (num_experts: nowhere), got an id out of range",
+    )
     order = torch.argsort(ids, stable=True)
-    counts = torch.bincount(ids, minlength=num_experts + 1)
+    # No shape depends on what ids holds: tensors without values have a plan too.
+    counts = ids.new_zeros(num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))
     place = torch.arange(ids.numel(), device=ids.device) - (counts.cumsum(0) - counts)[ids[order]]
     offsets = torch.cat([counts.new_zeros(1), counts[:num_experts].clamp(max=capacity).cumsum(0)])
     kept = (ids[order] < num_experts) & (place < capacity)
     row = torch.where(kept, offsets[ids[order]] + place, -1)
     row_of_pair = torch.empty_like(row)
     row_of_pair[order] = row
-    pair_of_row = torch.full((min(ids.numel(), num_experts * capacity),), -1, device=ids.device)
-    pair_of_row[row[kept]] = order[kept]
+    rows = min(ids.numel(), num_experts * capacity)
+    # One place more, for those that have no row.
+    pair_of_row = row.new_full((rows + 1,), -1).scatter_(0, torch.where(kept, row, rows), order)[:-1]
     return row_of_pair.view(expert_ids.shape).int(), pair_of_row.int(), offsets.int(), counts.int()
 
 
@@ -73,6 +77,8 @@ def _with_zero_row(rows: Tensor) -> Tensor:
 
 def grouped_matmul(x_grouped: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """Row r of group e is x_grouped[r] weights[e]^T; zero beyond the last group."""
+    if offsets.is_meta:  # whose rows are whose is not known, nor does the shape of all products together depend on it
+        return x_grouped @ weights[0].t()
     ends = offsets.tolist()
     groups = [x_grouped[a:b] @ weight.t() for weight, (a, b) in zip(weights, pairwise(ends), strict=True)]
     rest = x_grouped.new_zeros(x_grouped.shape[0] - ends[-1], weights.shape[1])

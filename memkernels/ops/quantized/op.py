@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memkernels.ops.autocast import as_product_dtype, product_dtype
+from memkernels.ops.autocast import as_product_dtype, product_dtype, without_autocast
 from memkernels.ops.checks import check_floating, check_same_device, check_shape
 from memkernels.ops.gradient_sum import gradient_sums, results
 from memkernels.ops.once_differentiable import once_differentiable
@@ -20,7 +20,7 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx, description, x, *tensors):
         ctx.description = description
         ctx.save_for_backward(*tensors)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y = description.bind(tensors).forward(x.reshape(-1, x.shape[-1]))
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -31,7 +31,7 @@ class _QuantizedLinear(torch.autograd.Function):
         dx_needed, *needed = ctx.needs_input_grad[1:]
         projection = ctx.description.bind(tensors)
         rows = dy.reshape(-1, dy.shape[-1])
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             sums = gradient_sums(tensors, needed)
             projection.add_gradients(rows, rows, sums)
             dx = projection.input_grad(rows).view(*dy.shape[:-1], projection.encoding.row_size) if dx_needed else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memkernels._library import define, has_kernel, implement_with_python, implement_with_triton
+from memkernels.ops.autocast import without_autocast
 from memkernels.ops.lora_linear.products import token_tiles
 from memkernels.ops.once_differentiable import once_differentiable
 from memkernels.ops.router_logits import reference
@@ -98,7 +99,7 @@ class _RouterLogits(torch.autograd.Function):
     def forward(ctx, x, weight, seed, jitter, padding_mask):
         ctx.jitter, ctx.dtype = jitter, x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, seed, padding_mask)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             logits = torch.ops.memkernels.router_logits_fwd(x, weight, seed, jitter)
         return logits if padding_mask is None else logits.masked_fill_(padding_mask[:, None], 0.0)
 
@@ -109,7 +110,7 @@ class _RouterLogits(torch.autograd.Function):
         x_grad, weight_grad = ctx.needs_input_grad[:2]
         if padding_mask is not None:
             dlogits = dlogits.masked_fill(padding_mask[:, None], 0.0)
-        with torch.autocast(dlogits.device.type, enabled=False):
+        with without_autocast(dlogits):
             dx, dweight = torch.ops.memkernels.router_logits_bwd(
                 dlogits, x, weight, seed, ctx.jitter, ctx.dtype, x_grad, padding_mask
             )
