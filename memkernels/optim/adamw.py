@@ -46,8 +46,11 @@ class AdamW(LowMemoryOptimizer):
     Args:
         params: parameters or groups of them, as for `torch.optim.AdamW`: float32 or bfloat16, also both in one group,
             dense, on one device, of any strides (of those that are not contiguous a copy is made for the step). Each of
-            the arguments below can be set for a group. DTensors too, as FSDP2 makes them: each rank steps its part,
-            whose first element begins a block, and clipping is by the norm of all ranks.
+            the arguments below can be set for a group. DTensors too, as FSDP2 and tensor parallelism make them: each
+            rank steps its part, in 8 or 4 bits whole blocks of the parameter (parts that begin at multiples of 256
+            elements), and clipping is by the norm of all ranks. Codes and absmax are plain tensors of a rank's part,
+            which torch's Distributed Checkpoint takes for the same on every rank: `ShardedOptimizer` with stage=3 on
+            the same model, and `save_checkpoint`, save them.
         lr: a number, or a tensor of one, which is read at each step, on a GPU by the kernels alone. Schedulers work as
             with torch's optimizers.
         betas: of m and v.
@@ -59,8 +62,9 @@ class AdamW(LowMemoryOptimizer):
         seed: of the random bits.
 
     Raises:
-        TypeError: a parameter is complex, sparse, of another dtype, or a tensor subclass but DTensor.
-        ValueError: a value is out of its range, or parameters are on several devices.
+        TypeError: a parameter is complex, sparse, of another dtype, a tensor subclass but DTensor, or partial sums.
+        ValueError: a value is out of its range, parameters are on several devices, or ranks' parts of a DTensor begin
+            within blocks.
     """
 
     operator = "adamw"

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memkernels.ops.checks import check_flag
 from memkernels.optim.codes import STATE_BITS
-from memkernels.optim.local import is_distributed
+from memkernels.optim.local import division_of, is_distributed
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDINGS = ("stochastic", "remainder")
@@ -72,6 +72,9 @@ def check_parameters(
         if is_traceable_wrapper_subclass(parameter) and not takes_division(parameter):
             rows = " or a DTensor divided by rows" if is_distributed(parameter) else ""
             raise TypeError(f"{name}: expected a plain tensor{rows}, got {type(parameter).__name__}.")
+        division = division_of(parameter)
+        if division is not None and any(placement.is_partial() for placement in division[1]):
+            raise TypeError(f"{name}: expected a DTensor of values, got one of which ranks have partial sums.")
         _check_dense(name, parameter)
         if parameter.dtype not in DTYPES:
             raise TypeError(f"{name}: expected float32 or bfloat16, got {parameter.dtype}.")
@@ -81,8 +84,10 @@ def check_parameters(
 
 
 def check_gradient(name: str, parameter: Tensor, grad: Tensor) -> None:
-    """Dense, of its parameter's dtype."""
+    """Dense, of its parameter's dtype, a DTensor where that is one."""
     _check_dense(f"the gradient of {name}", grad)
+    if is_distributed(parameter) and not is_distributed(grad):
+        raise TypeError(f"the gradient of {name}: expected a DTensor, as the parameter, got {type(grad).__name__}.")
     if grad.dtype != parameter.dtype:
         raise TypeError(f"the gradient of {name}: expected {parameter.dtype}, as the parameter, got {grad.dtype}.")
 

@@ -17,20 +17,24 @@ def total_norm(grads: Sequence[Tensor], squares_of_others: Sequence[Tensor] = ()
 
     Of gradients that are elsewhere `squares_of_others` has the sums of squares, 0-dim float64.
     """
+    squares = [*total_squares(grads), *squares_of_others]
+    return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
+
+
+def total_squares(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Sums of squares that together are those of all elements, 0-dim float64; of DTensors of all ranks' parts."""
     by_division: dict[Any, list[Tensor]] = {}
     for grad in grads:
         division = division_of(grad)
         by_division.setdefault(division, []).append(local_of(grad))
-    squares = [_over_ranks(square_sum(parts), division) for division, parts in by_division.items()]
-    squares += squares_of_others
-    return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
+    return [_over_ranks(square_sum(parts), division) for division, parts in by_division.items()]
 
 
 def _over_ranks(square: Tensor, division: Any) -> Tensor:
     if division is not None:
         mesh, placements = division
         for dim, placement in enumerate(placements):
-            if placement.is_shard():
+            if not placement.is_replicate():  # divided, by FSDP2 within tensor parallelism too, which is no `Shard`
                 torch.distributed.all_reduce(square, group=mesh.get_group(dim))
     return square
 

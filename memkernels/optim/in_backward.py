@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from memkernels.optim.checks import check_in_range
-from memkernels.optim.clipping import clip_factor, total_norm
-from memkernels.optim.operators import square_sum
+from memkernels.optim.clipping import clip_factor, total_norm, total_squares
+from memkernels.optim.local import divided_as
 from memkernels.optim.optimizer import LowMemoryOptimizer
 
 
@@ -124,7 +124,7 @@ class StepInBackward:
 
     def _measure(self, group: int, index: int, param: Tensor) -> None:
         assert param.grad is not None
-        self._squares.append(square_sum([param.grad]))
+        self._squares += total_squares([divided_as(param, param.grad)])
         param.grad = None
 
     def _refuse(self, group: int, index: int, param: Tensor) -> None:

@@ -27,6 +27,14 @@ def local_of(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).to_local() if is_distributed(tensor) else tensor
 
 
+def divided_as(parameter: Tensor, grad: Tensor) -> Tensor:
+    """A gradient that is divided as its parameter: where tensor parallelism leaves partial sums, their sum."""
+    division = division_of(parameter)
+    if division is None or division_of(grad) == division:
+        return grad
+    return cast(Any, grad).redistribute(*division)
+
+
 def as_parameter(local: Tensor, parameter: Tensor) -> Tensor:
     """`local` as this rank's part of a tensor that is divided as the parameter is."""
     if not is_distributed(parameter):
@@ -38,9 +46,12 @@ def as_parameter(local: Tensor, parameter: Tensor) -> Tensor:
 
 
 def first_element(parameter: Tensor) -> int:
-    """Which of a parameter's elements is the first that this rank has, where those that it has follow each other."""
+    """Which of a parameter's elements, by the order of its dimensions, is the first that this rank has, where those
+    that it has follow each other."""
     if not is_distributed(parameter):
         return 0
     chunks = cast(Any, parameter).__create_chunk_list__()
-    at = chunks[0].offsets if chunks else ()
-    return sum(offset * stride for offset, stride in zip(at, parameter.stride(), strict=bool(at)))
+    first = 0
+    for offset, size in zip(chunks[0].offsets, parameter.shape, strict=True) if chunks else ():
+        first = first * size + offset
+    return first

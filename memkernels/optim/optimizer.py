@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from memkernels.optim import checks
+from memkernels.optim.blocks import ALIGNMENT, check_division
 from memkernels.optim.clipping import as_number, clip_factor, divided, is_on_gpu, total_norm
 from memkernels.optim.codes import new_moment
 from memkernels.optim.loading import Loaded, prepare
-from memkernels.optim.local import as_parameter, first_element, is_distributed, local_of
+from memkernels.optim.local import as_parameter, divided_as, first_element, is_distributed, local_of
 from memkernels.optim.operators import step_group
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             checks.check_shared(self.param_groups[-1])
             params = [p for group in self.param_groups for p in group["params"]]
             checks.check_parameters(self._names(), params, self.takes_division)
+            self._check_blocks(self.param_groups[-1], [p for p in self.param_groups[-1]["params"] if p.requires_grad])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -74,6 +76,10 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def moments(self, group: dict[str, Any]) -> tuple[Moment, ...]:
         """The moments that parameters of a group have."""
+
+    def has_blocks(self, group: dict[str, Any]) -> bool:
+        """Whether parameters of a group have moments in blocks, which no rank may cut."""
+        return group["state_bits"] < 16 and len(self.moments(group)) > 0
 
     def float_states(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         """The shapes of a parameter's states beside the moments, float32 at any state_bits; of a rank's rows those of
@@ -131,7 +137,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         scale = divided(1.0, loss_scale)
         if amp_scale is not None:
             scale = divided(scale, amp_scale)
-        self._check_gradients()
+        self._take_gradients()
         if max_norm is not None:
             squares = [] if self.gradient_tiers is None else self.gradient_tiers.squares()
             grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -164,6 +170,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         place = index - sum(len(before["params"]) for before in self.param_groups[:group])
         param = chosen["params"][place]
         checks.check_gradient(f"params[{index}]", param, param.grad)
+        param.grad = divided_as(param, param.grad)
         # Backward comes to those before it next.
         with nullcontext() if self.tiers is None else self.tiers.step():
             self._step_group(chosen, {index: param}, scale, chosen["params"][:place][::-1])
@@ -231,15 +238,17 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(list(chosen.values()))
 
     def _origin_of(self, param: Tensor, group: dict[str, Any]) -> int:
-        """Where a parameter's random bits begin: at its first element; where moments are in blocks, which a DTensor's
-        rows may begin within and then have of their own, a little before it."""
+        """Where a parameter's random bits begin: at its first element; where moments are in blocks, at that of one,
+        also of a part without elements."""
         if param not in self.origins:
             self.origins[param] = first_element(param)
-        in_blocks = group["state_bits"] < 16 and self.moments(group)
-        return self.origins[param] // 256 * 256 if in_blocks else self.origins[param]
+        origin = self.origins[param]
+        return origin // ALIGNMENT * ALIGNMENT if self.has_blocks(group) else origin
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state, local = self.state[param], local_of(param)
+        if not state:
+            self._check_blocks(group, [param])  # of one that was frozen when it was added
         state.setdefault("step", torch.tensor(0.0))
         for key in (key for key, _ in self.moments(group) if key not in state):
             moment, absmax = new_moment(local, group["state_bits"])
@@ -253,11 +262,23 @@ class LowMemoryOptimizer(torch.optim.Optimizer):
             state["remainder"] = as_parameter(torch.zeros(local.shape, dtype=torch.int16, device=local.device), param)
         return state
 
-    def _check_gradients(self) -> None:
+    def _check_blocks(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        divided = [param for param in params if is_distributed(param)]
+        if divided and self.has_blocks(group):
+            everyone = [param for of_group in self.param_groups for param in of_group["params"]]
+            names = dict(zip(everyone, self._names(), strict=True))
+            for param in divided:
+                check_division(names[param], param)
+
+    def _take_gradients(self) -> None:
+        """Checks the gradients first, then has them divided as their parameters are."""
         params = [p for group in self.param_groups for p in group["params"]]
         for name, param in zip(self._names(), params, strict=True):
             if param.grad is not None:
                 checks.check_gradient(name, param, param.grad)
+        for param in params:
+            if param.grad is not None:
+                param.grad = divided_as(param, param.grad)
 
     def _names(self) -> list[str]:
         """What errors call each parameter: its name where the groups have names, else its index."""

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from memkernels.optim.agreement import device_of, exchanging, on_all
+from memkernels.optim.blocks import check_cuts, cuts_of_rows
 from memkernels.optim.buckets import BUCKET_BYTES
 from memkernels.optim.clipping import total_norm
 from memkernels.optim.local import division_of, first_element, local_of
@@ -21,7 +22,6 @@ from memkernels.optim.optimizer import LowMemoryOptimizer
 from memkernels.optim.sharded.arguments import agreed_optimizer, group_of, others, send_from_first
 from memkernels.optim.sharded.fsdp_exchanges import Exchanges
 from memkernels.optim.sharded.gather import layers_of
-from memkernels.optim.sharded.layout import ALIGNMENT
 from memkernels.optim.sharded.optimizer import ShardedOptimizer
 from memkernels.optim.sharded.param_groups import with_parameters
 from memkernels.optim.sharded.presence import Presence
@@ -207,21 +207,21 @@ def _check_division(group: dist.ProcessGroup, reduce_dtype: torch.dtype | None, 
     """Raises where parameters of a model that is divided already are divided among other ranks."""
     if reduce_dtype is not None:
         raise ValueError(f"reduce_dtype: expected None for a model that is divided already, got {reduce_dtype}.")
-    shards = 1
     for of_group in optimizer.param_groups:
         for name, parameter in zip(of_group["param_names"], of_group["params"], strict=True):
             division = division_of(parameter)
             if division is None and parameter.requires_grad:
                 raise TypeError(f"{name}: expected a DTensor, as fully_shard makes them, got a plain tensor.")
             if division is not None:
-                among, shards = sorted(division[0].mesh.flatten().tolist()), division[0].size(-1)
+                among = sorted(division[0].mesh.flatten().tolist())
                 if among != sorted(dist.get_process_group_ranks(group)):
                     raise ValueError(f"process_group: expected the ranks {among} that {name} is divided among.")
-    _check_shapes(shards, optimizer)
+    _check_shapes(None, optimizer)  # the optimizer has checked how they are divided
 
 
-def _check_shapes(ranks: int, optimizer: LowMemoryOptimizer) -> None:
-    """Raises where a parameter has no elements, or a rank's rows of one begin within a block of states in few bits."""
+def _check_shapes(ranks: int | None, optimizer: LowMemoryOptimizer) -> None:
+    """Raises where a parameter has no elements, or `ranks` would have rows of one that begin within a block of states
+    in few bits."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if parameter.requires_grad and parameter.numel() == 0:
@@ -229,11 +229,5 @@ def _check_shapes(ranks: int, optimizer: LowMemoryOptimizer) -> None:
                     f"{name}: expected elements, without which FSDP2's backward fails, got shape"
                     f" {tuple(parameter.shape)}: freeze it, or take stage 1 or 2."
                 )
-            rows = parameter.shape[0] if parameter.dim() else 1
-            of_rank = -(-rows // ranks)
-            cut = of_rank < rows and of_rank * (parameter.numel() // max(rows, 1)) % ALIGNMENT
-            if group["state_bits"] < 16 and optimizer.moments(group) and parameter.requires_grad and cut:
-                raise ValueError(
-                    f"state_bits: expected 32 or 16 for {name}, of which the ranks' parts at stage 3, whole rows, begin"
-                    f" within blocks of {ALIGNMENT} elements: put it into a group of its own with state_bits=32."
-                )
+            if parameter.requires_grad and parameter.dim() and ranks is not None and optimizer.has_blocks(group):
+                check_cuts(name, parameter.shape, {0: cuts_of_rows(parameter.shape[0], ranks)})

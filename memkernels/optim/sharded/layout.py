@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ALIGNMENT = 256
+from memkernels.optim.blocks import ALIGNMENT
 
 
 class Piece(NamedTuple):
