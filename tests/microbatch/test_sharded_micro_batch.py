@@ -236,6 +236,16 @@ def memory_runs_out_within_an_exchange(stage, rank):
         micro_batch(make_step(model, sizes), batch_of(2, rank), optimizer=optimizer)
     assert sizes == [2] and time.monotonic() - started < 20
     dist.barrier()
+    # Another group of the same ranks goes on.
+    model, options = Model(), {"process_group": dist.new_group(), "lr": 1.0, "bucket_bytes": 8000}
+    optimizer = ShardedOptimizer(model, optim.SGD, stage=stage, **options)
+    expected = [parameter.detach() for parameter in Model().parameters()]
+    assert_values(model, optimizer, expected)
+    loss_before(model, rank).backward()
+    optimizer.step(max_norm=1.0)
+    assert optimizer.grad_norm.isfinite() and not optimizer.skipped
+    with pytest.raises(AssertionError):
+        assert_values(model, optimizer, expected)
 
 
 def no_memory_within_gloo(rank, rows, expected):

@@ -65,7 +65,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
         trained = [p for of_group in whole.param_groups for p in of_group["params"] if p.requires_grad]
         if not divided:
             send_from_first([*trained, *(tensor for _, tensor in others(model, whole))], group)
-            mesh = mesh or DeviceMesh.from_group(group, trained[0].device.type if trained else device_of(group).type)
+            mesh = mesh or _mesh_of(group, trained[0].device.type if trained else device_of(group).type)
             policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
             for layer in layers_of(model):
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -201,6 +201,13 @@ class FullyShardedOptimizer(ShardedOptimizer):
             self.local.step_scaled(scale)
         else:  # a disk may fail on one rank
             on_all(self.process_group, lambda: self.local.step_scaled(scale))
+
+
+def _mesh_of(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
+    """Of a group's ranks. One of another group than the default has a name of its own: DTensor takes meshes of the same
+    ranks and names for the same, and exchanges by the group of the first, which may have failed since."""
+    names = None if group is dist.group.WORLD else (f"ranks_of_{group.group_name}",)
+    return DeviceMesh.from_group(group, device_type, mesh_dim_names=names)
 
 
 def _check_division(group: dist.ProcessGroup, reduce_dtype: torch.dtype | None, optimizer: LowMemoryOptimizer) -> None:
