@@ -279,7 +279,9 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// Reads dy and y_grouped once (a token's dy for its further choices from the cache), writes dy_grouped once.
+constexpr int kChoicesAtOnce = 8;
+
+// Reads dy once for every kChoicesAtOnce choices of a token, and y_grouped once; writes dy_grouped once.
 template <typename T, int Size>
 __global__ void __launch_bounds__(kRowThreads)
     moe_combine_bwd_kernel(MoeRows of, const Pack<T, Size>* dy, const Pack<T, Size>* grouped, const float* weights,
@@ -289,22 +291,41 @@ __global__ void __launch_bounds__(kRowThreads)
     zero_choices(of, dweights);
     return zero_tail(of, dgrouped);
   }
+  constexpr int kInFlight = 4;  // of y_grouped, beside dy
   const int64_t last = of.first(token + 1);
-  for (int64_t pair = of.first(token); pair < last; ++pair) {
-    const int64_t row = of.of(pair);
-    float product = 0.0f;
-    if (row >= 0) {
-      const float factor = weights[pair];
-#pragma unroll 2
-      for (int64_t i = threadIdx.x; i < of.packs; i += kRowThreads) {
-        const Pack<T, Size> grad = dy[token * of.packs + i], value = grouped[row * of.packs + i];
-        dgrouped[row * of.packs + i] = scaled(grad, factor);
+  for (int64_t first = of.first(token); first < last; first += kChoicesAtOnce) {
+    int32_t row[kChoicesAtOnce];
+    float factor[kChoicesAtOnce], product[kChoicesAtOnce] = {};
 #pragma unroll
-        for (int n = 0; n < Size; ++n) product += to_float(grad.value[n]) * to_float(value.value[n]);
-      }
-      product = block_reduce<kRowThreads>(product, Sum());
+    for (int n = 0; n < kChoicesAtOnce; ++n) {
+      row[n] = first + n < last ? static_cast<int32_t>(of.of(first + n)) : -1;
+      factor[n] = row[n] >= 0 ? weights[first + n] : 0.0f;
     }
-    if (threadIdx.x == 0) dweights[pair] = product;
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < of.packs; i += kRowThreads) {
+      const Pack<T, Size> grad = dy[token * of.packs + i];
+#pragma unroll
+      for (int begin = 0; begin < kChoicesAtOnce; begin += kInFlight) {
+        Pack<T, Size> value[kInFlight];
+#pragma unroll
+        for (int n = 0; n < kInFlight; ++n) {
+          if (row[begin + n] >= 0) value[n] = grouped[row[begin + n] * of.packs + i];
+        }
+#pragma unroll
+        for (int n = 0; n < kInFlight; ++n) {
+          if (row[begin + n] < 0) continue;
+          dgrouped[row[begin + n] * of.packs + i] = scaled(grad, factor[begin + n]);
+#pragma unroll
+          for (int e = 0; e < Size; ++e) product[begin + n] += to_float(grad.value[e]) * to_float(value[n].value[e]);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kChoicesAtOnce; ++n) {
+      if (first + n >= last) break;
+      const float total = block_reduce<kRowThreads>(product[n], Sum());
+      if (threadIdx.x == 0) dweights[first + n] = total;
+    }
   }
 }
 

@@ -31,14 +31,16 @@ def test_the_plan_is_that_of_the_cpu_kernel(simt, shape, dtype, capacity):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("choices", [3, 11])  # fewer and more than a block takes at once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dispatch_and_combine_match_the_reference(simt, calls, dtype):
-    ids = random_ids(23, 3, 5)
+def test_dispatch_and_combine_match_the_reference(simt, calls, dtype, choices):
+    experts = choices + 2
+    ids = random_ids(23, choices, experts)
 
     def step():
         x = random_tensor(23, 40, dtype=dtype)
-        weights = random_tensor(23, 3, dtype=torch.float32, seed=1)
-        grouped, plan = ops.moe_dispatch(x, ids, 5, capacity=9)
+        weights = random_tensor(23, choices, dtype=torch.float32, seed=1)
+        grouped, plan = ops.moe_dispatch(x, ids, experts, capacity=9)
         y = ops.moe_combine(grouped.square(), plan, weights)
         return (grouped, y, *torch.autograd.grad(y.square().sum(), (x, weights)))
 
@@ -46,17 +48,17 @@ def test_dispatch_and_combine_match_the_reference(simt, calls, dtype):
         ours = step()
     assert set(calls) == {"moe_plan", "moe_dispatch", "moe_combine", "moe_combine_bwd"}
     names = ("x_grouped", "y", "gradient of x", "gradient of weights")
-    exact, plain = _reference_step(ids, dtype, torch.float64), _reference_step(ids, dtype, dtype)
+    exact, plain = (_reference_step(ids, experts, dtype, at) for at in (torch.float64, dtype))
     for name, *values in zip(names, ours, exact, plain, strict=True):
         assert_within_factor_two(name, *values)
 
 
-def _reference_step(ids, dtype, at):
+def _reference_step(ids, experts, dtype, at):
     """Of inputs of dtype, computed at another."""
     x = random_tensor(23, 40, dtype=dtype).to(at)
-    weights = random_tensor(23, 3, dtype=torch.float32, seed=1)
+    weights = random_tensor(*ids.shape, dtype=torch.float32, seed=1)
     weights = weights.double() if at == torch.float64 else weights
-    row_of_pair, pair_of_row, _, _ = reference.plan(ids, 5, 9)
+    row_of_pair, pair_of_row, _, _ = reference.plan(ids, experts, 9)
     grouped = reference.dispatch(x, None, row_of_pair, pair_of_row)
     y = reference.combine(grouped.square(), weights, row_of_pair)
     return (grouped, y, *torch.autograd.grad(y.square().sum(), (x, weights)))
