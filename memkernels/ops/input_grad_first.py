@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memkernels.ops.dropped_projection import Dropped, DroppedProjection
 from memkernels.ops.gradient_sum import GradientSum
-from memkernels.ops.lora_linear.projection import LoRA, LoRAProjection
+from memkernels.ops.lora_linear.projection import LoRA, LoRAProjection, Tile
 from memkernels.ops.projection import Description, Projection
 
 
@@ -66,6 +66,9 @@ def add_other_gradients(
         dropped = projection.dropped(x, first_row)
         add_other_gradients(projection.inner, dy, dropped, s, p, sums[1:], first_row)
     elif isinstance(projection, LoRAProjection):
-        projection.add_gradients_of(dy, x, s, sums, first_row, p, p_needed=False, but_b=p is not None)
+        wanted = projection.description.named(sums)
+        if p is not None:
+            wanted = wanted._replace(lora_b=None)
+        projection.add_gradients_of(Tile(dy, x, s, p, first_row), wanted, p_needed=False)
     else:
         projection.add_gradients(dy, x, sums, first_row)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memkernels.ops.gradient_sum import GradientSum
-from memkernels.ops.lora_linear.projection import LoRAProjection
+from memkernels.ops.lora_linear.projection import LoRAProjection, Tile
 from memkernels.ops.projection import Projection
 
 
@@ -81,13 +81,13 @@ def add_gradients_all(
     With input_grad p of adapted weights, by place, for dx.
     """
     adapted, groups = _groups(projections)
+    wanted = {i: projection.description.named(sums[i]) for i, projection in adapted.items()}
     p: dict[int, Tensor] = {}
     for places in groups:
-        wanted = {i: adapted[i].description.named(sums[i]) for i in places}
         for i in places:
-            p[i] = adapted[i].add_gradients_of(
-                dys[i], x, s[i], sums[i], first_row, None, p_needed=input_grad, but_a=True
-            )
+            tile = Tile(dys[i], x, s[i], None, first_row)
+            p_needed = input_grad or wanted[i].lora_a is not None
+            p[i] = adapted[i].add_gradients_of(tile, wanted[i]._replace(lora_a=None), p_needed=p_needed)
         trained = [i for i in places if wanted[i].lora_a is not None]
         if trained:
             mask = _stacked([adapted[i] for i in trained]).mask(first_row)
@@ -100,7 +100,8 @@ def add_gradients_all(
         if i in together:
             continue
         if isinstance(projection, LoRAProjection) and i in s:
-            p[i] = projection.add_gradients_of(dys[i], x, s[i], sums[i], first_row, None, p_needed=input_grad)
+            tile = Tile(dys[i], x, s[i], None, first_row)
+            p[i] = projection.add_gradients_of(tile, projection.description.named(sums[i]), p_needed=input_grad)
         elif isinstance(projection, LoRAProjection):
             p[i] = projection.add_gradients_and_p(dys[i], x, sums[i], first_row, p_needed=input_grad)
         else:

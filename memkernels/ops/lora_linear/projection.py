@@ -65,6 +65,16 @@ class Tensors(NamedTuple):
     seed: Any
 
 
+class Tile(NamedTuple):
+    """What backward has of rows of tokens: dy (rows, N), x (rows, K), and s and p (rows, r) where they are made."""
+
+    dy: Tensor
+    x: Any
+    s: Tensor | None = None
+    p: Tensor | None = None
+    first_row: int = 0
+
+
 class LoRAProjection:
     """y = x W^T + scaling s B^T + bias with s = (m * x) A^T, m the dropout mask over its keep probability.
 
@@ -138,13 +148,13 @@ class LoRAProjection:
         """`add_gradients`; p, empty unless it is needed for them or outside."""
         wanted = self.description.named(sums)
         s = self.down(x, first_row) if wanted.lora_b is not None or wanted.out_scale is not None else None
-        return self.add_gradients_of(dy, x, s, sums, first_row, None, p_needed=p_needed)
+        return self.add_gradients_of(Tile(dy, x, s, None, first_row), wanted, p_needed=p_needed)
 
     def backward(
         self, dy: Tensor, x: Tensor | None, s: Tensor | None, sums: Sequence[GradientSum | None], input_grad: bool
     ) -> Tensor | None:
         """Both halves at once, of a whole x, with forward's s: from one p. dx, or None where it is not wanted."""
-        p = self.add_gradients_of(dy, x, s, sums, 0, None, p_needed=input_grad)
+        p = self.add_gradients_of(Tile(dy, x, s), self.description.named(sums), p_needed=input_grad)
         return self.input_grad_of(dy, p, None, 0) if input_grad else None
 
     @property
@@ -183,37 +193,24 @@ class LoRAProjection:
         g = self.of.out_scale
         return dy if g is None else torch.mul(dy, g - less, out=torch.empty_like(dy))
 
-    def add_gradients_of(
-        self,
-        dy: Tensor,
-        x: Any,
-        s: Tensor | None,
-        sums: Sequence[GradientSum | None],
-        first_row: int,
-        p: Tensor | None,
-        *,
-        p_needed: bool,
-        but_a: bool = False,
-        but_b: bool = False,
-    ) -> Tensor:
-        """Adds the gradients of the tensors, given s, and p if it is known; p, empty unless it is needed.
+    def add_gradients_of(self, tile: Tile, wanted: Tensors, *, p_needed: bool) -> Tensor:
+        """Adds a tile's gradients to the sums of the tensors, where there is one; p, empty unless it is needed.
 
-        but_a: the gradient of A is made from p by the caller. but_b: that of B has been added.
+        s is given where B's or the scale's gradient is wanted, x where that of another is. p is made for A's too.
         """
-        wanted = self.description.named(sums)
+        dy, x, s, p, first_row = tile
         if wanted.bias is not None:
             wanted.bias.add(dy.sum(0))
         if wanted.out_scale is not None:
             wanted.out_scale.add(self._out_scale_grad(dy, x, s, first_row))
         p_needed = p is None and (p_needed or wanted.lora_a is not None)
-        b_sum = None if but_b else wanted.lora_b
-        if p_needed or b_sum is not None:
-            made, db = self._up_grad(dy, None if b_sum is None else s, p_needed)
+        if p_needed or wanted.lora_b is not None:
+            made, db = self._up_grad(dy, None if wanted.lora_b is None else s, p_needed)
             p = made if p is None else p
-            if b_sum is not None:
-                b_sum.add(db)
+            if wanted.lora_b is not None:
+                wanted.lora_b.add(db)
         p = dy.new_empty(0) if p is None else p
-        if wanted.lora_a is not None and not but_a:
+        if wanted.lora_a is not None:
             wanted.lora_a.add(torch.ops.memkernels.lora_down_grad(p, x, *self._mask(first_row)))
         if wanted.weight is not None and self.scales_dropped:
             dropped = self._dropped(x, first_row)
