@@ -31,10 +31,9 @@ class TokenChunks(torch.autograd.Function):
             row_sum, at_target, logit_sum = torch.zeros_like(row_max).repeat(3, 1).unbind()
             stats = (row_max, row_sum, at_target, logit_sum)
             torch.ops.memkernels.cross_entropy_stats(logits, labels, 0, vocab, -100, 0.0, *stats)
-            lse = row_max + row_sum.log()
-            losses[rows] = lse - at_target
-            grad_loss = torch.full_like(lse, 1 / len(x))
-            torch.ops.memkernels.cross_entropy_grad_(logits, labels, 0, vocab, lse, grad_loss, -100, 0.0, 0.0, 0.0)
+            losses[rows] = row_max + row_sum.log() - at_target
+            row_stats = (row_max, row_sum, torch.full_like(row_max, 1 / len(x)))
+            torch.ops.memkernels.cross_entropy_grad_(logits, labels, 0, vocab, *row_stats, -100, 0.0, 0.0, 0.0)
             torch.mm(logits, weight, out=dx[rows])
             for sums, columns in zip(dweight.split(PRODUCT_ROWS), logits.split(PRODUCT_ROWS, 1), strict=True):
                 sums.add_(torch.mm(columns.t(), x[rows], out=product[: len(sums)]))

@@ -3,7 +3,8 @@
 // lse = log(sum of exp(z)) over the whole row, y the target and s the label smoothing:
 //   loss = lse - (1 - s) * z_y - s / vocab_size * sum of z + z_loss * lse^2
 // cross_entropy_stats merges a tile into the running statistics of its rows; cross_entropy_grad_ overwrites it by
-// grad_loss * dloss/dx. Arithmetic is float32.
+// grad_loss * dloss/dx. Arithmetic is float32. A probability is exp(z - row_max) / row_sum: lse, rounded where the
+// logits are large, would put its error into every one of them.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -89,7 +90,8 @@ void stats(const T* logits, const int64_t* target, int64_t rows, int64_t cols, i
 
 template <typename T, typename Z>
 void grad(T* logits, const int64_t* target, int64_t rows, int64_t cols, int64_t vocab_start, int64_t vocab_size,
-          const float* lse, const float* grad_loss, int64_t ignore_index, Z z, float label_smoothing, float z_loss) {
+          const float* row_max, const float* row_sum, const float* grad_loss, int64_t ignore_index, Z z,
+          float label_smoothing, float z_loss) {
   torch::stable::parallel_for(0, rows, rows_per_task(cols), [=](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       T* row = logits + r * cols;
@@ -97,9 +99,10 @@ void grad(T* logits, const int64_t* target, int64_t rows, int64_t cols, int64_t 
         std::fill_n(row, cols, static_cast<T>(0.0f));
         continue;
       }
-      const float shift = exp_shift(lse[r]);
+      const float shift = exp_shift(row_max[r]);
+      const float lse = row_max[r] + std::log(row_sum[r]);
       // A row of nothing but -inf has lse -inf and every probability 0, which no z_loss may turn into NaN.
-      const float scale = lse[r] == -kInfinity ? 0.0f : grad_loss[r] * (1.0f + 2.0f * z_loss * lse[r]);
+      const float scale = row_max[r] == -kInfinity ? 0.0f : grad_loss[r] * (1.0f + 2.0f * z_loss * lse) / row_sum[r];
       const float smoothing = grad_loss[r] * (label_smoothing / static_cast<float>(vocab_size));
       const auto gradient = [=](Vec logit, float target_part) {
         const Vec t = z.tanh_of(logit);
@@ -144,17 +147,19 @@ void cross_entropy_stats(Tensor logits, Tensor target, int64_t vocab_start, int6
   });
 }
 
-void cross_entropy_grad_(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_size, Tensor lse,
-                         Tensor grad_loss, int64_t ignore_index, double softcap, double label_smoothing,
+void cross_entropy_grad_(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_size, Tensor row_max,
+                         Tensor row_sum, Tensor grad_loss, int64_t ignore_index, double softcap, double label_smoothing,
                          double z_loss) {
   check_tile(logits, target);
-  check_rows("lse", lse, ScalarType::Float, logits);
+  check_rows("row_max", row_max, ScalarType::Float, logits);
+  check_rows("row_sum", row_sum, ScalarType::Float, logits);
   check_rows("grad_loss", grad_loss, ScalarType::Float, logits);
   dispatch_floating("logits", logits, [&]<typename T>() {
     dispatch_softcap(softcap, [&](auto z) {
       grad(logits.mutable_data_ptr<T>(), target.const_data_ptr<int64_t>(), logits.size(0), logits.size(1), vocab_start,
-           vocab_size, lse.const_data_ptr<float>(), grad_loss.const_data_ptr<float>(), ignore_index, z,
-           static_cast<float>(label_smoothing), static_cast<float>(z_loss));
+           vocab_size, row_max.const_data_ptr<float>(), row_sum.const_data_ptr<float>(),
+           grad_loss.const_data_ptr<float>(), ignore_index, z, static_cast<float>(label_smoothing),
+           static_cast<float>(z_loss));
     });
   });
 }

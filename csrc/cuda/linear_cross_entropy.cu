@@ -40,20 +40,21 @@ void cross_entropy_stats(Tensor logits, Tensor target, int64_t vocab_start, int6
   });
 }
 
-void cross_entropy_grad_(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_size, Tensor lse,
-                         Tensor grad_loss, int64_t ignore_index, double softcap, double label_smoothing,
+void cross_entropy_grad_(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_size, Tensor row_max,
+                         Tensor row_sum, Tensor grad_loss, int64_t ignore_index, double softcap, double label_smoothing,
                          double z_loss) {
   check_tile(logits);
   check_rows("target", target, ScalarType::Long, logits);
-  check_rows("lse", lse, ScalarType::Float, logits);
+  check_rows("row_max", row_max, ScalarType::Float, logits);
+  check_rows("row_sum", row_sum, ScalarType::Float, logits);
   check_rows("grad_loss", grad_loss, ScalarType::Float, logits);
   const StreamOf stream(logits);
   dispatch_floating("logits", logits, [&]<typename T>() {
     launch_cross_entropy_grad(reinterpret_cast<DeviceType<T>*>(logits.mutable_data_ptr<T>()), logits.stride(0),
                               target.const_data_ptr<int64_t>(), logits.size(0), logits.size(1), vocab_start, vocab_size,
-                              lse.const_data_ptr<float>(), grad_loss.const_data_ptr<float>(), ignore_index,
-                              static_cast<float>(softcap), static_cast<float>(label_smoothing),
-                              static_cast<float>(z_loss), stream);
+                              row_max.const_data_ptr<float>(), row_sum.const_data_ptr<float>(),
+                              grad_loss.const_data_ptr<float>(), ignore_index, static_cast<float>(softcap),
+                              static_cast<float>(label_smoothing), static_cast<float>(z_loss), stream);
   });
 }
 

@@ -6,8 +6,9 @@
 //   loss = lse - (1 - s) * z_y - s / vocab_size * sum of z + z_loss * lse^2
 //
 // cross_entropy_stats reads a tile once and merges it into the state of its rows; cross_entropy_grad reads it once and
-// overwrites it by dloss/dx. Arithmetic is float32, the order of every sum is fixed, nothing synchronises with the
-// host.
+// overwrites it by dloss/dx. A probability is exp(z - row_max) / row_sum: lse, rounded where the logits are large,
+// would put its error into every one of them. Arithmetic is float32, the order of every sum is fixed, nothing
+// synchronises with the host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -127,8 +128,8 @@ __global__ void __launch_bounds__(Shape::block)
 // Reads and writes rows * cols logits once; rows that are ignored are only written.
 template <typename T, typename Shape, bool Softcap>
 __global__ void __launch_bounds__(Shape::block)
-    cross_entropy_grad_kernel(LogitsTile<T> tile, const float* lse, const float* grad_loss, float label_smoothing,
-                              float z_loss) {
+    cross_entropy_grad_kernel(LogitsTile<T> tile, const float* row_max, const float* row_sum, const float* grad_loss,
+                              float label_smoothing, float z_loss) {
   const int64_t row = int64_t{blockIdx.x} * Shape::rows + threadIdx.x / Shape::threads;
   if (row >= tile.rows) return;
   const int thread = threadIdx.x % Shape::threads;
@@ -141,11 +142,12 @@ __global__ void __launch_bounds__(Shape::block)
   }
 
   const int64_t target_column = tile.target_column(row);
-  const float row_lse = lse[row];
-  const float shift = exp_shift(row_lse);
+  const float max = row_max[row];
+  const float sum = row_sum[row];
+  const float shift = exp_shift(max);
   const float grad = grad_loss[row];
   // A row of nothing but -inf has lse -inf and every probability 0, which no z_loss may turn into NaN.
-  const float probability_scale = row_lse == -INFINITY ? 0.0f : grad * (1.0f + 2.0f * z_loss * row_lse);
+  const float probability_scale = max == -INFINITY ? 0.0f : grad * (1.0f + 2.0f * z_loss * (max + logf(sum))) / sum;
   const float target_grad = grad * (1.0f - label_smoothing);
   const float smoothing_grad = grad * (label_smoothing / static_cast<float>(tile.vocab_size));
 
@@ -201,17 +203,18 @@ void launch_cross_entropy_stats(const T* logits, int64_t row_stride, const int64
   });
 }
 
-// Overwrites a tile by grad_loss * dloss/dx, given lse and grad_loss, float32 [rows]. Ignored rows become zero.
+// Overwrites a tile by grad_loss * dloss/dx, given row_max, row_sum and grad_loss, float32 [rows]. Ignored rows become
+// zero.
 template <typename T>
 void launch_cross_entropy_grad(T* logits, int64_t row_stride, const int64_t* target, int64_t rows, int64_t cols,
-                               int64_t vocab_start, int64_t vocab_size, const float* lse, const float* grad_loss,
-                               int64_t ignore_index, float softcap, float label_smoothing, float z_loss,
-                               cudaStream_t stream) {
+                               int64_t vocab_start, int64_t vocab_size, const float* row_max, const float* row_sum,
+                               const float* grad_loss, int64_t ignore_index, float softcap, float label_smoothing,
+                               float z_loss, cudaStream_t stream) {
   const LogitsTile<T> tile = {logits, row_stride, target, rows, cols, vocab_start, vocab_size, ignore_index, softcap};
   dispatch_row_kernel(cols, softcap, [&](auto shape, auto has_softcap) {
     using Shape = decltype(shape);
     launch(cross_entropy_grad_kernel<T, Shape, decltype(has_softcap)::value>, (rows + Shape::rows - 1) / Shape::rows,
-           Shape::block, stream, tile, lse, grad_loss, label_smoothing, z_loss);
+           Shape::block, stream, tile, row_max, row_sum, grad_loss, label_smoothing, z_loss);
   });
 }
 

@@ -33,7 +33,7 @@ least. e bytes an element.
 | kernel | reads | writes |
 | --- | --- | --- |
 | `cross_entropy_stats_kernel` | e a logit, 20 a row | 16 a row |
-| `cross_entropy_grad_kernel` | e a logit, 16 a row | e a logit |
+| `cross_entropy_grad_kernel` | e a logit, 20 a row | e a logit |
 | `nf4_quantize_kernel` | e a value | 1/2 a value, 4 a block |
 | `nf4_dequantize_kernel` | 1/2 a value, 4 a block, or nested 1 a block and 4 per 256 | e a value |
 | `moe_dispatch_kernel` | e an element of x, 4 a choice | e an element of the grouped rows |

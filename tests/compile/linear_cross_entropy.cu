@@ -6,8 +6,8 @@
                                                                 int64_t, int64_t, int64_t, float, float*, float*,      \
                                                                 float*, float*, cudaStream_t);                         \
   template void memkernels::cuda::launch_cross_entropy_grad<T>(T*, int64_t, const int64_t*, int64_t, int64_t, int64_t, \
-                                                               int64_t, const float*, const float*, int64_t, float,    \
-                                                               float, float, cudaStream_t);
+                                                               int64_t, const float*, const float*, const float*,      \
+                                                               int64_t, float, float, float, cudaStream_t);
 
 INSTANTIATE(float)
 INSTANTIATE(__half)

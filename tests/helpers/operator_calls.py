@@ -253,15 +253,20 @@ def _cross_entropy() -> list[Call]:
     of_rows = [(2,), (4,), (), (0,), _floats(6)[::2], _floats(1).expand(3), BFLOAT16, DOUBLE]
     of_target = [(2,), (4,), (0,), INT32]
     of_tile = {"logits": [(7,), (3, 7, 1), _floats(3, 14)[:, ::2], DOUBLE], "target": of_target}
-    gradient = {"lse": _floats(3), "grad_loss": _floats(3), "ignore_index": -100, "softcap": 0.0}
-    gradient |= {"label_smoothing": 0.1, "z_loss": 0.1}
+    gradient = {name: _floats(3) for name in ("row_max", "row_sum", "grad_loss")}
+    of_gradient = of_tile | dict.fromkeys(gradient, of_rows)
+    gradient |= {"ignore_index": -100, "softcap": 0.0, "label_smoothing": 0.1, "z_loss": 0.1}
     return [
         Call(
             "cross_entropy_stats",
             {**tile, "ignore_index": -100, "softcap": 2.0, **state},
             {**of_tile, **dict.fromkeys(state, of_rows)},
         ),
-        Call("cross_entropy_grad_", tile | gradient, {**of_tile, "lse": of_rows, "grad_loss": of_rows}),
+        Call(
+            "cross_entropy_grad_",
+            tile | gradient,
+            of_gradient,
+        ),
     ]
 
 

@@ -215,23 +215,52 @@ def test_large_and_infinite_logits(implementation):
 
 
 @on_every_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-4}, {"softcap": 900.0}], ids=str)
+def test_losses_of_hundreds_as_torchs_cross_entropy(implementation, dtype, options):
+    """Half of a row's logits are near 750, and the other half, the targets' among them, near 0: whole quarters, that
+    float32 has exactly. torch's loss keeps a row's maximum and the logarithm of its sum apart."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-1, 2, (12, 32), generator=generator)
+    weight = torch.randint(-2, 3, (200, 32), generator=generator) * 0.25
+    x[:, 0], weight[:100, 0], weight[100:, 0] = 1, 750.0, 0.0
+    target = torch.randint(100, 200, (12,), generator=generator)
+    target[[3, 7]] = torch.tensor([-100, 5])
+
+    def eager(x, weight, target, softcap=None, z_loss=0.0, **smoothing):
+        logits = F.linear(x, weight)
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        losses = F.cross_entropy(z, target, reduction="none", **smoothing)
+        return losses + z_loss * z.logsumexp(-1).square() * (target != -100)
+
+    def ours(x, weight, target, **options):
+        return ops.linear_cross_entropy(x, weight, target, reduction="none", **options)
+
+    with implementation.active() as device, tiles_of(37):
+        inputs = {"x": x.to(device, dtype).requires_grad_(), "weight": weight.to(device, dtype).requires_grad_()}
+        check_op(ours, eager, {**inputs, "target": target.to(device)}, **options)
+
+
+@on_every_implementation
 def test_a_row_of_nothing_but_minus_infinity_has_a_finite_gradient(implementation):
     with implementation.active() as device:
-        target, lse = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([-torch.inf], device=device)
-        logits, grad_loss = lse.repeat(1, 9), torch.ones(1, device=device)
-        torch.ops.memkernels.cross_entropy_grad_(logits, target, 0, 9, lse, grad_loss, -100, 0.0, 0.0, 0.1)
+        target, row_max = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([-torch.inf], device=device)
+        logits, row_sum, grad_loss = row_max.repeat(1, 9), torch.zeros(1, device=device), torch.ones(1, device=device)
+        torch.ops.memkernels.cross_entropy_grad_(logits, target, 0, 9, row_max, row_sum, grad_loss, -100, 0.0, 0.0, 0.1)
         assert logits.tolist() == [[-1.0] + [0.0] * 8]
 
 
 @on_every_implementation
 def test_probabilities_over_the_whole_range_of_float32(implementation):
-    """The gradient with lse = 0 is exp(logit): within its own rounding, 0 below -87.34, infinite from 88.73."""
+    """The gradient with a maximum of 0 and a sum of 1 is exp(logit): within its own rounding, 0 below -87.34, infinite
+    from 88.73."""
     with implementation.active() as device:
         inside = torch.linspace(-87.3, 88.7, 100_001)
         outside = torch.tensor([-torch.inf, -1e30, -87.34, 88.73, 1e30, torch.inf, torch.nan])
         logits = torch.cat([inside, outside]).to(device)[None]
         zero, one, target = torch.zeros(1, device=device), torch.ones(1, device=device), torch.tensor([10**6])
-        arguments = (target.to(device), 0, 10**7, zero, one, -100, 0.0, 0.0, 0.0)
+        arguments = (target.to(device), 0, 10**7, zero, one, one, -100, 0.0, 0.0, 0.0)
         torch.ops.memkernels.cross_entropy_grad_(logits, *arguments)
         actual, expected = logits[0, : len(inside)].cpu().double(), inside.double().exp()
         assert ((actual - expected).abs() / expected).max() <= torch.finfo(torch.float32).eps
@@ -257,13 +286,14 @@ def test_opcheck(implementation):
         state = [torch.zeros(6, device=device) for _ in range(4)]
         logits = torch.randn(6, 9, device=device)
         torch.library.opcheck(memkernels.cross_entropy_stats.default, (logits, target, 3, 20, -100, 2.0, *state))
-        scalars = (-100, 2.0, 0.1, 0.01)
-        torch.library.opcheck(memkernels.cross_entropy_grad_.default, (logits, target, 3, 20, *state[:2], *scalars))
+        row_stats, scalars = (state[0], torch.ones(6, device=device)), (-100, 2.0, 0.1, 0.01)
+        gradient = (logits, target, 3, 20, *row_stats, state[1], *scalars)
+        torch.library.opcheck(memkernels.cross_entropy_grad_.default, gradient)
         for added in (None, bias):
             head = ([weight, None, None, added, None, None], [], "", [], 1.0, 0.0)
             torch.library.opcheck(memkernels.linear_cross_entropy_fwd.default, (x, *head, target, *scalars))
             for wanted in ((True, True, False, False, added is not None, False), (False,) * 6):
-                everything = (state[0], x, *head, target, state[1], *scalars, wanted)
+                everything = (state[0], x, *head, target, *row_stats, *scalars, wanted)
                 torch.library.opcheck(memkernels.linear_cross_entropy_bwd.default, everything)
 
 
@@ -314,27 +344,27 @@ def test_autocast_computes_as_linear_does():
     assert torch.equal(loss, ops.linear_cross_entropy(x.double(), weight.double(), target))
 
 
-def test_saves_its_inputs_and_lse():
+def test_saves_its_inputs_and_two_numbers_a_token():
     x, weight, target = make_inputs((4, 16, 24), 500, torch.bfloat16).values()
 
     def saved(x, **options):
         return saved_bytes(lambda: ops.linear_cross_entropy(x, weight, target, **options), exclude=(x, weight, target))
 
-    assert saved(x, reduction="sum") == 64 * 4
-    assert saved(x) == 64 * 4 + 8  # the number of tokens
-    assert saved(x, shift=True, reduction="sum") == 64 * (4 + 8)
-    assert saved(x.detach().transpose(0, 1).contiguous().transpose(0, 1), reduction="sum") == 64 * 4
+    assert saved(x, reduction="sum") == 64 * 8
+    assert saved(x) == 64 * 8 + 8  # the number of tokens
+    assert saved(x, shift=True, reduction="sum") == 64 * (8 + 8)
+    assert saved(x.detach().transpose(0, 1).contiguous().transpose(0, 1), reduction="sum") == 64 * 8
 
 
 def test_autocast_saves_no_copy_of_the_weight():
-    """x as autocast casts it, 2 bytes an element, and lse, 4 a token: torch keeps the cast weight."""
+    """x as autocast casts it, 2 bytes an element, and 8 bytes a token: torch keeps the cast weight."""
     x, weight, target = make_inputs((64, 24), 500, torch.float32).values()
 
     def saved(function):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return saved_bytes(function, exclude=(x, weight, target))
 
-    assert saved(lambda: ops.linear_cross_entropy(x, weight, target, reduction="sum")) == 64 * (24 * 2 + 4)
+    assert saved(lambda: ops.linear_cross_entropy(x, weight, target, reduction="sum")) == 64 * (24 * 2 + 8)
     assert saved(lambda: F.linear(x, weight).sum()) == (64 + 500) * 24 * 2
 
 

@@ -138,13 +138,12 @@ Result run(const Case& c, const Problem& problem) {
   expect(row_max.intact() && row_sum.intact() && target_logit.intact() && logit_sum.intact(), c.name + ": canaries");
 
   Result result;
-  std::vector<float> lse;
   for (int64_t row = 0; row < c.rows; ++row) {
-    lse.push_back(row_max[row] + std::log(row_sum[row]));
-    result.lse.push_back(lse[row]);
+    const float lse = row_max[row] + std::log(row_sum[row]);
+    result.lse.push_back(lse);
     const bool ignored = problem.target[row] == c.ignore_index;
     expect(ignored == std::isnan(target_logit[row]), c.name + ": target_logit is written once its tile comes");
-    float loss = lse[row] - (1 - c.label_smoothing) * target_logit[row] + c.z_loss * lse[row] * lse[row];
+    float loss = lse - (1 - c.label_smoothing) * target_logit[row] + c.z_loss * lse * lse;
     if (c.label_smoothing > 0) loss -= c.label_smoothing / vocab * logit_sum[row];
     result.loss.push_back(ignored ? 0.0f : loss);
   }
@@ -155,8 +154,8 @@ Result run(const Case& c, const Problem& problem) {
     const int64_t cols = c.tiles[tile];
     std::vector<T>& data = tiles[tile];
     launch_cross_entropy_grad<T>(&data[at(tile, 0)], cols + c.padding, problem.target.data(), c.rows, cols, start,
-                                 vocab, lse.data(), problem.grad_loss.data(), c.ignore_index, c.softcap,
-                                 c.label_smoothing, c.z_loss, nullptr);
+                                 vocab, row_max.data(), row_sum.data(), problem.grad_loss.data(), c.ignore_index,
+                                 c.softcap, c.label_smoothing, c.z_loss, nullptr);
     for (int64_t row = 0; row < c.rows; ++row) {
       for (int64_t v = 0; v < cols; ++v) {
         result.grad[row * vocab + start + v] = to_float(data[at(tile, row) + v]);
@@ -263,15 +262,15 @@ void test_order_of_blocks_changes_no_bit() {
 struct OneRow {
   std::vector<float> logits = std::vector<float>(40, 0.5f);
   int64_t target = 0;
-  float row_max = -INFINITY, row_sum = 0.0f, target_logit = NAN, logit_sum = 0.0f, lse = 4.0f, grad_loss = 1.0f;
+  float row_max = -INFINITY, row_sum = 0.0f, target_logit = NAN, logit_sum = 0.0f, grad_loss = 1.0f;
 
   void stats(int64_t rows = 1) {
     launch_cross_entropy_stats<float>(logits.data(), 20, &target, rows, 20, 20, 40, -100, 0.0f, &row_max, &row_sum,
                                       &target_logit, &logit_sum, nullptr);
   }
   void grad(int64_t rows = 1) {
-    launch_cross_entropy_grad<float>(logits.data(), 20, &target, rows, 20, 20, 40, &lse, &grad_loss, -100, 0.0f, 0.0f,
-                                     0.0f, nullptr);
+    launch_cross_entropy_grad<float>(logits.data(), 20, &target, rows, 20, 20, 40, &row_max, &row_sum, &grad_loss, -100,
+                                     0.0f, 0.0f, 0.0f, nullptr);
   }
 };
 
@@ -314,9 +313,9 @@ void test_offsets_beyond_32_bits() {
                                      target_logit, logit_sum, nullptr);
   expect(row_max[0] == 0.0f && row_max[1] == 20.0f && target_logit[1] == 20.0f && logit_sum[1] == 210.0f,
          "a row 2^31 elements away");
-  const float lse[2] = {0.0f, 20.0f}, grad_loss[2] = {1.0f, 1.0f};
-  launch_cross_entropy_grad<__half>(logits, kStride, target, 2, kCols, 0, kCols, lse, grad_loss, -100, 0.0f, 0.0f, 0.0f,
-                                    nullptr);
+  const float at_most[2] = {0.0f, 20.0f}, sums[2] = {1.0f, 1.0f}, grad_loss[2] = {1.0f, 1.0f};
+  launch_cross_entropy_grad<__half>(logits, kStride, target, 2, kCols, 0, kCols, at_most, sums, grad_loss, -100, 0.0f,
+                                    0.0f, 0.0f, nullptr);
   expect(to_float(logits[0]) == 0.0f && to_float(logits[1]) == 1.0f && to_float(logits[kStride + 20]) == 0.0f &&
              std::abs(to_float(logits[kStride + 19]) - std::exp(-1.0f)) < 1e-3f,
          "the gradient of a row 2^31 elements away");

@@ -20,11 +20,11 @@ from memkernels.ops.weights import Weight, base_of, projection_of
 
 def _fwd_fake(x, tensors, parts, kind, sizes, scaling, dropout_p, target, *options):
     losses = x.new_empty(target.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    return losses, losses.new_empty(target.numel())
+    return losses, losses.new_empty(target.numel()), losses.new_empty(target.numel())
 
 
-def _bwd_fake(grad_losses, x, tensors, parts, kind, sizes, scaling, dropout_p, target, lse, ignore_index, softcap,
-              label_smoothing, z_loss, wanted):  # fmt: skip
+def _bwd_fake(grad_losses, x, tensors, parts, kind, sizes, scaling, dropout_p, target, row_max, row_sum, ignore_index,
+              softcap, label_smoothing, z_loss, wanted):  # fmt: skip
     return tuple(new_gradient(like, x, want) for like, want in zip((x, *tensors[:5]), wanted, strict=True))
 
 
@@ -33,17 +33,18 @@ define(
     " float softcap, Tensor(a!) row_max, Tensor(b!) row_sum, Tensor(c!) target_logit, Tensor(d!) logit_sum) -> ()"
 )
 define(
-    "cross_entropy_grad_(Tensor(a!) logits, Tensor target, int vocab_start, int vocab_size, Tensor lse,"
-    " Tensor grad_loss, int ignore_index, float softcap, float label_smoothing, float z_loss) -> ()"
+    "cross_entropy_grad_(Tensor(a!) logits, Tensor target, int vocab_start, int vocab_size, Tensor row_max,"
+    " Tensor row_sum, Tensor grad_loss, int ignore_index, float softcap, float label_smoothing, float z_loss) -> ()"
 )
 define(
     f"linear_cross_entropy_fwd(Tensor x, {HEAD}, Tensor target, int ignore_index, float softcap,"
-    " float label_smoothing, float z_loss) -> (Tensor losses, Tensor lse)",
+    " float label_smoothing, float z_loss) -> (Tensor losses, Tensor row_max, Tensor row_sum)",
     _fwd_fake,
 )
 # wanted: of which of x, weight, lora_a, lora_b, bias and out_scale, the others' gradients are empty.
 define(
-    f"linear_cross_entropy_bwd(Tensor grad_losses, Tensor x, {HEAD}, Tensor target, Tensor lse, int ignore_index,"
+    f"linear_cross_entropy_bwd(Tensor grad_losses, Tensor x, {HEAD}, Tensor target, Tensor row_max, Tensor row_sum,"
+    " int ignore_index,"
     " float softcap, float label_smoothing, float z_loss, bool[] wanted)"
     " -> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor dbias, Tensor dout_scale)",
     _bwd_fake,
@@ -55,24 +56,26 @@ _NUM_TENSORS = 6  # of `HEAD`, the seed last
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Saves x, target, lse and the parameters: `tensors` of the head, then its parts."""
+    """Saves x, target, each row's maximum and sum, and the parameters: `tensors` of the head, then its parts."""
 
     @staticmethod
     def forward(ctx, description, options, x, target, *tensors):
         head = (list(tensors[:_NUM_TENSORS]), list(tensors[_NUM_TENSORS:]), *description)
-        losses, lse = torch.ops.memkernels.linear_cross_entropy_fwd(x, *head, target, *options)
+        losses, *row_stats = torch.ops.memkernels.linear_cross_entropy_fwd(x, *head, target, *options)
         ctx.description, ctx.options = description, options
-        ctx.save_for_backward(x, target, lse, *tensors)
+        ctx.save_for_backward(x, target, *row_stats, *tensors)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
-        x, target, lse, *tensors = ctx.saved_tensors
+        x, target, row_max, row_sum, *tensors = ctx.saved_tensors
         head = (tensors[:_NUM_TENSORS], tensors[_NUM_TENSORS:], *ctx.description)
         x_wanted, _, *wanted = ctx.needs_input_grad[2:]
         wanted = [x_wanted, *wanted[: _NUM_TENSORS - 1]]
-        grads = torch.ops.memkernels.linear_cross_entropy_bwd(grad_losses, x, *head, target, lse, *ctx.options, wanted)
+        grads = torch.ops.memkernels.linear_cross_entropy_bwd(
+            grad_losses, x, *head, target, row_max, row_sum, *ctx.options, wanted
+        )
         dx, *others = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         return None, None, dx, None, *others, *(None for _ in tensors[len(others) :])
 
@@ -126,12 +129,13 @@ def linear_cross_entropy(
         IndexError: a label out of range. On a GPU it is a device-side assertion, without a synchronisation, as is a
             num_items that is not positive.
 
-    Saved for backward: x, weight, bias, target (with `shift` a shifted copy, 8 bytes per token) and lse, 4 bytes per
-    token. Under autocast x, bias and adapter as it casts them; of a dense weight no copy, since it is cast a tile at a
-    time, in forward and in backward. Backward recomputes the logits: one GEMM more than the three that keep them; a
-    frozen weight costs none for its gradient. A quantised weight is dequantised a tile at a time, once in forward and
-    once in backward. An adapter's product with x is made once in each; DoRA with dropout multiplies by the weight once
-    more in both.
+    Saved for backward: x, weight, bias, target (with `shift` a shifted copy, 8 bytes per token) and of each token
+    the largest z and the sum of exp(z - that), 8 bytes: of their lse float32 keeps too little where logits are
+    large. Under autocast x, bias and adapter as it casts them; of a dense weight no copy, since it is cast a tile
+    at a time, in forward and in backward. Backward recomputes the logits: one GEMM more than the three that keep
+    them; a frozen weight costs none for its gradient. A quantised weight is dequantised a tile at a time, once in
+    forward and once in backward. An adapter's product with x is made once in each; DoRA with dropout multiplies by
+    the weight once more in both.
     """
     check_options(ignore_index, reduction, softcap, label_smoothing, z_loss, shift)
     check_tensors(x, base_of(weight), target, bias, shift)

@@ -85,21 +85,26 @@ def cross_entropy_grad_(
     target: Tensor,
     vocab_start: int,
     vocab_size: int,
-    lse: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
     grad_loss: Tensor,
     ignore_index: int,
     softcap: float,
     label_smoothing: float,
     z_loss: float,
 ) -> None:
-    """Overwrites a tile of logits by grad_loss * dloss/dlogits; rows that are ignored by zero."""
-    z = logits.to(lse.dtype)
+    """Overwrites a tile of logits by grad_loss * dloss/dlogits; rows that are ignored by zero.
+
+    A probability is exp(z - row_max) / row_sum: lse, rounded where logits are large, would put its error into each.
+    """
+    z = logits.to(row_max.dtype)
     tanh = torch.tanh(z / softcap) if softcap > 0 else None
     if tanh is not None:
         z = softcap * tanh
-    no_weight = lse == -torch.inf
-    scale = (grad_loss * (1 + 2 * z_loss * lse)).masked_fill(no_weight, 0.0)
-    gradient = torch.exp(z - lse.masked_fill(no_weight, 0.0)[:, None]).mul_(scale[:, None])
+    no_weight = row_max == -torch.inf
+    lse = row_max + row_sum.log()
+    scale = (grad_loss * (1 + 2 * z_loss * lse) / row_sum).masked_fill(no_weight, 0.0)
+    gradient = torch.exp(z - row_max.masked_fill(no_weight, 0.0)[:, None]).mul_(scale[:, None])
     gradient.sub_((grad_loss * (label_smoothing / vocab_size))[:, None])
     column, here = _target_column(logits, target, vocab_start, ignore_index)
     at_target = torch.where(here, grad_loss * (label_smoothing - 1), 0.0)

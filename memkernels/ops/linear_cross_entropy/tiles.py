@@ -59,25 +59,28 @@ def linear_cross_entropy_fwd(
     softcap: float,
     label_smoothing: float,
     z_loss: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(x.reshape(-1, x.shape[-1]), HeadArguments(tensors, parts, kind, sizes, scaling, dropout_p))
     labels, vocab_size = target.reshape(-1).contiguous(), head.vocab_size
     _check_labels(labels, vocab_size, ignore_index)
     wide = torch.promote_types(x.dtype, torch.float32)
     row_max = x.new_full(labels.shape, -torch.inf, dtype=wide)
-    row_sum, target_logit, logit_sum = torch.zeros_like(row_max).repeat(3, 1).unbind()
+    row_sum, target_logit, logit_sum = (torch.zeros_like(row_max) for _ in range(3))
     merge = _kernel("cross_entropy_stats", x)
     with without_autocast(x):
         for part, _, logits in _tiles(head):
             merge(
                 logits, labels, part.start, vocab_size, ignore_index, softcap, row_max, row_sum, target_logit, logit_sum
             )
-    lse = row_max.add_(row_sum.log_())
-    losses = torch.addcmul(lse, lse, lse, value=z_loss) if z_loss else lse.clone()
-    losses.sub_(target_logit, alpha=1 - label_smoothing)
+    # Differences of logits first: where these are large, lse has lost what log(row_sum) adds to row_max.
+    log_sum = row_sum.log()
+    losses = torch.add(log_sum, row_max - target_logit, alpha=1 - label_smoothing)
     if label_smoothing:
-        losses.sub_(logit_sum, alpha=label_smoothing / vocab_size)
-    return losses.masked_fill_(labels == ignore_index, 0.0).view(target.shape), lse
+        losses.add_(row_max - logit_sum / vocab_size, alpha=label_smoothing)
+    if z_loss:
+        lse = log_sum.add_(row_max)
+        losses.addcmul_(lse, lse, value=z_loss)
+    return losses.masked_fill_(labels == ignore_index, 0.0).view(target.shape), row_max, row_sum
 
 
 def linear_cross_entropy_bwd(
@@ -90,7 +93,8 @@ def linear_cross_entropy_bwd(
     scaling: float,
     dropout_p: float,
     target: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
     ignore_index: int,
     softcap: float,
     label_smoothing: float,
@@ -105,8 +109,9 @@ def linear_cross_entropy_bwd(
         gradients = HeadGradients(head, wanted)
         for part, weight, logits in _tiles(head):
             to_gradient_(
-                logits, labels, part.start, vocab_size, lse, grad_loss, ignore_index, softcap, label_smoothing, z_loss
-            )
+                logits, labels, part.start, vocab_size, row_max, row_sum, grad_loss, ignore_index, softcap,
+                label_smoothing, z_loss,
+            )  # fmt: skip
             gradients.add(part, weight, logits)
         dx, *others = gradients.results()
     return dx.view(x.shape) if wanted[0] else dx, *others
