@@ -1,10 +1,11 @@
 // out = c + alpha a b: products of whole matrices, where they are faster than torch's (`python -m memkernels.bench
 // matmul`). c and out may be float32 where a and b are narrower.
 //
-// A panel of b, 4 vectors wide and a part of k deep, is packed into units along k (tile_matmul.h) that stay in the L2
-// cache, and is multiplied by 6 rows of a at a time, read from where they are; the next 6 are fetched ahead. Where a's
-// rows are not units in memory, because they lie along m, are of odd length, or are to be widened, a part of them is
-// packed first. Sums are float32: over at most kSumUnits one after the other, and then over these.
+// A panel of b, 64 columns wide and a part of k deep, is packed into units along k (tile_matmul.h) that stay in the L2
+// cache, and is multiplied by 6 rows of a at a time, read from where they are; the next 6 are fetched ahead. It is as
+// many strips of columns as vector registers ask for. Where a's rows are not units in memory, because they lie along m,
+// are of odd length, or are to be widened, a part of them is packed first. Sums are float32: over at most kSumUnits one
+// after the other, and then over these.
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -19,9 +20,17 @@
 namespace memkernels::cpu {
 namespace {
 
+// A tile of sums, with a vector of b for each of kTileVecs and one of a, takes the registers: 32, or 16.
 constexpr int64_t kTileRows = 6;
-constexpr int64_t kPanel = kWideVecs * kLanes;  // columns
-constexpr int64_t kPanelUnits = 2048;           // of k, so that a panel takes 512 KiB
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTileVecs = 4;
+constexpr int64_t kPanelUnits = 2048;  // of k, so that a panel takes 512 KiB
+#else
+constexpr int kTileVecs = 2;
+constexpr int64_t kPanelUnits = 512;  // 128 KiB, and a's rows, which several strips read, stay in the L1 cache
+#endif
+constexpr int64_t kStrip = kTileVecs * kLanes;  // columns
+constexpr int64_t kPanel = 64;
 constexpr int64_t kLeastTaskRows = 256, kMostTaskRows = 4096;
 constexpr int64_t kPackedBytes = 2 << 20;  // of a
 constexpr int64_t kPackedRows = 192;       // at a time
@@ -78,18 +87,18 @@ void pack_along(const Operand<T>& x, int64_t index, int64_t count, int64_t k0, i
   }
 }
 
-// The same across k: out[units][kPanel].
+// The same across k, a strip: out[units][kStrip].
 template <typename T, typename U>
 void pack_across(const Operand<T>& x, int64_t index, int64_t count, int64_t k0, int64_t k1, U* out) {
   const int64_t units = ceil_div(k1 - k0, kDepth<U>);
   if (x.across == 1 && x.along_k != 1) {
-    pack_columns(x.at(index, k0), x.along_k, k1 - k0, count, out, units, kPanel);
-  } else if (count == kPanel && x.template has_units<U>(k1)) {
-    transpose(reinterpret_cast<const U*>(x.at(index, k0)), x.across / kDepth<U>, kPanel, units, out, kPanel);
+    pack_columns(x.at(index, k0), x.along_k, k1 - k0, count, out, units, kStrip);
+  } else if (count == kStrip && x.template has_units<U>(k1)) {
+    transpose(reinterpret_cast<const U*>(x.at(index, k0)), x.across / kDepth<U>, kStrip, units, out, kStrip);
   } else {
-    const Buffer<U> rows(kPanel * units);
-    pack_along(x, index, count, k0, k1, rows.get(), kPanel, units);
-    transpose(rows.get(), units, kPanel, units, out, kPanel);
+    const Buffer<U> rows(kStrip * units);
+    pack_along(x, index, count, k0, k1, rows.get(), kStrip, units);
+    transpose(rows.get(), units, kStrip, units, out, kStrip);
   }
 }
 
@@ -179,58 +188,58 @@ class Product {
     parallel_tasks(panels * blocks, make_scratch, [&](const Scratch& scratch, int64_t task) {
       const int64_t begin = task % blocks * block, end = std::min(begin + block, rows.count);
       const int64_t column = task / blocks * kPanel, count = std::min(kPanel, n_ - column);
-      switch (ceil_div(count, kLanes)) {
-        case 1:
-          return multiply_panel<1>(rows, begin, end, column, count, scratch);
-        case 2:
-          return multiply_panel<2>(rows, begin, end, column, count, scratch);
-        case 3:
-          return multiply_panel<3>(rows, begin, end, column, count, scratch);
-        default:
-          return multiply_panel<kWideVecs>(rows, begin, end, column, count, scratch);
-      }
+      multiply_panel(rows, begin, end, column, count, scratch);
     });
   }
 
   bool is_one_part() const { return k_ <= kPanelUnits * kDepth<U>; }
 
-  template <int vecs>
   void multiply_panel(const Rows& rows, int64_t begin, int64_t end, int64_t column, int64_t count,
                       const Scratch& scratch) const {
-    alignas(64) float tile[kTileRows * kPanel];
+    alignas(64) float tile[kTileRows * kStrip];
     for (int64_t k = 0; k < k_; k += kPanelUnits * kDepth<U>) {
       const int64_t k_end = std::min(k + kPanelUnits * kDepth<U>, k_), units = ceil_div(k_end - k, kDepth<U>);
-      pack_across(b_, column, count, k, k_end, scratch.panel.get());
+      for (int64_t strip = 0; strip < count; strip += kStrip) {
+        pack_across(b_, column + strip, std::min(kStrip, count - strip), k, k_end, scratch.panel.get() + strip * units);
+      }
       for (int64_t row = begin; row < end; row += kTileRows) {
         // The last tile's rows begin earlier where fewer are left, and those that came before are passed over.
         const int64_t start = std::min(row, rows.readable - kTileRows), past = row - start;
         const int64_t next = std::min(row + kTileRows, rows.readable - kTileRows);
-        const U* a = rows.data + k / kDepth<U>;
-        multiply_tile<vecs>(units, a + start * rows.stride, a + next * rows.stride, rows.stride, scratch.panel.get(),
-                            tile);
         const int64_t tile_rows = std::min(kTileRows - past, end - row);
-        float* sums = scratch.sums.get() + (row - begin) * kPanel;
-        for (int64_t r = 0; r < tile_rows; ++r) {
-          float* of_row = tile + (past + r) * kPanel;
-          if (!is_one_part()) add(of_row, sums + r * kPanel, k > 0, vecs);
-          if (k_end == k_) write(of_row, rows.first + row + r, column, count);
+        const U* a = rows.data + k / kDepth<U>;
+        for (int64_t strip = 0; strip < count; strip += kStrip) {
+          const int64_t width = std::min(kStrip, count - strip), vecs = ceil_div(width, kLanes);
+          multiply_tile(vecs, units, a + start * rows.stride, a + next * rows.stride, rows.stride,
+                        scratch.panel.get() + strip * units, tile);
+          float* sums = scratch.sums.get() + (row - begin) * kPanel + strip;
+          for (int64_t r = 0; r < tile_rows; ++r) {
+            float* of_row = tile + (past + r) * kStrip;
+            if (!is_one_part()) add(of_row, sums + r * kPanel, k > 0, vecs);
+            if (k_end == k_) write(of_row, rows.first + row + r, column + strip, width);
+          }
         }
       }
     }
   }
 
-  template <int vecs>
-  static void multiply_tile(int64_t units, const U* a, const U* next_a, int64_t stride, const U* panel, float* tile) {
-    alignas(64) float part[kTileRows * kPanel];
+  // tile[kTileRows][kStrip], of `count` vectors. A function of its own, so that all vector registers are its sums'.
+  template <int vecs = kTileVecs>
+  [[gnu::noinline]] static void multiply_tile(int64_t count, int64_t units, const U* a, const U* next_a, int64_t stride,
+                                              const U* panel, float* tile) {
+    if constexpr (vecs > 1) {
+      if (count < vecs) return multiply_tile<vecs - 1>(count, units, a, next_a, stride, panel, tile);
+    }
+    alignas(64) float part[kTileRows * kStrip];
     for (int64_t unit = 0; unit < units; unit += kSumUnits<U>) {
       const int64_t depth = std::min(kSumUnits<U>, units - unit);
-      register_tile<kTileRows, vecs, true>(depth, a + unit, stride, panel + unit * kPanel, kPanel,
-                                           unit == 0 ? tile : part, kPanel, false, next_a + unit);
+      register_tile<kTileRows, vecs, true>(depth, a + unit, stride, panel + unit * kStrip, kStrip,
+                                           unit == 0 ? tile : part, kStrip, false, next_a + unit);
       if (unit == 0) continue;
       for (int64_t row = 0; row < kTileRows; ++row) {
         for (int64_t v = 0; v < vecs; ++v) {
-          float* sum = tile + row * kPanel + v * kLanes;
-          store(sum, load(sum) + load(part + row * kPanel + v * kLanes));
+          float* sum = tile + row * kStrip + v * kLanes;
+          store(sum, load(sum) + load(part + row * kStrip + v * kLanes));
         }
       }
     }
@@ -246,8 +255,8 @@ class Product {
 
   void write(const float* sums, int64_t row, int64_t column, int64_t count) const {
     O* to = out_ + row * out_stride_ + column;
-    if (count == kPanel && c_.data == nullptr) {
-      for (int64_t i = 0; i < kPanel; i += 2 * kLanes) {
+    if (count == kStrip && c_.data == nullptr) {
+      for (int64_t i = 0; i < kStrip; i += 2 * kLanes) {
         store_pair(to + i, load(sums + i) * alpha_, load(sums + i + kLanes) * alpha_);
       }
       return;

@@ -202,8 +202,9 @@ void pack_columns(const T* x, int64_t x_stride, int64_t rows, int64_t size, U* o
   }
 }
 
+// kTransposeBlock x kTransposeBlock words.
 #if defined(CPU_CAPABILITY_AVX512)
-// 16 x 16 words.
+constexpr int64_t kTransposeBlock = 16;
 inline void transpose_block(const void* in, int64_t in_stride, void* out, int64_t out_stride) {
   const auto* from = static_cast<const char*>(in);
   auto* to = static_cast<char*>(out);
@@ -232,17 +233,44 @@ inline void transpose_block(const void* in, int64_t in_stride, void* out, int64_
     _mm512_storeu_si512(to + 4 * (12 + c) * out_stride, _mm512_shuffle_i32x4(odd, odd_below, kOdd));
   }
 }
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t kTransposeBlock = 8;
+inline void transpose_block(const void* in, int64_t in_stride, void* out, int64_t out_stride) {
+  const auto* from = static_cast<const float*>(in);
+  auto* to = static_cast<float*>(out);
+  __m256 rows[8], pairs[8];
+  for (int i = 0; i < 8; ++i) rows[i] = _mm256_loadu_ps(from + i * in_stride);
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  // Of four rows, the columns 4 q + c in half q of rows[4 * (i / 4) + c].
+  constexpr int kLow = 0x44, kHigh = 0xee;
+  for (int i = 0; i < 8; i += 4) {
+    rows[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], kLow);
+    rows[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], kHigh);
+    rows[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], kLow);
+    rows[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], kHigh);
+  }
+  constexpr int kFirstHalves = 0x20, kSecondHalves = 0x31;
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(to + c * out_stride, _mm256_permute2f128_ps(rows[c], rows[4 + c], kFirstHalves));
+    _mm256_storeu_ps(to + (4 + c) * out_stride, _mm256_permute2f128_ps(rows[c], rows[4 + c], kSecondHalves));
+  }
+}
+#else
+constexpr int64_t kTransposeBlock = 16;
 #endif
 
 // out[columns][out_stride] = in[rows][in_stride] transposed, in blocks that fit a few cache lines.
 template <typename U>
 void transpose(const U* in, int64_t in_stride, int64_t rows, int64_t columns, U* out, int64_t out_stride) {
-  constexpr int64_t block = 16;
-  for (int64_t r0 = 0; r0 < rows; r0 += block) {
-    for (int64_t c0 = 0; c0 < columns; c0 += block) {
-      const int64_t r1 = std::min(r0 + block, rows), c1 = std::min(c0 + block, columns);
-#if defined(CPU_CAPABILITY_AVX512)
-      if (r1 - r0 == block && c1 - c0 == block) {
+  static_assert(sizeof(U) == 4);
+  for (int64_t r0 = 0; r0 < rows; r0 += kTransposeBlock) {
+    for (int64_t c0 = 0; c0 < columns; c0 += kTransposeBlock) {
+      const int64_t r1 = std::min(r0 + kTransposeBlock, rows), c1 = std::min(c0 + kTransposeBlock, columns);
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+      if (r1 - r0 == kTransposeBlock && c1 - c0 == kTransposeBlock) {
         transpose_block(in + r0 * in_stride + c0, in_stride, out + c0 * out_stride + r0, out_stride);
         continue;
       }

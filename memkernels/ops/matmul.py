@@ -2,8 +2,8 @@
 
 - With AVX-512 for bfloat16 and no AMX, csrc/cpu/matmul.cpp multiplies what is not small.
 - Without AVX-512 for bfloat16 and AVX512-FP16 for float16, torch multiplies such matrices without vectors, up to a
-  hundred times slower than float32. There a block of each operand is widened in front of a float32 product, and the sum
-  is rounded once.
+  hundred times slower than float32. With AVX2, csrc/cpu/matmul.cpp multiplies these too, but for the longest sums.
+  Elsewhere a block of each operand is widened in front of a float32 product. Both round the sum once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
 
 SLOW_DTYPES = _slow_dtypes()
 # The dtypes that csrc/cpu/matmul.cpp multiplies on this processor.
-NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16} if cpu_isa() == "avx512" else ())
+_NATIVE_BY_ISA: dict[str | None, frozenset[torch.dtype]] = {
+    "avx512": frozenset({torch.float32, torch.bfloat16}),
+    "avx2": SLOW_DTYPES,
+}
+NATIVE_DTYPES = _NATIVE_BY_ISA.get(cpu_isa(), frozenset())
 _LEAST_NATIVE = 1 << 22  # m n k
 _LONGEST_PACKED = 4 << 10  # bytes of a row of a
+_LONGEST_WIDENED = 4096  # k, of which too few rows are widened at a time
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -97,13 +102,18 @@ def _multiply(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, out: Tensor)
 
 
 def _takes_native(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    """Whether csrc/cpu/matmul.cpp is the faster: a has enough rows and columns for its tiles, and they are in its order
-    or short enough to be packed (`python -m memkernels.bench matmul`)."""
+    """Whether csrc/cpu/matmul.cpp is the faster (`python -m memkernels.bench matmul`).
+
+    Of what torch multiplies by vectors, a has enough rows and columns for its tiles, and they are in its order or short
+    enough to be packed.
+    """
     (m, k), n = a.shape, b.shape[1]
+    if a.dtype not in NATIVE_DTYPES or 1 not in out.stride():
+        return False
+    if a.dtype in SLOW_DTYPES:
+        return 0 < k <= _LONGEST_WIDENED
     return (
-        a.dtype in NATIVE_DTYPES
-        and 1 in out.stride()
-        and m >= 32
+        m >= 32
         and k >= 64
         and (a.stride(1) == 1 or (n >= 64 and k * a.dtype.itemsize <= _LONGEST_PACKED))
         and m * n * k >= _LEAST_NATIVE
