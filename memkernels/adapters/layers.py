@@ -1,9 +1,9 @@
-"""The linear layers of a model, and those of them that carry an adapter."""
+"""The linear layers and embeddings of a model, and those of them that carry an adapter."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +14,44 @@ from memkernels.adapters.targets import matches
 from memkernels.integrations import bitsandbytes
 from memkernels.integrations.plain import is_own
 from memkernels.nn.adapted_experts import ExpertsLoRA
+from memkernels.nn.lora_embedding import LoRAEmbedding, check_embedding
+from memkernels.nn.lora_layer import LoRALayer
 from memkernels.nn.lora_linear import LoRALinear, check_base_weight, is_adaptable
 from memkernels.ops.checks import PLAIN_TENSORS, check_module
 
 ALL_LINEAR = "all-linear"
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """By name, the linear layers that carry an adapter.
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
+    """By name, the linear layers and embeddings that carry an adapter.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
         ValueError: there is none, and none on experts.
     """
     check_module(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAEmbedding))}
     if not layers and not adapted_experts(model):
-        raise ValueError(f"model: found no LoRALinear in {type(model).__name__}; memkernels.lora puts them into one.")
+        raise ValueError(
+            f"model: found no LoRALinear or LoRAEmbedding in {type(model).__name__}; memkernels.lora puts them there."
+        )
     return layers
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
     """By name, the layers that may carry one, and do not."""
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoRALinear))
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and is_adaptable(module) and not name.startswith(inside)
-    }
+    return {name: module for name, module in _outside(model) if is_adaptable(module)}
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
+    """By name, those that carry no adapter; of what classes ever, which `check_layers` checks."""
+    return {name: module for name, module in _outside(model) if isinstance(module, nn.Embedding)}
+
+
+def _outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below the model that are not within a layer with an adapter."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoRALayer))
+    return ((name, of) for name, of in model.named_modules() if name and not name.startswith(inside))
 
 
 def folder_of(directory: Any) -> Path:
@@ -68,7 +78,7 @@ def names_of(argument: str, names: Any) -> list[str]:
 
 
 def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Any]:
-    """By name, the linear layers that `targets` name; "all-linear": every one but a language model's output head.
+    """By name, the layers that `targets` name; "all-linear": every linear one but a language model's output head.
 
     Raises:
         ValueError: a target that matches no layer, or no layer at all.
@@ -81,10 +91,10 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, A
         if not chosen:
             raise ValueError(f"targets: {type(model).__name__} has no linear layer.")
         return chosen
-    wanted = names_of("targets", targets)
+    wanted, layers = names_of("targets", targets), layers | embeddings(model)
     for target in wanted:
         if not any(matches(name, [target]) for name in layers):
-            raise ValueError(f"targets: {type(model).__name__} has no linear layer {target!r}.")
+            raise ValueError(f"targets: {type(model).__name__} has no linear layer or embedding {target!r}.")
     return {name: layer for name, layer in layers.items() if matches(name, wanted)}
 
 
@@ -104,11 +114,13 @@ def check_layers(layers: Mapping[str, Any]) -> None:
     """That each may carry an adapter, under which its tensors are read and it is never called.
 
     Raises:
-        TypeError: a weight that is not of a floating dtype, or one of bitsandbytes that cannot be read; it is named.
-        ValueError: a layer with hooks, or with a forward of its own; it is named.
+        TypeError: a weight that is not of a floating dtype, or one of bitsandbytes that cannot be read; an embedding of
+            another class than LoRAEmbedding takes; it is named.
+        ValueError: a layer with hooks, or with a forward of its own; an embedding with an option that LoRAEmbedding has
+            not; it is named.
     """
     for name, layer in layers.items():
-        check_base_weight(name, layer)
+        (check_embedding if isinstance(layer, nn.Embedding) else check_base_weight)(name, layer)
         if not is_own(layer):
             raise ValueError(
                 f"{name}: expected a layer without hooks and with its class's forward, since an adapter's layer reads "
@@ -126,16 +138,25 @@ def bases(model: nn.Module, layers: Iterable[Any]) -> dict[Any, Any]:
     return {layer: bitsandbytes.as_linear(layer, dtype) if bitsandbytes.is_layer(layer) else layer for layer in layers}
 
 
-def replace_layers(model: nn.Module, adapted: Mapping[nn.Module, LoRALinear]) -> None:
+def adapted_layer(
+    layer: Any, r: int, *, dropout: float = 0.0, tied_to: Any = None, **options: Any
+) -> LoRALinear | LoRAEmbedding:
+    """A layer of `bases` with a new adapter, in its mode; options: alpha, use_dora and use_rslora."""
+    if isinstance(layer, nn.Embedding):
+        return LoRAEmbedding(layer, r, **options).train(layer.training)
+    return LoRALinear(layer, r, dropout=dropout, tied_to=tied_to, **options).train(layer.training)
+
+
+def replace_layers(model: nn.Module, adapted: Mapping[nn.Module, LoRALayer]) -> None:
     """Puts each adapted layer wherever the layer is that it adapts, and freezes every other parameter."""
     for parent in list(model.modules()):
-        if not isinstance(parent, LoRALinear):
+        if not isinstance(parent, LoRALayer):
             for name, child in list(parent._modules.items()):
                 if child is not None and child in adapted:
                     setattr(parent, name, adapted[child])
     model.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             for parameter in module.adapter.values():
                 parameter.requires_grad_(True)
         elif isinstance(module, ExpertsLoRA):

@@ -13,11 +13,22 @@ from torch import Tensor, nn
 from memkernels.adapters.beside import embeddings_beside, fill_beside, tensors_beside
 from memkernels.adapters.config import AdapterConfig, read_config
 from memkernels.adapters.experts import ExpertsPlace, adapted_experts, add_adapter, from_peft, targeted_places
-from memkernels.adapters.layers import bases, check_layers, folder_of, linear_layers, replace_layers
+from memkernels.adapters.layers import (
+    adapted_layer,
+    bases,
+    check_layers,
+    embeddings,
+    folder_of,
+    linear_layers,
+    replace_layers,
+)
 from memkernels.adapters.targets import Targets
 from memkernels.adapters.tensors import WEIGHTS, check_beside, check_tensors, key_of, read_tensors
+from memkernels.adapters.tied import is_embedding_of, is_tied
 from memkernels.nn.adapted_experts import ExpertsLoRA
 from memkernels.nn.expert_mesh import held, own_part
+from memkernels.nn.lora_embedding import LoRAEmbedding
+from memkernels.nn.lora_layer import LoRALayer
 from memkernels.nn.lora_linear import LoRALinear, shape_of
 from memkernels.ops.checks import check_module
 
@@ -28,15 +39,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     Everything is checked before anything is changed. The adapter keeps the file's dtype where that is the layer's or
     float32, and becomes float32 otherwise. What the file has trained beside them, modules whole (`modules_to_save`;
     with ensure_weight_tying what is tied to them too) and biases (`bias="lora_only"` or "all"), takes the model's
-    place, and is trained too. Embeddings that it has frozen, of a head with an adapter or of a vocabulary that was
-    extended, are copied into the model's, which is extended before by `model.resize_token_embeddings`.
+    place, and is trained too. With ensure_weight_tying a head and the embedding that it is tied to share one adapter,
+    if the file's two are the same. Embeddings that it has frozen, of a head or an embedding with an adapter or of a
+    vocabulary that was extended, are copied into the model's, which is extended before by
+    `model.resize_token_embeddings`.
 
     Args:
         model: without adapters: they are put where the file has them, on layers that `memkernels.lora` takes,
-            bitsandbytes' among them, and by target_parameters on weights of experts, those of `nn.MoE` or of a module
-            of transformers, which becomes an `nn.AdaptedExperts`; everything else is frozen. With adapters: on the same
-            layers and of the same ranks as the file's, which take their place. Each rank of an `nn.MoE`'s `expert_mesh`
-            takes the adapters of its experts.
+            embeddings and bitsandbytes' among them, and by target_parameters on weights of experts, those of `nn.MoE`
+            or of a module of transformers, which becomes an `nn.AdaptedExperts`; everything else is frozen. With
+            adapters: on the same layers and of the same ranks as the file's, which take their place. Each rank of an
+            `nn.MoE`'s `expert_mesh` takes the adapters of its experts.
         directory: holds adapter_config.json and adapter_model.safetensors.
 
     Returns:
@@ -54,19 +67,25 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     check_module(model)
     given = _read(folder_of(directory))
     config, tensors = given.config, given.tensors
-    has_adapters = any(isinstance(module, (LoRALinear, ExpertsLoRA)) for module in model.modules())
+    has_adapters = any(isinstance(module, (LoRALayer, ExpertsLoRA)) for module in model.modules())
     places = _checked_experts(model, given, has_adapters)
-    layers = _checked_linears(model, given, [name for name in tensors if name not in places], has_adapters)
+    layers = _checked_layers(model, given, [name for name in tensors if name not in places], has_adapters)
+    heads = _checked_heads(model, given, layers)
     trained = _checked_beside(model, given, layers, [*layers, *(place.owner for place in places.values())])
     if not has_adapters:
         read = bases(model, layers.values())
-        adapted = {layer: _adapted(read[layer], config, name) for name, layer in layers.items()}
+        adapted: dict[Any, LoRALinear | LoRAEmbedding] = {}
+        for name in sorted(layers, key=lambda name: name in heads):  # heads after what they are tied to
+            tied_to = adapted[layers[heads[name]]] if name in heads else None
+            adapted[layers[name]] = adapted_layer(
+                read[layers[name]], config.rank_of(name), tied_to=tied_to, use_dora=config.use_dora
+            )
         for place in places.values():
             add_adapter(model, place, config.rank_of(place.name))
         replace_layers(model, adapted)
         layers = {name: adapted[layer] for name, layer in layers.items()}
     for name, layer in layers.items():
-        _fill_linear(layer, config, name, tensors[name])
+        _fill_layer(layer, config, name, tensors[name])
     for place, adapter in adapted_experts(model).items():
         _fill_experts(adapter, config, place, model, tensors[place.layer])
     fill_beside(model, given.others, trained, config.ensure_weight_tying)
@@ -93,31 +112,54 @@ def _read(directory: Path) -> _Given:
     return _Given(config, targets, directory / WEIGHTS, *read_tensors(directory / WEIGHTS))
 
 
-def _checked_linears(model: nn.Module, given: _Given, names: list[str], has_adapters: bool) -> dict[str, Any]:
+def _checked_layers(model: nn.Module, given: _Given, names: list[str], has_adapters: bool) -> dict[str, Any]:
     """By name, the layers that the file has adapters of: `names`."""
     config = given.config
-    present = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    plain = linear_layers(model)
+    present = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    plain = linear_layers(model) | embeddings(model)
     layers: dict[str, Any] = present if has_adapters else plain
     for name in names:
         if name not in layers:
-            kind = "layer with an adapter" if has_adapters else "linear layer"
+            kind = "layer with an adapter" if has_adapters else "linear layer or embedding"
             at = given.at(name, next(iter(given.tensors[name])))
             raise ValueError(f"{at}: {type(model).__name__} has no {kind} {name!r}.")
         check_tensors(given.file, name, given.tensors[name], _shapes(config, name, layers[name]))
     for name, layer in present.items():
         if name not in names:
-            raise ValueError(f"{given.at(name)}: missing.")
+            raise ValueError(f"{given.at(name, next(iter(_shapes(config, name, layer))))}: missing.")
         _check_rank(name, layer, config)
         if layer.use_dora != config.use_dora or layer.merged:
             raise ValueError(f"model: {name}: expected an adapter with use_dora={config.use_dora} that is not merged.")
-    for name in plain:
+    for name, layer in plain.items():
         if name not in names and given.targets.have(name):
-            raise ValueError(f"{given.at(name)}: missing, though target_modules names the layer.")
+            kind = next(iter(_shapes(config, name, layer)))
+            raise ValueError(f"{given.at(name, kind)}: missing, though target_modules names the layer.")
     layers = {name: layers[name] for name in names}
     if not has_adapters:
         check_layers(layers)
     return layers
+
+
+def _checked_heads(model: nn.Module, given: _Given, layers: dict[str, Any]) -> dict[str, str]:
+    """By name, the heads that are to have, or have, the adapter of an embedding, and the embedding's name."""
+    heads: dict[str, str] = {}
+    names = {layer: name for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if is_tied(layer):
+            heads[name] = names[layer.tied_to]
+            if not _are_transposed(given, name, heads[name]):
+                raise ValueError(f"{given.at(name)}: expected that of {heads[name]}, as the model's, transposed.")
+        elif given.config.ensure_weight_tying and not given.config.use_dora and type(layer) is nn.Linear:
+            of = next((other for other in layers.values() if is_embedding_of(other, layer.weight)), None)
+            if of is not None and _are_transposed(given, name, names[of]):
+                heads[name] = names[of]
+    return heads
+
+
+def _are_transposed(given: _Given, head: str, embedding: str) -> bool:
+    a, b = (given.tensors[head][kind] for kind in ("lora_A", "lora_B"))
+    of_a, of_b = (given.tensors[embedding][kind] for kind in ("lora_embedding_A", "lora_embedding_B"))
+    return torch.equal(a, of_b.t()) and torch.equal(b, of_a.t())
 
 
 def _checked_experts(model: nn.Module, given: _Given, has_adapters: bool) -> dict[str, ExpertsPlace]:
@@ -160,7 +202,7 @@ def _checked_beside(model: nn.Module, given: _Given, layers: dict[str, Any], ada
     return expected
 
 
-def _check_rank(name: str, adapter: LoRALinear | ExpertsLoRA, config: AdapterConfig) -> None:
+def _check_rank(name: str, adapter: LoRALayer | ExpertsLoRA, config: AdapterConfig) -> None:
     if adapter.r != config.rank_of(name):
         raise ValueError(
             f"model: {name}: expected an adapter of rank {config.rank_of(name)}, as the file's, got {adapter.r}."
@@ -169,16 +211,19 @@ def _check_rank(name: str, adapter: LoRALinear | ExpertsLoRA, config: AdapterCon
 
 def _shapes(config: AdapterConfig, name: str, layer: Any) -> dict[str, tuple[int, ...]]:
     r = config.rank_of(name)
-    n, k = layer.weight.shape if isinstance(layer, LoRALinear) else shape_of(layer)
-    return {"lora_A": (r, k), "lora_B": (n, r)} | ({"lora_magnitude_vector": (n,)} if config.use_dora else {})
+    if isinstance(layer, nn.Embedding):
+        k, n = layer.weight.shape
+    else:
+        n, k = layer.weight.shape if isinstance(layer, LoRALayer) else shape_of(layer)
+    kinds = "lora_embedding_" if isinstance(layer, (nn.Embedding, LoRAEmbedding)) else "lora_"
+    shapes: dict[str, tuple[int, ...]] = {f"{kinds}A": (r, k), f"{kinds}B": (n, r)}
+    return shapes | ({"lora_magnitude_vector": (n,)} if config.use_dora else {})
 
 
-def _adapted(layer: Any, config: AdapterConfig, name: str) -> LoRALinear:
-    return LoRALinear(layer, config.rank_of(name), use_dora=config.use_dora).train(layer.training)
-
-
-def _fill_linear(layer: LoRALinear, config: AdapterConfig, name: str, tensors: dict[str, Tensor]) -> None:
-    layer.alpha, layer.dropout_p, layer.use_rslora = config.alpha_of(name), config.lora_dropout, config.use_rslora
+def _fill_layer(layer: LoRALayer, config: AdapterConfig, name: str, tensors: dict[str, Tensor]) -> None:
+    layer.alpha, layer.use_rslora = config.alpha_of(name), config.use_rslora
+    if isinstance(layer, LoRALinear):
+        layer.dropout_p = config.lora_dropout
     _fill(layer.adapter, tensors, layer.weight.dtype)
 
 

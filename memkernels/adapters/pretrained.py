@@ -85,7 +85,8 @@ def load_base(
     check_base(base)
     if dtype not in FLOATING:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}.")
-    layers = [f"{name}.weight" for name in chosen_layers(model, targets)]
+    chosen = chosen_layers(model, targets)
+    layers = [f"{name}.weight" for name, layer in chosen.items() if not isinstance(layer, nn.Embedding)]
     experts = [place.name for place in chosen_places(model, names_of("target_parameters", target_parameters))]
     quantized = set() if base is None else {*layers, *experts}
     shards = find_shards(folder_of(directory))

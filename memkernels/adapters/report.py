@@ -10,7 +10,7 @@ from torch import nn
 from memkernels.adapters.experts import adapted_experts
 from memkernels.memory_size import format_bytes
 from memkernels.nn.adapted_experts import ExpertsLoRA
-from memkernels.nn.lora_linear import LoRALinear
+from memkernels.nn.lora_layer import LoRALayer
 from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
@@ -48,7 +48,7 @@ class LoRAReport:
         return text
 
 
-def report_of(model: nn.Module, adapted: Mapping[str, LoRALinear], left: Sequence[str]) -> LoRAReport:
+def report_of(model: nn.Module, adapted: Mapping[str, LoRALayer], left: Sequence[str]) -> LoRAReport:
     """`adapted`, `left`: layers. Experts' weights, adapted or not, are found in the model."""
     experts = adapted_experts(model)
     adapters = [*(layer.adapter.values() for layer in adapted.values()), *(of.parameters() for of in experts.values())]

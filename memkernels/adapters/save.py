@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,9 +24,12 @@ from memkernels.adapters.experts import ExpertsPlace, adapted_experts, meshes_of
 from memkernels.adapters.layers import adapted_layers, folder_of
 from memkernels.adapters.targets import Targets, matches
 from memkernels.adapters.tensors import WEIGHTS, key_beside, key_of
+from memkernels.adapters.tied import is_tied
 from memkernels.atomic import write_together
 from memkernels.nn.adapted_experts import ExpertsLoRA
-from memkernels.nn.lora_linear import LoRALinear
+from memkernels.nn.lora_embedding import LoRAEmbedding
+from memkernels.nn.lora_layer import LoRALayer
+from memkernels.nn.lora_linear import LoRALinear, is_conv1d
 from memkernels.ops.quantized.tensor import QuantizedTensor
 
 
@@ -33,8 +37,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT reads: `peft.PeftModel.from_pretrained`.
 
     What else of the model is trained is written too: biases of adapted layers, or all there are, and modules with other
-    parameters that require a gradient, whole (`modules_to_save`; ensure_weight_tying where two are one parameter). So
-    are embeddings where the model's configuration has another vocabulary than the one that it was made from.
+    parameters that require a gradient, whole (`modules_to_save`). So are embeddings where the model's
+    configuration has another vocabulary than the one that it was made from. ensure_weight_tying is set where two of
+    the modules are one parameter, or a head has the adapter of its embedding, which is written for both.
 
     Both are written beside their places and then moved there, adapter_config.json last and the old one taken away
     first: where it is, the two are of one call.
@@ -66,10 +71,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     beside = tensors_beside(model, modules, layers, bias)
     if has_extended_vocabulary(model):
         beside = _embeddings(model, layers) | beside
-    config = replace(config, ensure_weight_tying=are_tied(model, modules))
-    conv = any(type(layer.base_layer) is not nn.Linear for layer in layers.values())
+    tied = are_tied(model, modules) or any(map(is_tied, layers.values()))
+    config = replace(config, ensure_weight_tying=tied)
+    conv = any(is_conv1d(layer.base_layer) for layer in layers.values())
     targets = Targets(
-        _targets(model, layers),
+        _targets(model, layers.keys()),
         target_parameters=_parameters(model, experts, conv) or None,
         modules_to_save=modules or None,
     )
@@ -77,7 +83,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     tensors = {
         key_of(name, kind): parameter.detach().contiguous()
         for name, layer in layers.items()
-        for kind, parameter in layer.adapter.items()
+        for kind, parameter in _adapter(layer).items()
     } | {
         key_of(place.layer, kind): tensor.contiguous()
         for place, adapter in experts.items()
@@ -98,7 +104,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     on_ranks_of(meshes, write)
 
 
-def _embeddings(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def _adapter(layer: LoRALinear | LoRAEmbedding) -> Mapping[str, Tensor]:
+    """By kind, the tensors that PEFT's file has of a layer; of a tied head those of the embedding's, transposed."""
+    return dict(zip(("lora_A", "lora_B"), layer.factors, strict=True)) if is_tied(layer) else layer.adapter
+
+
+def _embeddings(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Tensor]:
     """By key, embeddings as dense tensors without adapters."""
     found = embeddings_beside(model, layers)
     for name, layer in layers.items():
@@ -107,15 +118,19 @@ def _embeddings(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str,
     return {key: of.dequantize() if isinstance(of, QuantizedTensor) else of for key, of in found.items()}
 
 
-def _config(layers: Mapping[str, LoRALinear | ExpertsLoRA], bias: str) -> AdapterConfig:
+def _config(layers: Mapping[str, LoRALayer | ExpertsLoRA], bias: str) -> AdapterConfig:
     """One configuration of every adapter, with patterns where rank or alpha are not the first one's."""
-    (first_name, first), *_ = layers.items()
-    for name, layer in layers.items():
-        for option in ("dropout_p", "use_dora", "use_rslora"):
-            if getattr(layer, option) != getattr(first, option):
+    first = next(iter(layers.values()))
+    options: dict[str, Any] = {"dropout_p": 0.0}
+    for option in ("dropout_p", "use_dora", "use_rslora"):
+        values = {name: getattr(layer, option) for name, layer in layers.items() if hasattr(layer, option)}
+        for name, value in values.items():  # an embedding has no dropout
+            first_name = next(iter(values))
+            if value != values[first_name]:
                 raise ValueError(f"{name}: {option}: expected that of {first_name}, as PEFT's configuration has one.")
+            options[option] = value
     return AdapterConfig(
-        first.r, first.alpha, first.dropout_p, first.use_dora, first.use_rslora, bias,
+        first.r, first.alpha, options["dropout_p"], options["use_dora"], options["use_rslora"], bias,
         rank_pattern={_whole(name): layer.r for name, layer in layers.items() if layer.r != first.r},
         alpha_pattern={_whole(name): layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
     )  # fmt: skip
@@ -126,11 +141,11 @@ def _whole(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _targets(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
+def _targets(model: nn.Module, layers: Set[str]) -> list[str] | str:
     """The layers' names; a regular expression of them where PEFT would find other modules that end in one."""
     names = sorted(layers)
     inside = tuple(f"{name}." for name in names)
-    others = {name for name, _ in model.named_modules() if not name.startswith(inside)} - layers.keys()
+    others = {name for name, _ in model.named_modules() if not name.startswith(inside)} - layers
     return "|".join(map(re.escape, names)) if any(matches(other, names) for other in others) else names
 
 

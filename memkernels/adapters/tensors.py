@@ -14,6 +14,8 @@ _PREFIX = "base_model.model."
 _SUFFIXES = {
     "lora_A": ".lora_A.weight",
     "lora_B": ".lora_B.weight",
+    "lora_embedding_A": ".lora_embedding_A",
+    "lora_embedding_B": ".lora_embedding_B",
     "lora_magnitude_vector": ".lora_magnitude_vector",
 }
 # What PEFT writes again of modules_to_save where the vocabulary was extended, or with bias="all".
@@ -21,7 +23,7 @@ _COPIES = (".modules_to_save.", ".original_module.")
 
 
 def key_of(layer: str, kind: str) -> str:
-    """The key of a layer's lora_A, lora_B or lora_magnitude_vector."""
+    """The key of a layer's tensor of a kind: lora_A, lora_embedding_A, lora_magnitude_vector."""
     return f"{_PREFIX}{layer}{_SUFFIXES[kind]}"
 
 
@@ -31,7 +33,7 @@ def key_beside(name: str) -> str:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """By name of a layer, its lora_A, lora_B and lora_magnitude_vector; and others by their names; on the CPU.
+    """By name of a layer, its lora_A, lora_B and others by kind; and others by their names; on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,7 +84,8 @@ def check_tensors(file: Path, layer: str, tensors: dict[str, Tensor], shapes: di
             raise ValueError(f"{file}: {key}: expected shape {shape}, got {tuple(tensors[kind].shape)}.")
     for kind in tensors:
         if kind not in shapes:
-            raise ValueError(f"{file}: {key_of(layer, kind)}: the configuration has no use_dora.")
+            reason = "the configuration has no use_dora" if "magnitude" in kind else "its layer is of another kind"
+            raise ValueError(f"{file}: {key_of(layer, kind)}: {reason}.")
 
 
 def check_beside(
@@ -99,7 +102,7 @@ def check_beside(
     for name, given in others.items():
         own = expected.get(name, allowed.get(name))
         if own is None:
-            raise ValueError(f"{file}: {key_beside(name)}: not a key of a linear layer's LoRA adapter.")
+            raise ValueError(f"{file}: {key_beside(name)}: not a key of a linear layer's or embedding's LoRA adapter.")
         if type(own) not in PLAIN_TENSORS:
             raise ValueError(f"{file}: {key_beside(name)}: the model's is no plain tensor, but {type(own).__name__}.")
         if given.shape != own.shape or given.is_floating_point() != own.is_floating_point():

@@ -3,6 +3,7 @@
 from memkernels.nn.adapted_experts import AdaptedExperts, ExpertsLoRA
 from memkernels.nn.attention import Attention
 from memkernels.nn.decoder_layer import DecoderLayer
+from memkernels.nn.lora_embedding import LoRAEmbedding
 from memkernels.nn.lora_linear import LoRALinear
 from memkernels.nn.loss import LinearCrossEntropy
 from memkernels.nn.mlp import GatedMLP
@@ -20,6 +21,7 @@ __all__ = [
     "GatedMLP",
     "LayerNorm",
     "LinearCrossEntropy",
+    "LoRAEmbedding",
     "LoRALinear",
     "MoE",
     "RMSNorm",

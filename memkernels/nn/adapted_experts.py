@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memkernels import ops
 from memkernels.nn.expert_mesh import draw_experts, held, sharded, take_shards
-from memkernels.nn.lora_linear import check_adapter
+from memkernels.nn.lora_layer import check_adapter
 from memkernels.ops.checks import check_parameter_dtype
 from memkernels.ops.gated_activation.op import check_activation
 from memkernels.ops.lora_linear.norm import row_tiles

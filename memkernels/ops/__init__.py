@@ -8,6 +8,7 @@ from memkernels.ops.gated_activation.op import gated_activation
 from memkernels.ops.gated_mlp.op import gated_mlp
 from memkernels.ops.layer_norm.op import layer_norm
 from memkernels.ops.linear_cross_entropy.op import linear_cross_entropy
+from memkernels.ops.lora_embedding.op import lora_embedding
 from memkernels.ops.lora_linear.norm import row_squares
 from memkernels.ops.lora_linear.op import lora_linear
 from memkernels.ops.lora_linear.weight import LoRAWeight
@@ -33,6 +34,7 @@ __all__ = [
     "grouped_matmul",
     "layer_norm",
     "linear_cross_entropy",
+    "lora_embedding",
     "lora_linear",
     "moe_combine",
     "moe_dispatch",

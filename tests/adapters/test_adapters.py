@@ -413,7 +413,11 @@ def test_bad_input(tmp_path):
         ({"targets": None}, TypeError, "targets: expected names, got None"),
         ({"targets": [2]}, TypeError, "targets: expected names, got 2"),
         ({"target_parameters": 2}, TypeError, "target_parameters: expected names, got 2"),
-        ({"targets": ["q_proj", "x_proj"]}, ValueError, "targets: LlamaForCausalLM has no linear layer 'x_proj'"),
+        (
+            {"targets": ["q_proj", "x_proj"]},
+            ValueError,
+            "targets: LlamaForCausalLM has no linear layer or embedding 'x_proj'",
+        ),
     ):
         with pytest.raises(error, match=message):
             memkernels.lora(model, base="nf4", **options)
@@ -426,7 +430,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="targets: Sequential has no linear layer"):
         memkernels.lora(torch.nn.Sequential(torch.nn.GELU()))
     for function in (memkernels.merge_adapter, lambda model: memkernels.save_adapter(model, tmp_path / "x")):
-        with pytest.raises(ValueError, match="model: found no LoRALinear in LlamaForCausalLM"):
+        with pytest.raises(ValueError, match="model: found no LoRALinear or LoRAEmbedding in LlamaForCausalLM"):
             function(model)
     assert [parameter.requires_grad for parameter in model.parameters()] == trained and not (tmp_path / "x").exists()
     memkernels.lora(model)

@@ -260,7 +260,7 @@ def test_bad_input(tmp_path):
     save(tmp_path)
     for arguments, options, error, message in (
         ((), {"base": "int3"}, ValueError, "base: expected one of 'nf4', None, got 'int3'"),
-        ((["x_proj"],), {}, ValueError, "targets: LlamaForCausalLM has no linear layer 'x_proj'"),
+        ((["x_proj"],), {}, ValueError, "targets: LlamaForCausalLM has no linear layer or embedding 'x_proj'"),
         ((), {"dtype": torch.int8}, TypeError, r"dtype: expected float32, bfloat16 or float16, got torch\.int8"),
     ):
         with pytest.raises(error, match=message):

@@ -73,6 +73,10 @@ CASES = {
     ),
     "gated_mlp": (ops.gated_mlp, lambda: (zeros(T, D), zeros(N, D), zeros(N, D), zeros(D, N))),
     "lora_linear": (ops.lora_linear, lambda: (zeros(T, D), zeros(N, D), zeros(2, D), zeros(N, 2))),
+    "lora_embedding": (
+        lambda *of: ops.lora_embedding(ids(T), torch.zeros(N, D, dtype=of[0].dtype), *of),
+        lambda: (zeros(2, N), zeros(D, 2)),
+    ),
     "linear_cross_entropy": (
         lambda x, weight: ops.linear_cross_entropy(x, weight, ids(T)),
         lambda: (zeros(T, D), zeros(N, D)),
