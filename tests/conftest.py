@@ -1,12 +1,19 @@
 """Before any test: without a GPU Triton kernels run under the interpreter; torch uses two threads, one under xdist.
 
+The interpreter multiplies by numpy's OpenBLAS, whose kernels for AVX2 round q k^T and k q^T apart, as no GPU does: on
+x86 an older kernel is named, before numpy is imported.
+
 Hypothesis draws the same examples every time, so that one commit is green or red for everybody; `make test-slow` draws
 new ones (--hypothesis-profile=search).
 """
 
 import gc
 import os
+import platform
 from collections.abc import Iterator
+
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
 
 import pytest
 import torch

@@ -74,7 +74,11 @@ class _Call:
         self.q, self.k, self.v = map(_aligned, (q, k, v))
         self.masks = _masks(cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, *options)
         self.sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        self.natural = alibi_slopes is not None or (self.masks.softcap is None and self.masks.scale <= 0)
+        self.natural = (
+            q.dtype == torch.float32
+            or alibi_slopes is not None
+            or (self.masks.softcap is None and self.masks.scale <= 0)
+        )
         self.max_queries, self.max_keys = max_seqlen_q, max_seqlen_k
         self.heads, self.kv_heads = q.shape[-2], k.shape[-2]
         self.size, self.value_size = self.q.shape[-1], self.v.shape[-1]

@@ -1,7 +1,8 @@
 """From products q.k to scores and dropout masks, for forward and backward of attention's Triton kernels.
 
 Scores times `score_unit` are in log2, so that a probability is one exp2 of one fused multiply-add; or, where NATURAL,
-in natural units: a large bias must not be rounded more than that, and a scale that is not positive turns their order.
+in natural units: float32 and a large bias must not be rounded more than that, as lse is on its way to log2 and back,
+and a scale that is not positive turns their order.
 Tiles come as (queries, keys) or transposed: positions are a column and a row that broadcast.
 """
 
