@@ -105,7 +105,7 @@ static __global__ void __launch_bounds__(kPlanThreads)
     const int group = first + static_cast<int>(threadIdx.x);
     int32_t total = 0;
     if (group < num_groups) {
-      constexpr int kInFlight = 4;
+      constexpr int kInFlight = 2;
       for (int64_t block = 0; block < blocks; block += kInFlight) {
         int32_t count[kInFlight];
 #pragma unroll
@@ -279,11 +279,12 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-constexpr int kChoicesAtOnce = 8;
+constexpr int kChoicesAtOnce = 4;
+constexpr int kBlocks = 8;  // on a multiprocessor, so that registers are not spent on addresses
 
 // Reads dy once for every kChoicesAtOnce choices of a token, and y_grouped once; writes dy_grouped once.
 template <typename T, int Size>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kBlocks)
     moe_combine_bwd_kernel(MoeRows of, const Pack<T, Size>* dy, const Pack<T, Size>* grouped, const float* weights,
                            Pack<T, Size>* dgrouped, float* dweights) {
   const int64_t token = blockIdx.x;
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(kRowThreads)
     zero_choices(of, dweights);
     return zero_tail(of, dgrouped);
   }
-  constexpr int kInFlight = 4;  // of y_grouped, beside dy
+  constexpr int kInFlight = 2;  // of y_grouped, beside dy
   const int64_t last = of.first(token + 1);
   for (int64_t first = of.first(token); first < last; first += kChoicesAtOnce) {
     int32_t row[kChoicesAtOnce];

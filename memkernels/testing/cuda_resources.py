@@ -53,7 +53,7 @@ least. e bytes an element.
 | `wide_norm_fwd_kernel` | e an element of x and of the residual | e an element of y and of residual_out, 4 or 8 a row |
 | `wide_norm_bwd_kernel` | e an element of dy, h and dresidual_out, 4 or 8 a row | e an element of dx |
 
-A choice's weight adds 4 bytes. dy is read once for every 8 choices of a token. The plan's ids are read twice, since no
+A choice's weight adds 4 bytes. dy is read once for every 4 choices of a token. The plan's ids are read twice, since no
 choice can be placed before all are counted: 8 bytes beside a row of thousands. p is 4 of float32 and of bfloat16 with
 the remainder, and 2 of bfloat16 that is rounded; s is, for each moment, 4, 2, 1 + 4 / 256 or 1/2 + 4 / 128.
 
