@@ -59,6 +59,9 @@ class LoRALayer(torch.nn.Module):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A, (r, K), and B, (N, r)."""
+        return self._own_factors()
+
+    def _own_factors(self) -> tuple[Tensor, Tensor]:
         a, b, *_ = self.adapter.values()
         return a, b
 

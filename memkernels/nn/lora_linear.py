@@ -112,7 +112,7 @@ class LoRALinear(LoRALayer):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.tied_to is None:
-            return super().factors
+            return self._own_factors()
         a, b = self.tied_to.factors
         return b.t(), a.t()
 

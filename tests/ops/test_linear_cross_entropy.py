@@ -174,7 +174,7 @@ def test_row_operators_reject_strided_rows(implementation):
             torch.ops.memkernels.cross_entropy_stats(logits, target, 0, 9, -100, 0.0, *state)
         wide = torch.zeros(6, 18, device=device)[:, ::2]
         with pytest.raises(RuntimeError, match="logits: expected"):
-            torch.ops.memkernels.cross_entropy_grad_(wide, target.contiguous(), 0, 9, *state[:2], -100, 0.0, 0.0, 0.0)
+            torch.ops.memkernels.cross_entropy_grad_(wide, target.contiguous(), 0, 9, *state[:3], -100, 0.0, 0.0, 0.0)
 
 
 @on_every_implementation
