@@ -105,7 +105,7 @@ static __global__ void __launch_bounds__(kPlanThreads)
     const int group = first + static_cast<int>(threadIdx.x);
     int32_t total = 0;
     if (group < num_groups) {
-      constexpr int kInFlight = 2;
+      constexpr int kInFlight = 4;
       for (int64_t block = 0; block < blocks; block += kInFlight) {
         int32_t count[kInFlight];
 #pragma unroll
