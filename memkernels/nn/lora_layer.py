@@ -62,6 +62,7 @@ class LoRALayer(torch.nn.Module):
         return self._own_factors()
 
     def _own_factors(self) -> tuple[Tensor, Tensor]:
+        # For a class that has others as well: torch.compile takes no property of super().
         a, b, *_ = self.adapter.values()
         return a, b
 

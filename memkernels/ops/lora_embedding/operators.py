@@ -11,8 +11,7 @@ from torch import Tensor
 
 from memkernels._library import define, implement_with_python
 from memkernels.ops.autocast import without_autocast
-
-_TILE_ELEMENTS = 1 << 20
+from memkernels.ops.lora_linear.products import token_tiles
 
 
 def _fwd(
@@ -29,7 +28,7 @@ def _fwd(
         y = _base_rows(ids, weight, embed_scale)
         rows, tokens = y.view(-1, weight.shape[1]), ids.reshape(-1)
         b = _scaled(lora_b, scaling, embed_scale, weight.dtype)
-        for tile in _tiles(rows):
+        for tile in token_tiles(rows, b.dtype):
             _adapt(rows[tile], tokens[tile], lora_a, b, column_scale)
     return y
 
@@ -57,7 +56,7 @@ def _bwd(
         p = rows.new_empty(len(rows) if a_grad else 0, b.shape[1], dtype=dtype)
         db = b.new_zeros(b.shape if b_grad else 0)
         dscale = b.new_zeros(b.shape[0] if scale_grad else 0)
-        for tile in _tiles(rows):
+        for tile in token_tiles(rows, dtype):
             wide = rows[tile].to(dtype)
             if a_grad:
                 torch.mm(wide, up, out=p[tile])
@@ -113,12 +112,6 @@ def _scaled(lora_b: Tensor, scaling: float, embed_scale: Tensor | None, dtype: t
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _tiles(rows: Tensor):
-    """Slices of rows."""
-    step = max(1, _TILE_ELEMENTS // max(1, rows.shape[1]))
-    return (slice(first, first + step) for first in range(0, len(rows), step))
 
 
 def _fwd_fake(ids, weight, *arguments):
